@@ -1,0 +1,38 @@
+# make run: the whole DAG on MovieLens-100K.  make test: lint, types, contracts, tests.
+PYTHON ?= python3.11
+BIN := .venv/bin
+CONFIG ?= pipeline/examples/movielens.yaml
+
+.PHONY: run serve test lint clean
+
+run: .venv/run.installed data/movielens
+	$(BIN)/corank run --config $(CONFIG)
+
+serve: .venv/run.installed data/movielens
+	$(BIN)/corank run --config $(CONFIG) --serve
+
+test: .venv/dev.installed lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+data/movielens: | .venv/run.installed
+	$(BIN)/corank import movielens-100k --target $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/run.installed
+
+clean:
+	rm -rf .venv data work

@@ -1,0 +1,375 @@
+"""RequestBatch: the one shape every model reads, and how rows of the sample table become one.
+
+Legend: U timelines, E events, R requests, C candidates, K tasks. Everything is packed: offsets say where a
+timeline's events and a request's candidates lie; padding exists only inside kernels, never as an id.
+Two levels of sharing: candidates share a request, requests share a timeline (DESIGN §2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from features.encoding import embedding_rows
+from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+
+T = TypeVar("T")
+
+
+@dataclass
+class Jagged:
+    """A multi-valued field: row i holds ``values[offsets[i]:offsets[i + 1]]``."""
+
+    values: Tensor
+    offsets: Tensor
+
+
+Values = Tensor | Jagged
+
+
+@dataclass
+class Timeline:
+    """Events of one sequence, timeline after timeline, each ordered by (ts, event_id).
+
+    Attributes:
+        fields: embedding rows (int64) or numbers (float32), [E].
+        ts: microseconds UTC, [E].
+        offsets: [U + 1].
+    """
+
+    fields: dict[str, Tensor]
+    ts: Tensor
+    offsets: Tensor
+
+
+@dataclass
+class Users:
+    """What is known of a request before any candidate is.
+
+    Attributes:
+        fields: user and context features, [R].
+        timeline: index of the request's timeline, [R].
+        end: per sequence, events of the timeline that the request sees, [R]: ``timeline[max(0, end − L):end]``.
+        ts: time of the request, microseconds UTC, [R].
+    """
+
+    fields: dict[str, Values]
+    timeline: Tensor
+    end: dict[str, Tensor]
+    ts: Tensor
+
+
+@dataclass
+class Items:
+    """The candidates: item features [C] and ``offsets`` [R + 1] of each request's candidates."""
+
+    fields: dict[str, Values]
+    offsets: Tensor
+
+    @property
+    def request(self) -> Tensor:
+        """Index of each candidate's request, [C]."""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
+@dataclass
+class RequestBatch:
+    """Requests with their timelines and candidates.
+
+    Attributes:
+        labels, label_mask: [C, K]; a masked label (not known) is 0 in ``labels``.
+        weight: [C].
+        user_id, request_id: [R] and item_id [C], as text, for metrics and answers.
+    """
+
+    timelines: dict[str, Timeline]
+    users: Users
+    items: Items
+    labels: Tensor
+    label_mask: Tensor
+    weight: Tensor
+    user_id: np.ndarray
+    request_id: np.ndarray
+    item_id: np.ndarray
+
+    @property
+    def requests(self) -> int:
+        return len(self.users.ts)
+
+    @property
+    def candidates(self) -> int:
+        return len(self.weight)
+
+    def to(self, device: torch.device | str) -> RequestBatch:
+        return move(self, device)
+
+
+def move(state: T, device: torch.device | str) -> T:
+    """A dataclass, dict, list or tuple of tensors on another device; everything else as it is."""
+    moved: Any
+    if isinstance(state, Tensor):
+        moved = state.to(device, non_blocking=True)
+    elif is_dataclass(state) and not isinstance(state, type):
+        moved = type(state)(**{field.name: move(getattr(state, field.name), device) for field in fields(state)})
+    elif isinstance(state, dict):
+        moved = {key: move(value, device) for key, value in state.items()}
+    elif isinstance(state, (list, tuple)):
+        moved = type(state)(move(value, device) for value in state)
+    else:
+        moved = state
+    return moved  # type: ignore[no-any-return]
+
+
+# --- the sample table ---------------------------------------------------------------------------------
+
+
+def timeline_column(sequence: Sequence, field: FieldSpec | None) -> str:
+    """Column of one field (None: ts) of a sequence's timeline."""
+    return f"{sequence.name}__{field.name if field is not None else 'ts'}"
+
+
+def end_column(sequence: Sequence) -> str:
+    """Key of the request's end offset into a sequence's timeline."""
+    return f"end__{sequence.name}"
+
+
+def label_column(task: Task) -> str:
+    """Key of a candidate's label: 0, 1, or null while it is not known."""
+    return f"label__{task.name}"
+
+
+def feature_column(feature: Feature) -> str:
+    """Key of a feature in a request or a candidate; the prefix keeps it apart from the text ids."""
+    return f"feature__{feature.name}"
+
+
+def code_type(field: FieldSpec) -> pa.DataType:
+    """Arrow type of an encoded field in the sample table."""
+    code = pa.float32() if field.kind == "number" else pa.int64()
+    return pa.list_(code) if isinstance(field, Feature) and field.multi else code
+
+
+def sample_schema(schema: Schema) -> pa.Schema:
+    """Arrow schema of the sample table: one row per user and partition (DESIGN §2)."""
+    candidate = pa.struct(
+        [
+            pa.field("item_id", pa.string()),
+            pa.field("item_known", pa.bool_()),
+            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.side("item")],
+            *[pa.field(label_column(task), pa.int8()) for task in schema.tasks],
+            pa.field("weight", pa.float32()),
+        ]
+    )
+    request = pa.struct(
+        [
+            pa.field("request_id", pa.string()),
+            pa.field("ts", pa.int64()),
+            pa.field("user_known", pa.bool_()),
+            *[pa.field(end_column(sequence), pa.int32()) for sequence in schema.sequences],
+            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.side("user", "context")],
+            pa.field("candidates", pa.list_(candidate)),
+        ]
+    )
+    return pa.schema(
+        [
+            pa.field("user_id", pa.string()),
+            *[
+                pa.field(timeline_column(sequence, field), pa.list_(code_type(field) if field else pa.int64()))
+                for sequence in schema.sequences
+                for field in (None, *sequence.fields)
+            ],
+            pa.field("requests", pa.list_(request)),
+            pa.field("dt", pa.string()),
+            pa.field("bucket", pa.string()),
+        ]
+    )
+
+
+def between(rows: pa.Table, low: int, high: int) -> pa.Table:
+    """Rows with only the requests of ``low ≤ ts < high``; rows without any are left out."""
+    requests = pa.concat_arrays(rows["requests"].chunks) if rows.num_rows else None
+    if requests is None:
+        return rows
+    flat = requests.flatten()
+    inside = pc.and_(pc.greater_equal(flat.field("ts"), low), pc.less(flat.field("ts"), high))
+    kept = np.concatenate([[0], np.cumsum(inside.to_numpy(zero_copy_only=False))])
+    offsets = kept[_offsets(requests)].astype(np.int32)
+    column = pa.ListArray.from_arrays(pa.array(offsets), flat.filter(inside), type=requests.type)
+    rows = rows.set_column(rows.schema.get_field_index("requests"), rows.schema.field("requests"), column)
+    return rows.filter(pa.array(np.diff(offsets) > 0))
+
+
+def cut(rows: pa.Table, candidates: int, events: int) -> Iterator[pa.Table]:
+    """Cut rows into consecutive batches within a budget of candidates and events.
+
+    A row above the budget of candidates is split by request. A single request or timeline above the
+    budget makes a batch of its own; nothing is dropped.
+    """
+    rows = _split_large_rows(rows, candidates)
+    if not rows.num_rows:
+        return
+    row_candidates, row_events = _sizes(rows)
+    start, sum_candidates, sum_events = 0, 0, 0
+    for row in range(rows.num_rows):
+        over = sum_candidates + row_candidates[row] > candidates or sum_events + row_events[row] > events
+        if row > start and over:
+            yield rows.slice(start, row - start)
+            start, sum_candidates, sum_events = row, 0, 0
+        sum_candidates += int(row_candidates[row])
+        sum_events += int(row_events[row])
+    yield rows.slice(start)
+
+
+def collate(rows: pa.Table, schema: Schema) -> RequestBatch:
+    """Rows of the sample table as one packed batch.
+
+    Args:
+        rows: in the layout of :func:`sample_schema`; labels may be absent (serving).
+    """
+    rows = rows.combine_chunks()
+    lists = _column(rows, "requests")
+    requests = lists.flatten()
+    candidate_lists = requests.field("candidates")
+    candidates = candidate_lists.flatten()
+    timelines = {
+        sequence.name: Timeline(
+            fields={
+                field.name: _values(field, _column(rows, timeline_column(sequence, field)).flatten())
+                for field in sequence.fields
+            },
+            ts=_tensor(_column(rows, timeline_column(sequence, None)).flatten(), np.int64),
+            offsets=torch.from_numpy(_offsets(_column(rows, timeline_column(sequence, None)))),
+        )
+        for sequence in schema.sequences
+    }
+    users = Users(
+        fields={
+            feature.name: _values(feature, requests.field(feature_column(feature)))
+            for feature in schema.side("user", "context")
+        },
+        timeline=torch.from_numpy(np.repeat(np.arange(rows.num_rows), np.diff(_offsets(lists)))),
+        end={sequence.name: _tensor(requests.field(end_column(sequence)), np.int64) for sequence in schema.sequences},
+        ts=_tensor(requests.field("ts"), np.int64),
+    )
+    items = Items(
+        fields={
+            feature.name: _values(feature, candidates.field(feature_column(feature))) for feature in schema.side("item")
+        },
+        offsets=torch.from_numpy(_offsets(candidate_lists)),
+    )
+    count = len(candidates)
+    present = {field.name for field in candidates.type}
+    labels, mask = np.zeros((count, len(schema.tasks)), np.float32), np.zeros((count, len(schema.tasks)), bool)
+    for index, task in enumerate(schema.tasks):
+        if label_column(task) in present:
+            label = candidates.field(label_column(task))
+            labels[:, index] = label.fill_null(0).to_numpy(zero_copy_only=False)
+            mask[:, index] = label.is_valid().to_numpy(zero_copy_only=False)
+    weight = candidates.field("weight") if "weight" in present else pa.array(np.ones(count, np.float32))
+    user_id = np.asarray(rows["user_id"].to_numpy(), dtype=object)
+    return RequestBatch(
+        timelines=timelines,
+        users=users,
+        items=items,
+        labels=torch.from_numpy(labels),
+        label_mask=torch.from_numpy(mask),
+        weight=_tensor(weight, np.float32),
+        user_id=user_id[users.timeline.numpy()],
+        request_id=np.asarray(requests.field("request_id").to_numpy(zero_copy_only=False), dtype=object),
+        item_id=np.asarray(candidates.field("item_id").to_numpy(zero_copy_only=False), dtype=object),
+    )
+
+
+def _column(rows: pa.Table, name: str) -> Any:
+    column = rows[name]
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def _offsets(lists: Any) -> np.ndarray:
+    """Offsets of a list array from 0, whatever slice of a larger array it is."""
+    offsets = np.asarray(lists.offsets).astype(np.int64)
+    return offsets - offsets[0]
+
+
+def _tensor(array: Any, dtype: Any) -> Tensor:
+    return torch.from_numpy(np.array(array.to_numpy(zero_copy_only=False), dtype=dtype))
+
+
+def _values(field: FieldSpec, array: Any) -> Values:
+    if field.kind == "number":
+        return _tensor(array, np.float32)  # null becomes NaN: the model reads it as the mean
+    if isinstance(field, Feature) and field.multi:
+        values = torch.from_numpy(embedding_rows(field, np.array(array.flatten(), dtype=np.int64)))
+        return Jagged(values, torch.from_numpy(_offsets(array)))
+    return torch.from_numpy(embedding_rows(field, np.array(array, dtype=np.int64)))
+
+
+def _sizes(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates and events of every row."""
+    lists = _column(rows.combine_chunks(), "requests")
+    per_request = _offsets(lists.flatten().field("candidates"))
+    candidates = np.diff(per_request[_offsets(lists)])
+    events = np.zeros(rows.num_rows, np.int64)
+    for name in rows.schema.names:
+        if name.endswith("__ts"):
+            events += np.asarray(pc.list_value_length(rows[name]).to_numpy())
+    return candidates, events
+
+
+def _split_large_rows(rows: pa.Table, budget: int) -> pa.Table:
+    if not rows.num_rows:
+        return rows
+    rows = rows.combine_chunks()
+    sizes, _ = _sizes(rows)
+    if not (sizes > budget).any():
+        return rows
+    lists = _column(rows, "requests")
+    bounds = _offsets(lists)
+    flat = lists.flatten()
+    per_request = np.diff(_offsets(flat.field("candidates")))
+    origin: list[int] = []
+    ends: list[int] = [0]
+    for row in range(rows.num_rows):
+        used = 0
+        for request in range(bounds[row], bounds[row + 1]):
+            if used and used + per_request[request] > budget:
+                origin.append(row)
+                ends.append(request)
+                used = 0
+            used += int(per_request[request])
+        origin.append(row)
+        ends.append(int(bounds[row + 1]))
+    column = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, type=lists.type)
+    index = rows.schema.get_field_index("requests")
+    return rows.take(pa.array(origin)).set_column(index, rows.schema.field("requests"), column)
+
+
+def concatenate(rows: list[pa.Table]) -> pa.Table:
+    """Rows of several tables as one table with one chunk per column."""
+    return pa.concat_tables(rows).combine_chunks()
+
+
+def candidate_counts(rows: pa.Table) -> Mapping[str, int]:
+    """Rows, requests, candidates and events in these rows, for the counts that every stage reports."""
+    if not rows.num_rows:
+        return {"rows": 0, "requests": 0, "candidates": 0, "events": 0}
+    candidates, events = _sizes(rows)
+    return {
+        "rows": rows.num_rows,
+        "requests": int(_offsets(_column(rows.combine_chunks(), "requests"))[-1]),
+        "candidates": int(candidates.sum()),
+        "events": int(events.sum()),
+    }
+
+
+def request_times(rows: pa.Table) -> list[int]:
+    """ts of every request in these rows, microseconds UTC."""
+    return [] if not rows.num_rows else list(_column(rows, "requests").flatten().field("ts").to_pylist())

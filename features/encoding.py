@@ -1,0 +1,89 @@
+"""From raw values to codes, the same for builder, store and service.
+
+A code is an int64: the xxh64 hash of an id's text, or the 1-based position in a closed vocabulary.
+Code 0 is "unknown" and reads row 0 of the embedding table, which id dropout trains.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+import xxhash
+
+from features.schema import FieldSpec
+
+
+def hash_id(value: object) -> int:
+    """xxh64 (seed 0) of the UTF-8 text of an id as a signed 64-bit integer; 42 and "42" are one id."""
+    unsigned = xxhash.xxh64_intdigest(str(value).encode(), seed=0)
+    signed = unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned
+    return signed or 1  # 0 is the unknown id
+
+
+def _hash_column(text: pl.Series) -> pl.Series:
+    return pl.Series(text.name, [None if value is None else hash_id(value) for value in text], pl.Int64)
+
+
+def hash_ids(column: pl.Expr) -> pl.Expr:
+    """:func:`hash_id` of a whole column; nulls become 0. Every distinct id is hashed once."""
+
+    def of_series(values: pl.Series) -> pl.Series:
+        distinct = values.cast(pl.String).unique()
+        codes = _hash_column(distinct)
+        return values.cast(pl.String).replace_strict(distinct, codes, return_dtype=pl.Int64).fill_null(0)
+
+    return column.map_batches(of_series, return_dtype=pl.Int64)
+
+
+def bucket_of(user_id: object, buckets: int) -> int:
+    """Bucket of a user: the unsigned hash modulo the number of buckets."""
+    return (hash_id(user_id) & (1 << 64) - 1) % buckets
+
+
+def bucket_column(user_id: pl.Expr, buckets: int) -> pl.Expr:
+    """:func:`bucket_of` of a whole column, as Int32."""
+    return (hash_ids(user_id).reinterpret(signed=False) % buckets).cast(pl.Int32)
+
+
+def encode(field: FieldSpec, column: pl.Expr) -> pl.Expr:
+    """Codes (Int64) of an id or category column, Float32 (null stays null) of a number column.
+
+    A list column (multi-valued feature) gives a list of codes; its nulls give an empty list.
+    """
+    if field.kind == "number":
+        return column.cast(pl.Float32)
+
+    def codes(values: pl.Expr) -> pl.Expr:
+        if field.vocabulary is None:
+            return hash_ids(values)
+        return values.cast(pl.String).replace_strict(
+            list(field.vocabulary), range(1, len(field.vocabulary) + 1), default=0, return_dtype=pl.Int64
+        )
+
+    if getattr(field, "multi", False):
+
+        def of_lists(values: pl.Series) -> pl.Series:
+            filled = values.fill_null(pl.Series([[]], dtype=values.dtype))
+            flat = pl.DataFrame({"value": filled.list.explode(empty_as_null=False, keep_nulls=False)})
+            lengths = filled.list.len().cast(pl.Int64).to_numpy()
+            encoded = flat.select(codes(pl.col("value"))).to_series().to_arrow()
+            return _as_lists(values.name, encoded, lengths)
+
+        return column.map_batches(of_lists, return_dtype=pl.List(pl.Int64))
+    return codes(column).fill_null(0)
+
+
+def _as_lists(name: str, values: object, lengths: np.ndarray) -> pl.Series:
+    import pyarrow as pa
+
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    lists = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), values)
+    return pl.Series(name, lists, dtype=pl.List(pl.Int64))
+
+
+def embedding_rows(field: FieldSpec, codes: np.ndarray) -> np.ndarray:
+    """Rows of the embedding table for an int64 array of codes: 0 for unknown, else 1 … rows − 1."""
+    if field.vocabulary is not None:
+        return codes
+    rows = codes.view(np.uint64) % np.uint64(field.buckets - 1) + np.uint64(1)
+    return np.where(codes == 0, 0, rows.view(np.int64))

@@ -1,0 +1,113 @@
+"""Reading the sample table: Ray Data streams (dt, bucket) files in a seeded order, batches cut by budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.fs import DeltaStorageHandler
+from pyarrow import fs
+
+from features.batch import between, concatenate, cut, sample_schema
+from features.errors import CorankError
+from features.schema import Schema
+
+WINDOW_ROWS = 8_192
+"""Rows shuffled together; bounds the reader's memory."""
+
+
+@dataclass(frozen=True)
+class SampleSource:
+    """The requests of ``low ≤ ts < high`` in some partitions of the sample table.
+
+    Attributes:
+        root: the Delta table.
+        low, high: microseconds UTC; cuts are applied inside rows.
+    """
+
+    root: str
+    schema: Schema
+    partitions: tuple[str, ...]
+    low: int
+    high: int
+    storage_options: Mapping[str, str] = field(default_factory=dict)
+
+    def files(self) -> list[str]:
+        """Files of the partitions in a stable order, each with one bucket of one partition."""
+        table = DeltaTable(self.root, storage_options=dict(self.storage_options))
+        actions = pa.table(table.get_add_actions(flatten=True))
+        wanted = set(self.partitions)
+        rows = zip(*(actions[name].to_pylist() for name in ("partition.dt", "partition.bucket", "path")), strict=True)
+        return [path for dt, _, path in sorted(rows) if dt in wanted]
+
+    def read(self, file: str) -> pa.Table:
+        """Rows of one file within the cut.
+
+        Raises:
+            CorankError: the file cannot be read; it is named.
+        """
+        store = fs.PyFileSystem(DeltaStorageHandler(self.root, options=dict(self.storage_options)))
+        full = sample_schema(self.schema)
+        columns = [name for name in full.names if name not in ("dt", "bucket")]
+        try:
+            rows = pq.read_table(file, filesystem=store, columns=columns, partitioning=None)
+        except (OSError, pa.ArrowException) as error:
+            raise CorankError(
+                f"table samples at {self.root}: cannot read {file}: {error}. "
+                "Delete its partition's record under records/samples and run again to rebuild it."
+            ) from error
+        return between(rows.cast(pa.schema([full.field(name) for name in columns])), self.low, self.high)
+
+    def dataset(self, seed: int | None = None) -> Any:
+        """A Ray Data set of the rows, in a stable order of files, shuffled when a seed is given."""
+        import ray.data
+
+        files = self.files()
+        if seed is not None:
+            files = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = True
+        blocks = max(1, min(len(files), 64))
+        listing = ray.data.from_items([{"file": file} for file in files], override_num_blocks=blocks)
+        return listing.map_batches(_ReadFiles(self), batch_size=None, batch_format="numpy")
+
+    def batches(self, candidates: int, events: int, seed: int | None = None) -> Iterator[pa.Table]:
+        """Rows in batches within a budget of candidates and events; the same for the same seed.
+
+        With a seed, files are permuted, then rows within windows of ``WINDOW_ROWS``. No row is dropped.
+        """
+        rng = np.random.default_rng(seed)
+        for window in self._windows(seed):
+            if seed is not None:
+                window = window.take(pa.array(rng.permutation(window.num_rows)))
+            yield from cut(window, candidates, events)
+
+    def _windows(self, seed: int | None) -> Iterator[pa.Table]:
+        if not self.files():
+            return
+        pending: list[pa.Table] = []
+        for block in self.dataset(seed).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            if not block.num_rows:
+                continue
+            pending.append(block)
+            if sum(rows.num_rows for rows in pending) >= WINDOW_ROWS:
+                yield concatenate(pending)
+                pending = []
+        if pending:
+            yield concatenate(pending)
+
+
+class _ReadFiles:
+    """Read the files that a batch of the listing names."""
+
+    def __init__(self, source: SampleSource) -> None:
+        self.source = source
+
+    def __call__(self, batch: Mapping[str, Sequence[str]]) -> pa.Table:
+        return concatenate([self.source.read(str(file)) for file in batch["file"]])

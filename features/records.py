@@ -1,0 +1,66 @@
+"""Records: what a stage made, from what. A record is the commit point of a stage; readers follow it.
+
+One small JSON document per stage and key below ``<workspace>/records``, written atomically. A stage is
+up to date when its record carries the digest of what it would be made from now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from pyarrow import fs
+
+
+def digest(value: object) -> str:
+    """128-bit digest of a JSON-like value; equal values in any key order have equal digests."""
+    text = json.dumps(value, sort_keys=True, default=str, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Records:
+    """The records of one workspace (a local folder or an ``s3://`` prefix)."""
+
+    def __init__(self, root: str) -> None:
+        self.fs, self.root = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
+
+    def get(self, stage: str, key: str) -> dict[str, Any] | None:
+        """The record, or None when the stage never finished for this key."""
+        path = self._path(stage, key)
+        if self.fs.get_file_info(path).type == fs.FileType.NotFound:
+            return None
+        with self.fs.open_input_stream(path) as stream:
+            return dict(json.loads(stream.read()))
+
+    def put(self, stage: str, key: str, record: Mapping[str, Any]) -> None:
+        """Write a record; it is seen whole or not at all."""
+        path = self._path(stage, key)
+        document = {**record, "recorded_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        target = path if isinstance(self.fs, fs.S3FileSystem) else f"{path}.tmp"
+        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        with self.fs.open_output_stream(target) as stream:
+            stream.write(json.dumps(document, indent=1, sort_keys=True, default=str).encode())
+        if target != path:
+            self.fs.move(target, path)
+
+    def all(self, stage: str) -> dict[str, dict[str, Any]]:
+        """All records of a stage by key, in order of the keys."""
+        selector = fs.FileSelector(f"{self.root}/{stage}", allow_not_found=True)
+        keys = sorted(
+            info.base_name.removesuffix(".json")
+            for info in self.fs.get_file_info(selector)
+            if info.base_name.endswith(".json")
+        )
+        found = {key: self.get(stage, key) for key in keys}
+        return {key: record for key, record in found.items() if record is not None}
+
+    def delete(self, stage: str, key: str) -> None:
+        """Forget a record; a missing one is fine."""
+        if self.get(stage, key) is not None:
+            self.fs.delete_file(self._path(stage, key))
+
+    def _path(self, stage: str, key: str) -> str:
+        return f"{self.root}/{stage}/{key}.json"

@@ -1,0 +1,185 @@
+"""The declaration that everything else is derived from: features, sequences and tasks.
+
+Arrow schemas, Feast objects, Great Expectations rules, the model's input layer and the Serve request
+are all read off one :class:`Schema`. Nothing here reads or writes data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Side = Literal["user", "item", "context"]
+Kind = Literal["id", "category", "number"]
+Grain = Literal["hour", "day", "week"]
+
+NAME = r"^[a-z][a-z0-9_]*$"
+Name = Annotated[str, Field(pattern=NAME)]
+
+SECOND = 1_000_000
+"""Time is int64 microseconds UTC everywhere; this is one second of it."""
+
+PARTITION_FORMATS: dict[Grain, str] = {"hour": "%Y-%m-%dT%H", "day": "%Y-%m-%d", "week": "%Y-%m-%d"}
+GRAIN_LENGTH: dict[Grain, timedelta] = {
+    "hour": timedelta(hours=1),
+    "day": timedelta(days=1),
+    "week": timedelta(weeks=1),
+}
+EPOCH_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
+"""Weeks begin on Monday; the first Monday of Unix time anchors them."""
+
+
+class Declaration(BaseModel):
+    """Base of all declarations: unknown keys are mistakes, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FieldSpec(Declaration):
+    """What turns one raw column into embedding rows or a number.
+
+    * ``id``: open vocabulary. Coded as the xxh64 hash of its text; hashed into ``buckets`` rows.
+    * ``category``: closed vocabulary, listed exactly; anything else reads row 0.
+    * ``number``: standardised with the mean and deviation of the training rows, kept with the model.
+    """
+
+    name: Name
+    kind: Kind = "id"
+    column: str | None = Field(None, description="column of the source table; default: the name")
+    table: str | None = Field(None, description="embedding table shared with others; default: the name")
+    buckets: int = Field(65_536, ge=2, description="rows of an id's embedding table, row 0 included")
+    vocabulary: tuple[str, ...] | None = Field(None, description="all values of a category")
+    dim: int = Field(16, ge=1, description="embedding width of this feature")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _vocabulary_is_text(cls, data: object) -> object:
+        if isinstance(data, dict) and isinstance(data.get("vocabulary"), list):
+            return {**data, "vocabulary": [str(value) for value in data["vocabulary"]]}
+        return data
+
+    @model_validator(mode="after")
+    def _kind_has_what_it_needs(self) -> FieldSpec:
+        if (self.kind == "category") != (self.vocabulary is not None):
+            raise ValueError("a category lists its vocabulary, and nothing else does")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Column of the source table."""
+        return self.column or self.name
+
+    @property
+    def embedding(self) -> str:
+        """Name of the embedding table."""
+        return self.table or self.name
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding table; row 0 is the unknown value."""
+        return len(self.vocabulary) + 1 if self.vocabulary is not None else self.buckets
+
+
+class Feature(FieldSpec):
+    """A non-sequential feature of the user, the item or the request's context."""
+
+    side: Side
+    multi: bool = Field(False, description="a list of values per row, mean-pooled")
+
+    @model_validator(mode="after")
+    def _numbers_are_single(self) -> Feature:
+        if self.multi and self.kind == "number":
+            raise ValueError("a number has one value per row (multi: false)")
+        return self
+
+
+class Sequence(Declaration):
+    """A behaviour sequence: one log of events, its side information and its visible length L."""
+
+    name: Name
+    events: str = Field(description="table of the config that holds the events")
+    where: str | None = Field(None, description="SQL condition that selects the events, e.g. action = 'buy'")
+    length: int = Field(100, ge=1, le=10_000, description="L: visible events of one request")
+    fields: tuple[FieldSpec, ...] = Field(min_length=1)
+
+
+class Task(Declaration):
+    """A binary label of an impression."""
+
+    name: Name
+    column: str | None = Field(None, description="label column of impressions; default: the name")
+    weight: float = Field(1.0, gt=0, description="weight of the task in the loss")
+
+    @property
+    def source(self) -> str:
+        return self.column or self.name
+
+
+class Schema(Declaration):
+    """Features, sequences and tasks of one model, in the order in which the model reads them."""
+
+    features: tuple[Feature, ...]
+    sequences: tuple[Sequence, ...]
+    tasks: tuple[Task, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_and_tables_agree(self) -> Schema:
+        for what, names in (
+            ("feature", [feature.name for feature in self.features]),
+            ("sequence", [sequence.name for sequence in self.sequences]),
+            ("task", [task.name for task in self.tasks]),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{what} {name!r} is declared {names.count(name)} times")
+        if not any(feature.side == "item" for feature in self.features):
+            raise ValueError("a ranking model needs at least one feature with side: item")
+        if not any(feature.side in ("user", "context") for feature in self.features):
+            raise ValueError("a ranking model needs at least one feature with side: user or context")
+        tables: dict[str, FieldSpec] = {}
+        for field in self.all_fields():
+            first = tables.setdefault(field.embedding, field)
+            if (field.kind, field.rows, field.dim) != (first.kind, first.rows, first.dim):
+                raise ValueError(
+                    f"{field.name!r} and {first.name!r} share the embedding table {field.embedding!r} "
+                    "but differ in kind, buckets, vocabulary or dim"
+                )
+        return self
+
+    def side(self, *sides: Side) -> tuple[Feature, ...]:
+        """The features of these sides, in order of declaration."""
+        return tuple(feature for feature in self.features if feature.side in sides)
+
+    def all_fields(self) -> Iterator[FieldSpec]:
+        """Every feature, then every field of every sequence."""
+        yield from self.features
+        for sequence in self.sequences:
+            yield from sequence.fields
+
+
+def partition_of(ts: int, grain: Grain) -> str:
+    """The partition d (its name) with d ≤ ts < d+1; ts in microseconds UTC."""
+    moment = datetime.fromtimestamp(ts // SECOND, UTC)
+    anchor = EPOCH_MONDAY if grain == "week" else datetime(1970, 1, 1, tzinfo=UTC)
+    start = anchor + (moment - anchor) // GRAIN_LENGTH[grain] * GRAIN_LENGTH[grain]
+    return start.strftime(PARTITION_FORMATS[grain])
+
+
+def partition_bounds(partition: str, grain: Grain) -> tuple[int, int]:
+    """Open and close of a partition in microseconds UTC.
+
+    Raises:
+        ValueError: the name is not one of this grain (weeks begin on Monday).
+    """
+    example = EPOCH_MONDAY.strftime(PARTITION_FORMATS[grain])
+    try:
+        start = datetime.strptime(partition, PARTITION_FORMATS[grain]).replace(tzinfo=UTC)
+    except ValueError:
+        raise ValueError(f"partition {partition!r} is not a {grain}: it is written like {example}") from None
+    if grain == "week" and start.weekday() != 0:
+        raise ValueError(f"partition {partition!r} is not a Monday; weeks begin on Monday, like {example}")
+    close = start + GRAIN_LENGTH[grain]
+    return int(start.timestamp()) * SECOND, int(close.timestamp()) * SECOND

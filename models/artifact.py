@@ -1,0 +1,100 @@
+"""The published model: a directory of safetensors and YAML/JSON, loaded without pickle.
+
+``model.safetensors`` (weights and number statistics), ``model.yaml`` (sizes and schema), ``metrics.json``,
+``lineage.json``, ``selfcheck.json`` (requests with the scores they must give), and ``SHA256SUMS``, written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+
+from features.errors import CorankError
+from features.schema import Schema
+from models.mixformer import MixFormer, MixFormerConfig
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Artifact:
+    """A loaded model. ``version`` is the digest of its content; ``metadata`` holds metrics and lineage."""
+
+    model: MixFormer
+    schema: Schema
+    version: str
+    metadata: dict[str, Any]
+
+
+def save_artifact(directory: str | Path, model: MixFormer, documents: Mapping[str, Any]) -> str:
+    """Write an artifact so that it appears whole or not at all.
+
+    Args:
+        documents: file stem → JSON content, e.g. ``metrics``, ``lineage``, ``selfcheck``.
+
+    Returns:
+        its version: 12 hex digits of the digest of weights and description.
+    """
+    target = Path(directory)
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, scratch / "model.safetensors")
+    description = {
+        "schema_version": SCHEMA_VERSION,
+        "config": model.describe(),
+        "schema": model.schema.model_dump(mode="json"),
+    }
+    (scratch / "model.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
+    for stem, content in documents.items():
+        (scratch / f"{stem}.json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str))
+    sums = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
+    (scratch / "SHA256SUMS").write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(scratch, target)
+    return _version(sums)
+
+
+def load_artifact(directory: str | Path) -> Artifact:
+    """Load and verify an artifact.
+
+    Raises:
+        CorankError: the directory is no artifact, is damaged (the file is named), or of a newer layout.
+    """
+    directory = Path(directory)
+    listing = directory / "SHA256SUMS"
+    if not listing.is_file():
+        raise CorankError(f"model {directory}: not a model artifact (SHA256SUMS is missing)")
+    sums = dict(reversed(line.split("  ", 1)) for line in listing.read_text().splitlines())
+    for name, expected in sums.items():
+        if not (directory / name).is_file() or _sha256(directory / name) != expected:
+            raise CorankError(f"model {directory}: {name} is damaged; train again or roll back (`corank models`)")
+    description = yaml.safe_load((directory / "model.yaml").read_text())
+    if description["schema_version"] > SCHEMA_VERSION:
+        raise CorankError(f"model {directory}: written by a newer corank (layout {description['schema_version']})")
+    schema = Schema.model_validate(description["schema"])
+    model = MixFormer(schema, MixFormerConfig(**description["config"]), id_dropout=0.0)
+    model.load_state_dict(load_file(directory / "model.safetensors"))
+    metadata = {
+        path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json")) if path.name in sums
+    }
+    return Artifact(model.eval(), schema, _version(sums), metadata)
+
+
+def _version(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256(f"{sums['model.safetensors']}{sums['model.yaml']}".encode()).hexdigest()[:12]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,79 @@
+"""The input layer: embedding tables, numbers, and the concatenation of features (eq. 1 of MixFormer)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from features.batch import Jagged, Values
+from features.schema import FieldSpec, Schema
+
+
+class InputLayer(nn.Module):
+    """Embedding tables shared by features and event fields, and standardised numbers.
+
+    Row 0 of every table is the unknown value. ``id_dropout`` trains it: in training that share of the ids
+    reads row 0 instead of its own.
+    """
+
+    def __init__(self, schema: Schema, id_dropout: float = 0.01) -> None:
+        super().__init__()
+        self.id_dropout = id_dropout
+        self.tables = nn.ModuleDict()
+        self.numbers = nn.ModuleDict()
+        for field in schema.all_fields():
+            if field.kind == "number":
+                self.numbers[field.embedding] = NumberEmbedding(field.dim)
+            elif field.embedding not in self.tables:
+                table = nn.Embedding(field.rows, field.dim, sparse=True)
+                nn.init.normal_(table.weight, std=0.01)
+                self.tables[field.embedding] = table
+
+    def concatenate(self, fields: Iterable[FieldSpec], values: Mapping[str, Values], rows: int) -> Tensor:
+        """e = [e_1; …; e_M] of these fields, [rows, Σ d_i]; a multi-valued field is mean-pooled."""
+        parts = [self.embed(field, values[field.name]) for field in fields]
+        return torch.cat(parts, dim=-1) if parts else torch.zeros(rows, 0)
+
+    def embed(self, field: FieldSpec, values: Values) -> Tensor:
+        """Embedding of one field, [rows, dim]."""
+        if field.kind == "number":
+            assert isinstance(values, Tensor)
+            embedded: Tensor = self.numbers[field.embedding](values)
+            return embedded
+        table = self.tables[field.embedding]
+        if isinstance(values, Jagged):
+            pooled = functional.embedding_bag(
+                self._drop(field, values.values), table.weight, values.offsets[:-1], mode="mean", sparse=True
+            )
+            return pooled
+        looked_up: Tensor = table(self._drop(field, values))
+        return looked_up
+
+    def _drop(self, field: FieldSpec, rows: Tensor) -> Tensor:
+        if not self.training or not self.id_dropout or field.kind != "id":
+            return rows
+        return rows.masked_fill(torch.rand(rows.shape, device=rows.device) < self.id_dropout, 0)
+
+
+class NumberEmbedding(nn.Module):
+    """A number as (x − mean) / deviation times a learned direction, plus an offset; NaN reads the mean.
+
+    Mean and deviation are those of the training rows and are saved with the model.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.direction = nn.Parameter(torch.randn(dim) * dim**-0.5)
+        self.offset = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("deviation", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        standard = ((x - self.mean) / self.deviation).nan_to_num(0.0).clamp(-10, 10)
+        return standard[..., None] * self.direction + self.offset

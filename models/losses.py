@@ -1,0 +1,20 @@
+"""The training loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def task_losses(logits: Tensor, labels: Tensor, mask: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy per task, as sums, so that shares of one step can be added up.
+
+    Args:
+        logits, labels: [C, K]; mask: [C, K], False where a label is not known; weight: [C].
+
+    Returns:
+        weighted loss per task and its total weight, [K] each.
+    """
+    loss = functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
+    effective = weight[:, None] * mask
+    return (loss * effective).sum(0), effective.sum(0)

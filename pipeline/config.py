@@ -1,0 +1,256 @@
+"""The one YAML file: the user's tables, the features, the model and how to train and serve it.
+
+``Config`` is checked whole before anything starts. Any key can be overridden by an environment variable,
+``CORANK_`` plus the path of the key joined by double underscores: ``CORANK_TRAINING__EPOCHS=2``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from features.errors import ConfigError
+from features.lake import Table
+from features.records import digest
+from features.schema import Declaration, Feature, Grain, Name, Schema, Sequence, Task
+from features.validation import ValidationRules
+
+ENVIRONMENT_PREFIX = "CORANK_"
+RESERVED_VARIABLES = {"CORANK_CONFIG"}
+
+
+class TableConfig(Declaration):
+    """One of the user's own Delta tables; corank never modifies it."""
+
+    path: str = Field(description="local folder or s3:// address of the Delta table")
+    columns: dict[str, str] = Field({}, description="corank's name: the table's own column name")
+    storage_options: dict[str, str] = Field({}, description="credentials and endpoint for s3://")
+
+
+class SplitConfig(Declaration):
+    """Chronological split by request time, newest last."""
+
+    test: float = Field(0.1, gt=0, lt=1, description="newest share of the requests, for the test metrics")
+    validation: float = Field(0.1, gt=0, lt=1, description="share before that, to choose the epoch")
+
+    @model_validator(mode="after")
+    def _leaves_something(self) -> SplitConfig:
+        if self.test + self.validation >= 1:
+            raise ValueError("test + validation must stay below 1, or nothing is left to train on")
+        return self
+
+
+class ModelConfig(Declaration):
+    """Which model, how large. Keys left out come from the preset."""
+
+    name: Literal["mixformer", "ui-mixformer"] = "ui-mixformer"
+    preset: Literal["tiny", "base"] = "tiny"
+    heads: int | None = Field(None, ge=2, description="N")
+    head_dim: int | None = Field(None, ge=2, description="D, divisible by N")
+    layers: int | None = Field(None, ge=1, description="L")
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+
+class TrainingConfig(Declaration):
+    epochs: int = Field(6, ge=1)
+    batch_candidates: int = Field(1_500, ge=1, description="candidates of one step (the papers' 1,500)")
+    batch_events: int = Field(60_000, ge=1, description="events of one step; bounds memory")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    embedding_learning_rate: float = Field(0.05, gt=0, description="Adagrad on touched rows")
+    clip_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    id_dropout: float = Field(0.01, ge=0, lt=1, description="share of ids that read row 0 in training")
+    average: float = Field(0.0, ge=0, lt=1, description="decay of the weight average; 0: none")
+    seed: int = 0
+    num_workers: int = Field(1, ge=1, description="Ray Train workers")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    use_gpu: bool = False
+
+
+class EvaluationConfig(Declaration):
+    """A candidate becomes champion only when it passes all of this."""
+
+    task: str | None = Field(None, description="task of the gate; default: the first")
+    min_gain_over_baseline: float = Field(0.0, description="AUC above the baseline printed beside it")
+    max_loss_against_champion: float = Field(0.01, ge=0, description="AUC below the champion on the same requests")
+    resamples: int = Field(200, ge=50, description="bootstrap resamples of users for the intervals")
+
+
+class ServingConfig(Declaration):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65_535)
+    ranker_replicas: int = Field(1, ge=1)
+    service_replicas: int = Field(1, ge=1)
+    max_candidates: int = Field(5_000, ge=1, description="most candidates of one request")
+    max_batch_requests: int = Field(8, ge=1, description="concurrent requests merged into one batch")
+    batch_wait_ms: float = Field(0.0, ge=0, description="longest wait for others to join a batch")
+    max_ongoing_requests: int = Field(64, ge=1)
+    max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
+
+
+class RayConfig(Declaration):
+    address: str | None = Field(None, description="an existing cluster, e.g. auto; default: a local Ray")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; default: all")
+
+
+class FeastConfig(Declaration):
+    online: Literal["sqlite", "redis"] = "sqlite"
+    redis: str = Field("localhost:6379", description="host:port of Redis, when online is redis")
+
+
+class Config(Declaration):
+    """Everything one pipeline needs to know."""
+
+    name: Name = Field(description="name of the pipeline; also of its registered model")
+    workspace: str = Field(description="where corank writes: a local folder or s3:// prefix")
+    local: str | None = Field(None, description="local folder for SQLite files; default: the workspace")
+    grain: Grain = Field(description="length of one log partition")
+    buckets: int = Field(4, ge=1, le=4096, description="user-hash buckets; memory is bounded by one of them")
+    log_delay_seconds: float = Field(0.0, ge=0, description="a request sees events older than this")
+    start: str | None = Field(None, description="first partition to use; default: the oldest")
+    tables: dict[str, TableConfig] = Field(description="impressions, users, items and the event tables")
+    features: tuple[Feature, ...]
+    sequences: tuple[Sequence, ...]
+    tasks: tuple[Task, ...]
+    split: SplitConfig = SplitConfig()
+    validation: ValidationRules = ValidationRules()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+    feast: FeastConfig = FeastConfig()
+    ray: RayConfig = RayConfig()
+    mlflow_uri: str | None = Field(None, description="tracking server; default: SQLite in the local folder")
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Config:
+        schema = self.schema_  # checks features, sequences and tasks against each other
+        for role in ("impressions", "users", "items"):
+            if role not in self.tables:
+                raise ValueError(f"tables: {role} is missing; there are {sorted(self.tables)}")
+        for sequence in schema.sequences:
+            if sequence.events not in self.tables:
+                raise ValueError(
+                    f"sequences: {sequence.name} reads the events {sequence.events!r}, "
+                    f"but tables has only {sorted(self.tables)}"
+                )
+        task = self.evaluation.task
+        if task is not None and task not in [known.name for known in schema.tasks]:
+            raise ValueError(f"evaluation.task {task!r} is none of the tasks {[t.name for t in schema.tasks]}")
+        if "://" in self.workspace and self.local is None:
+            raise ValueError("local: a workspace on s3:// needs a local folder for SQLite files")
+        return self
+
+    @property
+    def schema_(self) -> Schema:
+        return Schema(features=self.features, sequences=self.sequences, tasks=self.tasks)
+
+    @property
+    def log_delay(self) -> int:
+        """Microseconds."""
+        return round(self.log_delay_seconds * 1e6)
+
+    @property
+    def gate_task(self) -> str:
+        return self.evaluation.task or self.tasks[0].name
+
+    def table(self, role: str) -> Table:
+        own = self.tables[role]
+        return Table(role, _absolute(own.path), own.columns, own.storage_options)
+
+    def path(self, *parts: str) -> str:
+        """A path below the workspace (may be s3://)."""
+        return "/".join([_absolute(self.workspace).rstrip("/"), *parts])
+
+    def local_path(self, *parts: str) -> Path:
+        """A path below the local folder."""
+        return Path(_absolute(self.local or self.workspace)).joinpath(*parts)
+
+    def digest_of(self, *sections: str) -> str:
+        """Digest of these top-level sections alone, so that other keys re-run nothing."""
+        content = self.model_dump(mode="json")
+        return digest({section: content[section] for section in sections})
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().resolve())
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Read, override from the environment, and check a config file.
+
+    Raises:
+        ConfigError: names the file, each wrong key, its value and what is allowed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config {path}: no such file. The examples lie in pipeline/examples.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path}: expected keys and values, found {type(content).__name__}")
+    for variable, value in sorted(os.environ.items()):
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in RESERVED_VARIABLES:
+            _override(content, variable, value)
+    content.update(overrides or {})
+    try:
+        return Config.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _override(content: dict[str, Any], variable: str, value: str) -> None:
+    keys = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+    if keys[0] not in Config.model_fields:
+        raise ConfigError(
+            f"environment variable {variable}: {keys[0]!r} is no key of the config. {_allowed(keys[0], Config)}"
+        )
+    node: Any = content
+    for key in keys[:-1]:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
+    parsed = yaml.safe_load(value)
+    if isinstance(node, list):
+        node[int(keys[-1])] = parsed
+    else:
+        node[keys[-1]] = parsed
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: there is no such key. {_allowed(str(problem['loc'][-1]), _model_at(problem['loc'][:-1]))}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing"
+    value = problem["input"]
+    shown = "" if isinstance(value, (dict, list, tuple, BaseModel)) else f" is {value!r}:"
+    return f"{key}:{shown} {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            found = _models_in(model.model_fields[part].annotation)
+            model = found[0] if found else model
+    return model
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _allowed(key: str, model: type[BaseModel]) -> str:
+    close = difflib.get_close_matches(key, model.model_fields, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Allowed: {', '.join(model.model_fields)}"

@@ -1,0 +1,164 @@
+"""The DAG as Dagster assets: ``log_partition → … → deployment`` (DESIGN §7).
+
+The first four have one partition per log partition, the others are one asset each. Every asset calls its
+stage in :mod:`pipeline.stages`, which skips what is up to date. ``CORANK_CONFIG=my.yaml dagster dev -m
+pipeline.definitions`` shows the same assets in Dagster's web UI.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+
+from features.schema import PARTITION_FORMATS, SECOND
+from pipeline.config import Config
+from pipeline.stages import Pipeline
+
+CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
+PARTITIONED = ("log_partition", "validated", "samples", "feature_store")
+RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
+
+
+def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
+    """All assets of one pipeline."""
+    config, partitions = pipeline.config, pipeline.partitions
+    last_close = datetime.fromtimestamp(pipeline.log.bounds(partitions[-1])[1] / SECOND, UTC)
+    definition = dg.TimeWindowPartitionsDefinition(
+        start=partitions[0],
+        end=last_close.strftime(PARTITION_FORMATS[config.grain]),
+        fmt=PARTITION_FORMATS[config.grain],
+        cron_schedule=CRON[config.grain],
+    )
+    one_run = dg.BackfillPolicy.single_run()
+
+    def selected(context: dg.AssetExecutionContext, stale: Sequence[str]) -> list[str]:
+        """Stale partitions up to the newest one asked for; what precedes it is never skipped."""
+        newest = max(context.partition_keys)
+        return [partition for partition in stale if partition <= newest]
+
+    def present(context: dg.AssetExecutionContext) -> list[str]:
+        known = set(partitions)
+        return [partition for partition in context.partition_keys if partition in known]
+
+    @dg.asset(partitions_def=definition, backfill_policy=one_run, kinds={"deltalake"})
+    def log_partition(context: dg.AssetExecutionContext) -> None:
+        """A closed partition of the user's log tables and its fingerprints."""
+        for partition in present(context):
+            context.add_asset_metadata(pipeline.log.fingerprint(partition), partition_key=partition)
+
+    @dg.asset(
+        partitions_def=definition,
+        backfill_policy=one_run,
+        deps=[log_partition],
+        kinds={"greatexpectations"},
+        check_specs=[dg.AssetCheckSpec("great_expectations", asset="validated", blocking=True)],
+    )
+    def validated(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        """The partition passed the Great Expectations gate."""
+        stale = selected(context, pipeline.stale_validation())
+        if stale:
+            pipeline.validate(stale)
+        for partition in present(context):
+            record = pipeline.records.get("validated", partition) or {}
+            context.add_asset_metadata(_metadata(record), partition_key=partition)
+        yield dg.AssetCheckResult(
+            check_name="great_expectations", passed=True, metadata={"partitions": len(context.partition_keys)}
+        )
+        yield dg.MaterializeResult()
+
+    @dg.asset(partitions_def=definition, backfill_policy=one_run, deps=[validated], kinds={"ray", "deltalake"})
+    def samples(context: dg.AssetExecutionContext) -> None:
+        """Request-level rows: timelines once, requests, candidates."""
+        stale = selected(context, pipeline.stale_samples())
+        if stale:
+            pipeline.build_samples(stale)
+        for partition in present(context):
+            record = pipeline.records.get("samples", partition) or {}
+            context.add_asset_metadata(_metadata(record), partition_key=partition)
+
+    @dg.asset(partitions_def=definition, backfill_policy=one_run, deps=[samples], kinds={"feast"})
+    def feature_store(context: dg.AssetExecutionContext) -> None:
+        """Profiles and sequences online as of the partition's close."""
+        stale = selected(context, pipeline.stale_store())
+        if stale:
+            pipeline.fill_store(stale)
+        record = pipeline.records.get("feature_store", "online") or {}
+        for partition in present(context):
+            context.add_asset_metadata(
+                {"inputs": record["partitions"][partition], "code": record["code"]}, partition_key=partition
+            )
+
+    @dg.asset(deps=[feature_store], kinds={"ray", "pytorch"})
+    def candidate() -> dg.MaterializeResult[Any]:
+        """A trained model, not yet judged."""
+        key = pipeline.candidate_key
+        if not pipeline.has_candidate(key):
+            pipeline.train_candidate()
+        return dg.MaterializeResult(metadata=_metadata(pipeline.records.get("candidate", key) or {}))
+
+    @dg.asset(deps=[candidate], kinds={"ray"})
+    def evaluation() -> dg.MaterializeResult[Any]:
+        """The candidate's metrics on held-out requests, beside baseline and champion."""
+        record = pipeline.records.get("evaluation", pipeline.candidate_key) or pipeline.evaluate()
+        return dg.MaterializeResult(metadata=_metadata(record))
+
+    @dg.asset(deps=[evaluation], kinds={"mlflow"})
+    def champion() -> dg.MaterializeResult[Any]:
+        """The candidate in MLflow's registry; champion when it passed its gate."""
+        record = pipeline.records.get("champion", pipeline.candidate_key) or pipeline.promote()
+        return dg.MaterializeResult(metadata=_metadata(record))
+
+    @dg.asset(deps=[champion], kinds={"ray"})
+    def deployment() -> dg.MaterializeResult[Any]:
+        """A version whose answers over HTTP were verified."""
+        return dg.MaterializeResult(metadata=_metadata(pipeline.deploy()))
+
+    return [log_partition, validated, samples, feature_store, candidate, evaluation, champion, deployment]
+
+
+def _metadata(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as Dagster metadata; long parts stay in the record."""
+    plain = {key: value for key, value in record.items() if isinstance(value, (str, int, float, bool))}
+    nested = {
+        key: dg.MetadataValue.json(value)
+        for key, value in record.items()
+        if isinstance(value, (dict, list)) and len(str(value)) < 5_000
+    }
+    return {**plain, **nested}
+
+
+def open_instance(config: Config) -> dg.DagsterInstance:
+    """The Dagster instance in the local folder (SQLite), or the one that DAGSTER_HOME names."""
+    home = config.local_path("dagster")
+    home.mkdir(parents=True, exist_ok=True)
+    settings = home / "dagster.yaml"
+    if not settings.exists():
+        settings.write_text("telemetry:\n  enabled: false\n")
+    return dg.DagsterInstance.from_config(os.environ.get("DAGSTER_HOME") or str(home))
+
+
+def run_dag(pipeline: Pipeline, pending: Sequence[str]) -> None:
+    """Execute the pending stages as one Dagster run in this process.
+
+    Raises:
+        whatever the first failing stage raised.
+    """
+    partitioned = [name for name in pending if name in PARTITIONED]
+    names = [*(("log_partition",) if partitioned else ()), *pending]
+    tags = {}
+    if partitioned:
+        stale = [*pipeline.stale_validation(), *pipeline.stale_samples(), *pipeline.stale_store()]
+        tags = {RANGE_START: min(stale), RANGE_END: pipeline.partitions[-1]}
+    with open_instance(pipeline.config) as instance:
+        dg.materialize(
+            build_assets(pipeline),
+            selection=dg.AssetSelection.assets(*names),
+            instance=instance,
+            tags=tags,
+            resources={},
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+        )

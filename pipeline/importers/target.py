@@ -1,0 +1,48 @@
+"""Where an import writes: a folder of Delta tables, marked with what was imported into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+
+from features.errors import CorankError
+
+MARKER = "corank.import"
+"""Key of the commit metadata that says what a commit imported."""
+
+
+def table_path(target: str | Path, table: str) -> str:
+    """Address of a table below the target; absolute where it is local, so that Ray workers find it too."""
+    root = str(target)
+    return f"{root.rstrip('/')}/{table}" if "://" in root else str(Path(root).expanduser().resolve() / table)
+
+
+def imported(path: str) -> str | None:
+    """The marker that the newest import left in the log of a table; None where there is no table.
+
+    Raises:
+        CorankError: there is a table, but no import wrote it.
+    """
+    if not DeltaTable.is_deltatable(path):
+        return None
+    for commit in DeltaTable(path).history():
+        if MARKER in commit:
+            return str(commit[MARKER])
+    raise CorankError(
+        f"{path} is a Delta table that no import wrote, and an import never overwrites such a table. "
+        "Choose another target folder."
+    )
+
+
+def write_table(path: str, rows: pl.DataFrame, marker: str, append: bool = False) -> None:
+    """Write the rows in one commit that carries the marker; partitioned by (dt, bucket) if it has them."""
+    write_deltalake(
+        path,
+        rows.to_arrow(),
+        mode="append" if append else "overwrite",
+        schema_mode=None if append else "overwrite",
+        partition_by=[column for column in ("dt", "bucket") if column in rows.columns] or None,
+        commit_properties=CommitProperties(custom_metadata={MARKER: marker}),
+    )

@@ -1,0 +1,67 @@
+"""One live line per stage: what it is doing, how far it is, how long it took."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between lines of a stage when the output is no terminal."""
+
+
+@dataclass
+class Stage:
+    """A running stage; ``say`` replaces its live text."""
+
+    name: str
+    console: Console
+    live: Live | None
+    started: float = field(default_factory=time.monotonic)
+    text: str = ""
+    said: float = 0.0
+
+    def say(self, text: str) -> None:
+        self.text = text
+        if self.live is not None:
+            self.live.update(self.render())
+        elif time.monotonic() - self.said >= PLAIN_INTERVAL:
+            self.said = time.monotonic()
+            self.console.print(f"… {self.name:<14} {text}", highlight=False, markup=False)
+
+    def render(self) -> Spinner:
+        return Spinner("dots", Text(f"{self.name:<14} {self.text}"))
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+
+class Progress:
+    """Prints stages as they run, and remembers one line for each for the summary."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stderr)
+        self.finished: list[tuple[str, str, float]] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Run a stage; its last text is what stays on screen."""
+        if not self.console.is_terminal:
+            stage = Stage(name, self.console, None)
+            yield stage
+        else:
+            with Live(console=self.console, transient=True, refresh_per_second=8) as live:
+                stage = Stage(name, self.console, live)
+                stage.say("")
+                yield stage
+        self.finished.append((name, stage.text, stage.seconds))
+        line = f"✓ {name:<14} {stage.text}  ({stage.seconds:.1f} s)"
+        self.console.print(line, highlight=False, markup=False)

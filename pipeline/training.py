@@ -1,0 +1,301 @@
+"""Training on Ray Train: a global step is a list of rows cut by a budget and dealt to the workers.
+
+Every worker streams the same seeded order (Ray Data, order kept) and takes its share of each step; losses
+are normalised by the global weight. So the number of workers changes speed and nothing else.
+A killed run continues from its last epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from features.batch import RequestBatch, collate
+from features.errors import CorankError
+from features.reader import SampleSource
+from features.schema import Schema
+from models.losses import task_losses
+from models.metrics import auc, task_metrics
+from models.mixformer import MixFormer
+from models.registry import build_model
+from pipeline.config import ModelConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """Everything a worker needs; picklable.
+
+    Attributes:
+        name: names the run and its checkpoints; the same job always has the same name.
+        statistics: mean and deviation of every number's embedding.
+        warm_start: weights to begin with, or None.
+    """
+
+    name: str
+    schema: Schema
+    model: ModelConfig
+    training: TrainingConfig
+    train: SampleSource
+    validation: SampleSource
+    statistics: Mapping[str, tuple[float, float]]
+    gate_task: str
+    warm_start: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The best epoch's model and the metrics of every epoch."""
+
+    model: MixFormer
+    history: list[dict[str, float]]
+
+
+def number_statistics(source: SampleSource) -> dict[str, tuple[float, float]]:
+    """Mean and deviation of every number over the training rows, by embedding; one pass on Ray Data."""
+    fields = {field.embedding for field in source.schema.all_fields() if field.kind == "number"}
+    if not fields or not source.files():
+        return dict.fromkeys(fields, (0.0, 1.0))
+    sums = source.dataset().map_batches(_NumberSums(source.schema), batch_size=None, batch_format="pyarrow")
+    total: dict[str, np.ndarray] = {name: np.zeros(3) for name in fields}
+    for row in sums.iter_rows():
+        total[row["field"]] += (row["count"], row["sum"], row["squares"])
+    statistics = {}
+    for name, (count, first, squares) in total.items():
+        mean = first / max(count, 1)
+        deviation = math.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
+        statistics[name] = (float(mean), deviation or 1.0)
+    return statistics
+
+
+class _NumberSums:
+    def __init__(self, schema: Schema) -> None:
+        self.schema = schema
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        columns: dict[str, list[Any]] = {"field": [], "count": [], "sum": [], "squares": []}
+        if rows.num_rows:
+            batch = collate(rows, self.schema)
+            sources = [(feature, batch.users.fields) for feature in self.schema.side("user", "context")]
+            sources += [(feature, batch.items.fields) for feature in self.schema.side("item")]
+            values = [(field.embedding, fields[field.name]) for field, fields in sources if field.kind == "number"]
+            values += [
+                (field.embedding, batch.timelines[sequence.name].fields[field.name])
+                for sequence in self.schema.sequences
+                for field in sequence.fields
+                if field.kind == "number"
+            ]
+            for name, value in values:
+                assert isinstance(value, Tensor)
+                known = value[~value.isnan()].double()
+                for key, entry in zip(
+                    columns, (name, len(known), float(known.sum()), float((known * known).sum())), strict=True
+                ):
+                    columns[key].append(entry)
+        types = pa.schema([("field", pa.string()), ("count", pa.int64()), ("sum", pa.float64()), ("squares", pa.float64())])
+        return pa.table(columns, schema=types)
+
+
+def initial_model(job: TrainingJob) -> MixFormer:
+    """The model before the first step: seeded, with the number statistics, or the warm start's weights."""
+    torch.manual_seed(job.training.seed)
+    overrides = job.model.model_dump(exclude={"name", "preset"}, exclude_none=True)
+    try:
+        model = build_model(job.schema, job.model.name, job.model.preset, overrides, job.training.id_dropout)
+    except ValueError as error:
+        raise CorankError(f"model: {error}") from None
+    for name, (mean, deviation) in job.statistics.items():
+        model.inputs.numbers[name].mean.fill_(mean)  # type: ignore[operator,union-attr]
+        model.inputs.numbers[name].deviation.fill_(deviation)  # type: ignore[operator,union-attr]
+    if job.warm_start is not None:
+        model.load_state_dict(dict(job.warm_start))
+    return model
+
+
+def train(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]], None]) -> TrainingResult:
+    """Train on Ray Train and return the best epoch's model.
+
+    Args:
+        storage: folder or s3:// prefix of the checkpoints.
+        progress: called with every report of the first worker.
+    """
+    import ray.train
+    import ray.train.torch
+    from ray.util.queue import Queue
+
+    options = job.training
+    reports = Queue(actor_options={"num_cpus": 0})
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "reports": reports},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=options.num_workers,
+            use_gpu=options.use_gpu,
+            resources_per_worker={"CPU": options.cpus_per_worker} | ({"GPU": 1} if options.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=storage,
+            failure_config=ray.train.FailureConfig(max_failures=2),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    finished = threading.Event()
+
+    def listen() -> None:
+        while not finished.is_set():
+            try:
+                progress(reports.get(timeout=0.5))
+            except Empty:
+                continue
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        result = trainer.fit()
+    finally:
+        finished.set()
+        listener.join(timeout=5)
+        reports.shutdown(force=True)
+    if result.checkpoint is None:
+        raise CorankError(f"training {job.name} ended without a checkpoint in {storage}; run again to continue it")
+    with result.checkpoint.as_directory() as directory:
+        state = torch.load(Path(directory) / "state.pt", weights_only=True)
+    model = initial_model(job)
+    model.load_state_dict(state["best"])
+    return TrainingResult(model.eval(), state["history"])
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Train on this worker's share of every global step; report and checkpoint every epoch."""
+    import ray.train
+    import ray.train.torch
+
+    job: TrainingJob = config["job"]
+    options = job.training
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    own = initial_model(job).to(device)
+    model: nn.Module = ray.train.torch.prepare_model(own) if world > 1 else own
+    dense, embeddings = split_parameters(own)
+    optimizers = [
+        torch.optim.AdamW(dense, lr=options.learning_rate, weight_decay=options.weight_decay),
+        torch.optim.Adagrad(embeddings, lr=options.embedding_learning_rate, eps=1e-8),
+    ]
+    weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
+    state: dict[str, Any] = {"epoch": 0, "step": 0, "best": None, "best_auc": -math.inf, "history": []}
+    resumed = ray.train.get_checkpoint()
+    if resumed is not None:
+        with resumed.as_directory() as directory:
+            state = torch.load(Path(directory) / "state.pt", weights_only=True)
+        own.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    for epoch in range(state["epoch"], options.epochs):
+        torch.manual_seed(options.seed * 1_000_003 + epoch * world + rank)
+        own.train()
+        seen, loss_sum, steps = 0, 0.0, 0
+        seed = options.seed * 1_000_003 + epoch
+        for rows in job.train.batches(options.batch_candidates, options.batch_events, seed):
+            loss, count = _step(job, model, rows, rank, world, device, weights)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(dense, options.clip_norm)
+            state["step"] += 1
+            warm = min(1.0, state["step"] / max(options.warmup_steps, 1))
+            for optimizer, rate in zip(
+                optimizers, (options.learning_rate, options.embedding_learning_rate), strict=True
+            ):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * warm
+                optimizer.step()
+            seen, loss_sum, steps = seen + count, loss_sum + float(loss.detach()), steps + 1
+            if rank == 0 and steps % 10 == 0:
+                config["reports"].put({"epoch": epoch + 1, "candidates": seen})
+        metrics = _validate(job, own, device) if rank == 0 else {}
+        metrics = {"epoch": epoch + 1, "loss": loss_sum / max(steps, 1), "candidates": seen, **metrics}
+        state["history"].append(metrics)
+        score = metrics.get(f"{job.gate_task}_auc", 0.0)
+        if state["best"] is None or score > state["best_auc"]:
+            state["best_auc"] = score
+            state["best"] = {name: value.detach().cpu().clone() for name, value in own.state_dict().items()}
+        state["epoch"] = epoch + 1
+        state["model"] = own.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        if rank == 0:
+            config["reports"].put(metrics)
+        with tempfile.TemporaryDirectory() as directory:
+            checkpoint = None
+            if rank == 0:
+                torch.save(state, Path(directory) / "state.pt")
+                checkpoint = ray.train.Checkpoint.from_directory(directory)
+            ray.train.report(metrics, checkpoint=checkpoint)
+
+
+def _step(
+    job: TrainingJob, model: nn.Module, rows: pa.Table, rank: int, world: int, device: torch.device, weights: Tensor
+) -> tuple[Tensor, int]:
+    """This worker's part of the global loss (sum over its share ÷ global weight), and its candidates."""
+    share = rows.take(pa.array(range(rank, rows.num_rows, world), pa.int64())) if world > 1 else rows
+    empty = share.num_rows == 0
+    batch = collate(rows.slice(0, 1) if empty else share, job.schema).to(device)
+    loss, weight = task_losses(model(batch), batch.labels, batch.label_mask, batch.weight)
+    if empty:  # takes part in the all-reduce with zero loss and weight
+        loss, weight = loss * 0, weight * 0
+    if world > 1:
+        torch.distributed.all_reduce(weight)
+        loss = loss * world  # data-parallel gradients are averaged over the workers
+    return (weights * loss / weight.clamp(min=1e-9)).sum(), 0 if empty else batch.candidates
+
+
+def split_parameters(model: MixFormer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Dense parameters, and embedding tables (updated on touched rows only)."""
+    tables = {id(parameter) for parameter in model.inputs.tables.parameters()}
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in tables]
+    return dense, list(model.inputs.tables.parameters())
+
+
+@torch.inference_mode()
+def probabilities(model: MixFormer, batch: RequestBatch) -> np.ndarray:
+    """Predicted probabilities, [C, K]."""
+    return model(batch).float().sigmoid().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def _validate(job: TrainingJob, model: MixFormer, device: torch.device) -> dict[str, float]:
+    model.eval()
+    labels, masks, scores, users, requests = [], [], [], [], []
+    for rows in job.validation.batches(4 * job.training.batch_candidates, 4 * job.training.batch_events):
+        batch = collate(rows, job.schema)
+        scores.append(probabilities(model, batch.to(device)))
+        labels.append(batch.labels.numpy())
+        masks.append(batch.label_mask.numpy())
+        counts = batch.items.request.numpy()
+        users.append(batch.user_id[counts])
+        requests.append(batch.request_id[counts])
+    if not scores:
+        return {}
+    label, mask, score = np.concatenate(labels), np.concatenate(masks), np.concatenate(scores)
+    metrics = {}
+    for index, task in enumerate(job.schema.tasks):
+        known = mask[:, index]
+        metrics[f"{task.name}_auc"] = auc(label[known, index], score[known, index])
+        whole = task_metrics(
+            label[known, index],
+            score[known, index],
+            np.concatenate(users)[known],
+            np.concatenate(requests)[known],
+        )
+        metrics[f"{task.name}_uauc"] = whole.uauc
+    return metrics

@@ -28,9 +28,11 @@ def hash_ids(column: pl.Expr) -> pl.Expr:
     """:func:`hash_id` of a whole column; nulls become 0. Every distinct id is hashed once."""
 
     def of_series(values: pl.Series) -> pl.Series:
-        distinct = values.cast(pl.String).unique()
-        codes = _hash_column(distinct)
-        return values.cast(pl.String).replace_strict(distinct, codes, return_dtype=pl.Int64).fill_null(0)
+        text = values.cast(pl.String)
+        distinct = text.unique()
+        # the cast is for a column without any value, which replace_strict leaves as text
+        codes = text.replace_strict(distinct, _hash_column(distinct), return_dtype=pl.Int64).cast(pl.Int64)
+        return codes.fill_null(0)
 
     return column.map_batches(of_series, return_dtype=pl.Int64)
 
@@ -48,7 +50,7 @@ def bucket_column(user_id: pl.Expr, buckets: int) -> pl.Expr:
 def encode(field: FieldSpec, column: pl.Expr) -> pl.Expr:
     """Codes (Int64) of an id or category column, Float32 (null stays null) of a number column.
 
-    A list column (multi-valued feature) gives a list of codes; its nulls give an empty list.
+    A list column (multi-valued feature) gives a list of codes: nulls inside it are left out, a null list is empty.
     """
     if field.kind == "number":
         return column.cast(pl.Float32)
@@ -63,7 +65,7 @@ def encode(field: FieldSpec, column: pl.Expr) -> pl.Expr:
     if getattr(field, "multi", False):
 
         def of_lists(values: pl.Series) -> pl.Series:
-            filled = values.fill_null(pl.Series([[]], dtype=values.dtype))
+            filled = values.fill_null(pl.Series([[]], dtype=values.dtype)).list.drop_nulls()
             flat = pl.DataFrame({"value": filled.list.explode(empty_as_null=False, keep_nulls=False)})
             lengths = filled.list.len().cast(pl.Int64).to_numpy()
             encoded = flat.select(codes(pl.col("value"))).to_series().to_arrow()

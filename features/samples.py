@@ -302,8 +302,8 @@ def _count_before(events: pl.DataFrame, moments: pl.DataFrame) -> pl.Series:
 
 def _newest(events: pl.DataFrame, length: int, visible_until: int) -> pl.DataFrame:
     """The last L events before a moment and all after it: what any later request can see."""
-    kept = pl.col("position") >= (pl.col("ts") < visible_until).sum().over("user_id") - length
-    return events.filter(kept).drop("position")
+    visible = (pl.col("ts") < visible_until).cast(pl.Int64).sum().over("user_id")
+    return events.filter(pl.col("position") >= visible - length).drop("position")
 
 
 def _samples(

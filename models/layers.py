@@ -110,7 +110,7 @@ def plan_attention(
 ) -> list[AttentionGroup]:
     """How packed queries attend to the packed events of their own timelines.
 
-    Timelines without queries or visible events are left out; the others are grouped by the powers of two
+    Timelines without queries or visible events are left out; the others are grouped by the powers of four
     of their sizes, so that little is padded.
 
     Args:
@@ -126,7 +126,7 @@ def plan_attention(
     windows = [_visible_span(query_timeline, sequence, timelines) for sequence in sequences]
     spans = torch.stack([span for _, span in windows])
     active = torch.nonzero((counts > 0) & (spans.sum(0) > 0)).flatten()
-    size = torch.stack([counts[active], spans.sum(0)[active]]).double().log2().ceil().long()
+    size = (torch.stack([counts[active], spans.sum(0)[active]]).double().log2() / 2).ceil().long()
     groups = []
     for key in torch.unique(size, dim=1).T:
         members = active[(size == key[:, None]).all(0)]

@@ -5,7 +5,7 @@ stage in :mod:`pipeline.stages`, which skips what is up to date. ``CORANK_CONFIG
 pipeline.definitions`` shows the same assets in Dagster's web UI.
 """
 
-from __future__ import annotations
+# no postponed annotations here: Dagster reads them
 
 import os
 from collections.abc import Iterator, Sequence

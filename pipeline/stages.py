@@ -140,10 +140,9 @@ class Pipeline:
             "candidate": not self.has_candidate(key),
             "evaluation": self.records.get("evaluation", key) is None,
             "champion": self.records.get("champion", key) is None,
-            "deployment": not self.is_deployed(),
         }
         stages = [stage for stage, stale in checks.items() if stale]
-        return stages if "champion" not in stages or checks["deployment"] else [*stages, "deployment"]
+        return stages if "champion" not in stages and self.is_deployed() else [*stages, "deployment"]
 
     def has_candidate(self, key: str) -> bool:
         record = self.records.get("candidate", key)

@@ -1,0 +1,285 @@
+"""Feast over Delta: a data source that names a Delta table and an offline store that reads it.
+
+Feast's own offline stores read the Parquet files below a Delta table, deleted rows included. Here every
+read goes through :class:`features.lake.Table`, which follows the Delta log and the canonical names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, cast
+
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+from feast import FeatureView, RepoConfig, ValueType
+from feast.data_source import DataSource
+from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
+from feast.infra.registry.base_registry import BaseRegistry
+from feast.on_demand_feature_view import OnDemandFeatureView
+from feast.protos.feast.core.DataSource_pb2 import DataSource as DataSourceProto
+from feast.repo_config import FeastConfigBaseModel
+from feast.type_map import pa_to_feast_value_type
+from pydantic import Field
+
+from features.errors import CorankError
+from features.lake import STAMP, Table
+
+EVENT_TIMESTAMP = "event_timestamp"
+"""The column Feast joins on, made of a table's int64 ``ts`` or ``updated_at``, which stays as it is."""
+
+JOIN_KEYS = ("user_id", "item_id")
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def moment(microseconds: int) -> datetime:
+    """Microseconds UTC as a datetime, without the rounding of ``datetime.fromtimestamp``."""
+    return EPOCH + timedelta(microseconds=microseconds)
+
+
+class DeltaSource(DataSource):
+    """A Delta table as a Feast data source, kept in the registry as a custom source.
+
+    Credentials are not kept in the registry: the offline store's configuration has them (``storage_options``).
+    """
+
+    def __init__(self, *, name: str, uri: str, clock: str, columns: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            uri: local path or ``s3://`` address.
+            clock: canonical name of the int64 column (microseconds UTC) that says when a row became true.
+            columns: canonical name → the table's own column name.
+        """
+        super().__init__(name=name, timestamp_field=EVENT_TIMESTAMP)
+        self.uri = uri
+        self.clock = clock
+        self.columns = dict(columns or {})
+
+    def table(self, config: RepoConfig) -> Table:
+        """The table behind this source, with the credentials of the offline store's configuration."""
+        options = getattr(config.offline_store, "storage_options", {})
+        return Table(self.name, self.uri, self.columns, options.get(self.uri, {}))
+
+    def scan(self, config: RepoConfig) -> pl.LazyFrame:
+        """The table's rows with join keys as text and the column ``event_timestamp``.
+
+        Raises:
+            CorankError: there is no such table, or it lacks the column that dates its rows.
+        """
+        frame = self.table(config).scan()
+        present = frame.collect_schema().names()
+        if self.clock not in present:
+            raise CorankError(
+                f"table {self.name} at {self.uri} has no column {self.clock!r} (microseconds UTC); "
+                f"it has {present}. Map it under `tables.{self.name}.columns`."
+            )
+        return frame.with_columns(
+            *[pl.col(key).cast(pl.String) for key in JOIN_KEYS if key in present],
+            pl.col(self.clock).cast(pl.Int64).cast(STAMP).alias(EVENT_TIMESTAMP),
+        )
+
+    def source_type(self) -> DataSourceProto.SourceType.ValueType:
+        return DataSourceProto.CUSTOM_SOURCE
+
+    @staticmethod
+    def from_proto(data_source: DataSourceProto) -> DeltaSource:
+        return DeltaSource(name=data_source.name, **json.loads(data_source.custom_options.configuration))
+
+    def _to_proto_impl(self) -> DataSourceProto:
+        configuration = json.dumps({"uri": self.uri, "clock": self.clock, "columns": self.columns})
+        return DataSourceProto(
+            name=self.name,
+            type=DataSourceProto.CUSTOM_SOURCE,
+            data_source_class_type=f"{DeltaSource.__module__}.{DeltaSource.__qualname__}",
+            timestamp_field=self.timestamp_field,
+            custom_options=DataSourceProto.CustomSourceOptions(configuration=configuration.encode()),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeltaSource) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[str, str, str, str]:
+        return self.name, self.uri, self.clock, json.dumps(self.columns, sort_keys=True)
+
+    def validate(self, config: RepoConfig) -> None:
+        self.scan(config)
+
+    @staticmethod
+    def source_datatype_to_feast_value_type() -> Callable[[str], ValueType]:
+        return pa_to_feast_value_type
+
+    def get_table_column_names_and_types(self, config: RepoConfig) -> Iterable[tuple[str, str]]:
+        return [(column.name, str(column.type)) for column in self.table(config).schema()]
+
+
+class DeltaOfflineStoreConfig(FeastConfigBaseModel):
+    """Configuration of :class:`DeltaOfflineStore`; Feast finds it by its name."""
+
+    type: Literal["features.store.delta.DeltaOfflineStore"] = "features.store.delta.DeltaOfflineStore"
+    storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Table address → what deltalake needs to read it."""
+
+
+class DeltaRetrievalJob(RetrievalJob):
+    """A query that runs when its result is asked for."""
+
+    def __init__(
+        self, frame: pl.LazyFrame, full_feature_names: bool = False, metadata: RetrievalMetadata | None = None
+    ) -> None:
+        self.frame = frame
+        self._full_feature_names = full_feature_names
+        self._metadata = metadata
+
+    @property
+    def full_feature_names(self) -> bool:
+        return self._full_feature_names
+
+    @property
+    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
+        return []
+
+    @property
+    def metadata(self) -> RetrievalMetadata | None:
+        return self._metadata
+
+    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
+        # One chunk: Feast writes only the first batch of a table to the online store.
+        return self.frame.collect().to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
+
+    def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
+        return cast(pd.DataFrame, self._to_arrow_internal(timeout).to_pandas())
+
+
+class DeltaOfflineStore(OfflineStore):
+    """Feast's offline store over Delta tables, by Polars."""
+
+    @staticmethod
+    def pull_latest_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None,
+        start_date: datetime,
+        end_date: datetime,
+    ) -> DeltaRetrievalJob:
+        """The newest row of every entity with start ≤ event timestamp ≤ end.
+
+        Both bounds belong to the window, so consecutive windows share their border and lose nothing.
+        Of rows with one time the last in the table's order counts.
+        """
+        rows = DeltaOfflineStore.pull_all_from_table_or_query(
+            config,
+            data_source,
+            join_key_columns,
+            feature_name_columns,
+            timestamp_field,
+            start_date=start_date,
+            end_date=end_date,
+        ).frame
+        newest_last = rows.sort(timestamp_field, maintain_order=True)
+        return DeltaRetrievalJob(newest_last.unique(join_key_columns, keep="last", maintain_order=True))
+
+    @staticmethod
+    def pull_all_from_table_or_query(
+        config: RepoConfig,
+        data_source: DataSource,
+        join_key_columns: list[str],
+        feature_name_columns: list[str],
+        timestamp_field: str,
+        created_timestamp_column: str | None = None,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
+    ) -> DeltaRetrievalJob:
+        """Every row with start ≤ event timestamp ≤ end; rows without a key or a time are left out."""
+        source = _delta(data_source)
+        frame = source.scan(config)
+        clock = pl.col(source.clock)  # the stored column, so that files outside the window are skipped
+        if start_date is not None:
+            frame = frame.filter(clock >= _microseconds(start_date))
+        if end_date is not None:
+            frame = frame.filter(clock <= _microseconds(end_date))
+        return DeltaRetrievalJob(
+            frame.select([*join_key_columns, *feature_name_columns, timestamp_field]).drop_nulls(
+                [*join_key_columns, timestamp_field]
+            )
+        )
+
+    @staticmethod
+    def get_historical_features(
+        config: RepoConfig,
+        feature_views: list[FeatureView],
+        feature_refs: list[str],
+        entity_df: pd.DataFrame | str | None,
+        registry: BaseRegistry,
+        project: str,
+        full_feature_names: bool = False,
+        **kwargs: Any,
+    ) -> DeltaRetrievalJob:
+        """As-of join: every entity row exactly once, in its order, with the newest values known by its time.
+
+        Raises:
+            CorankError: ``entity_df`` is no data frame or has no ``event_timestamp``.
+        """
+        if not isinstance(entity_df, pd.DataFrame) or EVENT_TIMESTAMP not in entity_df.columns:
+            raise CorankError(f"entity_df: pass a pandas data frame with the join keys and {EVENT_TIMESTAMP!r}")
+        time, order = "__time", "__order"
+        stamps = pd.to_datetime(entity_df[EVENT_TIMESTAMP], utc=True).dt.as_unit("us").astype("int64")
+        entities = pl.from_pandas(entity_df.reset_index(drop=True))
+        joined = (
+            entities.with_columns(pl.Series(time, stamps.to_numpy()))
+            .with_columns(pl.col(key).cast(pl.String) for key in JOIN_KEYS if key in entities.columns)
+            .with_row_index(order)
+            .lazy()
+            .sort(time)
+        )
+        for view in feature_views:
+            name = view.projection.name_alias or view.projection.name
+            wanted = [ref.split(":", 1)[1] for ref in feature_refs if ref.split(":", 1)[0] == name]
+            source = delta_source(view)
+            mapped = view.projection.join_key_map
+            keys = {column.name: mapped.get(column.name, column.name) for column in view.entity_columns}
+            values = {feature: f"{name}__{feature}" if full_feature_names else feature for feature in wanted}
+            rows = source.scan(config).select(
+                *[pl.col(key).alias(own) for key, own in keys.items()],
+                *[pl.col(feature).alias(shown) for feature, shown in values.items()],
+                pl.col(source.clock).cast(pl.Int64).alias(time),
+            )
+            joined = joined.join_asof(
+                rows.drop_nulls(time).sort(time, maintain_order=True),
+                on=time,
+                by=list(keys.values()),
+                strategy="backward",
+                tolerance=view.ttl // timedelta(microseconds=1) if view.ttl else None,
+                check_sortedness=False,  # both sides have just been sorted
+            )
+        metadata = RetrievalMetadata(
+            features=feature_refs, keys=[column for column in entity_df.columns if column != EVENT_TIMESTAMP]
+        )
+        return DeltaRetrievalJob(joined.sort(order).drop(order, time), full_feature_names, metadata)
+
+
+def delta_source(view: FeatureView) -> DeltaSource:
+    """The Delta table behind a view.
+
+    Raises:
+        CorankError: the view reads something else.
+    """
+    return _delta(view.batch_source)
+
+
+def _delta(source: DataSource | None) -> DeltaSource:
+    if not isinstance(source, DeltaSource):
+        raise CorankError(f"the Delta offline store reads DeltaSource only, not {type(source).__name__}")
+    return source
+
+
+def _microseconds(time: datetime) -> int:
+    aware = time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+    return (aware - EPOCH) // timedelta(microseconds=1)

@@ -1,0 +1,87 @@
+"""A thin client of the ranking endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+import httpx
+
+from features.errors import CorankError
+
+
+class RankingClient:
+    """Calls a ranking endpoint.
+
+    Every method raises :class:`CorankError` with what went wrong and what to do: nothing listens, no answer
+    in time, or the endpoint's own message (with the wrong field named).
+    """
+
+    def __init__(self, url: str, timeout: float = 30.0) -> None:
+        """
+        Args:
+            url: e.g. ``http://127.0.0.1:8000``.
+            timeout: seconds.
+        """
+        self.url = url.rstrip("/")
+        self._timeout = timeout
+        self._http = httpx.Client(base_url=self.url, timeout=timeout)
+
+    def rank(
+        self,
+        user_id: str | int,
+        candidates: Sequence[str | int],
+        context: Mapping[str, Any] | None = None,
+        ts: int | None = None,
+    ) -> dict[str, Any]:
+        """Scores and ranking of the candidates.
+
+        Args:
+            context: context features by the column they come from.
+            ts: time of the request in microseconds UTC; default: now.
+        """
+        body: dict[str, Any] = {"user_id": user_id, "candidates": list(candidates), "context": dict(context or {})}
+        if ts is not None:
+            body["ts"] = ts
+        return self._call("POST", "/v1/rank", body)
+
+    def healthz(self) -> dict[str, Any]:
+        """``{"status": "ok"}`` when the model answers."""
+        return self._call("GET", "/healthz")
+
+    def model(self) -> dict[str, Any]:
+        """Version, tasks, schema summary and metadata of the deployed model."""
+        return self._call("GET", "/v1/model")
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> RankingClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.ConnectError:
+            raise CorankError(f"no endpoint at {self.url}; start it with `corank serve`") from None
+        except httpx.TimeoutException:
+            raise CorankError(f"{self.url}{path}: no answer within {self._timeout:g} s") from None
+        except httpx.HTTPError as error:
+            raise CorankError(f"{self.url}{path}: {error}") from None
+        if response.is_success:
+            return cast(dict[str, Any], response.json())
+        raise CorankError(f"{self.url}{path}: {response.status_code}: {_message(response)}")
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        return response.text.strip()[:300] or response.reason_phrase
+    return f"{error['field']}: {error['message']}" if error.get("field") else str(error["message"])

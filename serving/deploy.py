@@ -1,0 +1,79 @@
+"""Starting and stopping the application on the Ray cluster of this process."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import ray
+from ray import serve
+
+from features.errors import CorankError
+from serving.client import RankingClient
+from serving.ranking import APPLICATION, ServingSettings, build_application
+
+
+def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, timeout: float = 120.0) -> str:
+    """Deploy the application, or replace the one that runs, and wait until its model answers.
+
+    Ray is used as it is initialised; without that, Serve starts a local one.
+
+    Args:
+        timeout: seconds to wait for the first answer.
+
+    Returns:
+        the address of the endpoint, e.g. ``http://127.0.0.1:8000``.
+
+    Raises:
+        CorankError: the port is in use, the application does not start, or does not answer in time.
+    """
+    running = bool(ray.is_initialized() and serve.status().proxies)
+    if not running:
+        _require_free(host, port)
+    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}"
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        serve.run(build_application(settings), name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise CorankError(f"serving: the application did not start: {_reason(error)}") from error
+    _wait(url, timeout)
+    return url
+
+
+def stop() -> None:
+    """Stop the application and Serve; Ray itself keeps running."""
+    if ray.is_initialized():
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise CorankError(
+                f"serving: cannot listen on {host}:{port}: {error.strerror}. "
+                "Set `serving.port` to a free port, or stop what uses it."
+            ) from None
+
+
+def _wait(url: str, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    with RankingClient(url, timeout=10.0) as client:
+        while True:
+            try:
+                client.healthz()
+                return
+            except CorankError as error:
+                if time.monotonic() > deadline:
+                    raise CorankError(f"serving: no answer within {timeout:g} s. Last: {error}") from None
+            time.sleep(0.2)
+
+
+def _reason(error: Exception) -> str:
+    """The last line of each replica's traceback, from the status of the application; the log has all of it."""
+    application = serve.status().applications.get(APPLICATION)
+    messages = [one.message.strip() for one in application.deployments.values()] if application else []
+    return "; ".join(message.splitlines()[-1] for message in messages if message) or str(error)

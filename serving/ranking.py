@@ -1,0 +1,361 @@
+"""The Ray Serve application: ``RankingService`` reads features and answers HTTP, ``Ranker`` runs the model.
+
+One request travels as one row of the sample table. Requests that wait together are merged into one
+``RequestBatch``; the user side of a request is computed once, however many candidates it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import torch
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+
+from features.batch import collate, concatenate, cut
+from features.errors import CorankError
+from features.schema import Schema
+from features.store.online import FeatureStoreSettings, OnlineReader
+from models.artifact import load_artifact
+from serving.rows import InvalidRequestError, RequestRow, build_row
+
+APPLICATION = "corank"
+LOG = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """What the application needs to know. Plain values: it travels to the replicas.
+
+    Attributes:
+        artifact: directory of the published model.
+        log_delay: microseconds; a request sees events older than this.
+        max_candidates: most candidates of one request, and of one merged batch.
+        max_batch_requests, batch_wait_ms: how concurrent requests are merged.
+        max_ongoing_requests, max_queued_requests: requests of one service replica that are worked on, and that
+            may wait besides; any further one is answered 503 at once.
+        ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
+        ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
+    """
+
+    artifact: str
+    store: FeatureStoreSettings
+    log_delay: int = 0
+    max_candidates: int = 5_000
+    max_batch_requests: int = 8
+    batch_wait_ms: float = 0.0
+    ranker_replicas: int = 1
+    service_replicas: int = 1
+    max_ongoing_requests: int = 64
+    max_queued_requests: int = 128
+    ranker_cpus: float = 0.5
+    service_cpus: float = 0.1
+    ranker_threads: int | None = None
+
+    @property
+    def admitted(self) -> int:
+        """Requests that one service replica holds at a time."""
+        return self.max_ongoing_requests + self.max_queued_requests
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a ranker serves."""
+
+    version: str
+    schema: Schema
+    metadata: dict[str, Any]
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task.name for task in self.schema.tasks]
+
+
+# --- the HTTP interface -------------------------------------------------------------------------------
+
+
+def _identifier(value: Any) -> str | int:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError("must be a text or an integer")
+    return value
+
+
+Identifier = Annotated[str | int, PlainValidator(_identifier, json_schema_input_type=str | int)]
+
+
+class RankRequest(BaseModel):
+    """Body of ``POST /v1/rank``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: Identifier
+    candidates: Annotated[list[Identifier], Field(min_length=1, description="item ids")]
+    context: Annotated[dict[str, Any], Field(description="context features by the column they come from")] = {}
+    ts: Annotated[
+        StrictInt | None, Field(ge=0, lt=2**62, description="time of the request, microseconds UTC; default: now")
+    ] = None
+
+
+class OverloadedError(CorankError):
+    """More requests than the limits allow."""
+
+
+class Service(Protocol):
+    """What the HTTP interface calls."""
+
+    async def rank(self, request: RankRequest) -> dict[str, Any]: ...
+
+    async def describe(self) -> ModelDescription: ...
+
+
+def build_api(service: Service) -> FastAPI:
+    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``."""
+    api = FastAPI(title="corank")
+
+    @api.post("/v1/rank")
+    async def rank(request: RankRequest) -> JSONResponse:
+        return JSONResponse(await service.rank(request))
+
+    @api.get("/healthz")
+    async def healthz() -> JSONResponse:
+        try:
+            await service.describe()
+        except Exception as error:
+            LOG.exception("the model does not answer")
+            return _error(503, "not_ready", None, f"the model does not answer: {_first_line(error)}")
+        return JSONResponse({"status": "ok"})
+
+    @api.get("/v1/model")
+    async def model() -> JSONResponse:
+        return JSONResponse(_summary(await service.describe()))
+
+    @api.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        # ("body", "candidates", 3) → candidates.3; JSON that cannot be parsed has only a position
+        parts = [str(part) for part in first["loc"][1:]] if first["type"] != "json_invalid" else []
+        return _error(422, "invalid_request", ".".join(parts) or "body", first["msg"].removeprefix("Value error, "))
+
+    @api.exception_handler(InvalidRequestError)
+    async def invalid(_: Request, error: InvalidRequestError) -> JSONResponse:
+        return _error(422, "invalid_request", error.field, str(error))
+
+    @api.exception_handler(OverloadedError)
+    async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
+        return _error(503, "overloaded", None, str(error), {"Retry-After": "1"})
+
+    @api.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+        return _error(error.status_code, kind, None, str(error.detail))
+
+    @api.exception_handler(Exception)
+    async def internal(_: Request, error: Exception) -> JSONResponse:
+        LOG.error("request failed", exc_info=error)
+        return _error(500, "internal", None, _first_line(error))
+
+    return api
+
+
+def _error(
+    status: int, kind: str, field: str | None, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    content = {"error": {"type": kind, "field": field, "message": message}}
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _summary(model: ModelDescription) -> dict[str, Any]:
+    """``GET /v1/model``. Metrics that do not exist are NaN in Python and null in JSON."""
+    schema = model.schema
+    metadata = {name: model.metadata[name] for name in ("metrics", "lineage") if name in model.metadata}
+    return {
+        "model_version": model.version,
+        "tasks": model.tasks,
+        "schema": {
+            "features": {
+                side: [
+                    {"name": one.name, "column": one.source, "kind": one.kind, "multi": one.multi}
+                    for one in schema.features
+                    if one.side == side
+                ]
+                for side in ("user", "item", "context")
+            },
+            "sequences": [
+                {"name": one.name, "length": one.length, "fields": [field.name for field in one.fields]}
+                for one in schema.sequences
+            ],
+        },
+        "metadata": json.loads(json.dumps(metadata), parse_constant=lambda _: None),
+    }
+
+
+def answer(
+    request: RankRequest, ts: int, row: RequestRow, model: ModelDescription, scores: np.ndarray
+) -> dict[str, Any]:
+    """The body of an answer.
+
+    Args:
+        scores: probabilities [C, K] in the order of the candidates.
+    """
+    order = np.argsort(-scores[:, 0], kind="stable")
+    known = zip(request.candidates, row.item_known, strict=True)
+    return {
+        "model_version": model.version,
+        "request_ts": ts,
+        "tasks": model.tasks,
+        "scores": {task: scores[:, index].tolist() for index, task in enumerate(model.tasks)},
+        "ranking": [request.candidates[index] for index in order],
+        "cold_start": {"user": not row.user_known, "items": [item for item, is_known in known if not is_known]},
+    }
+
+
+# --- the deployments ----------------------------------------------------------------------------------
+
+
+class RankingService:
+    """Validates requests, reads their features from the online store and asks the ranker.
+
+    The store is read in one thread of its own, so that health and overload are answered meanwhile.
+    """
+
+    def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
+        self._settings = settings
+        self._ranker = ranker
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feature-store")
+        self._opening = asyncio.Lock()
+        self._model: ModelDescription | None = None
+        self._reader: OnlineReader | None = None
+        self._admitted = 0
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self)
+
+    async def describe(self) -> ModelDescription:
+        """What the ranker serves, asked anew each time; also proves that the store can be read.
+
+        Raises:
+            CorankError: the store lacks what the model reads.
+        """
+        await self._open()
+        description: ModelDescription = await self._ranker.describe.remote()
+        return description
+
+    async def rank(self, request: RankRequest) -> dict[str, Any]:
+        """Score and order the candidates of a request.
+
+        Raises:
+            InvalidRequestError: it does not fit the model or the limits.
+            OverloadedError: too many requests are being worked on.
+        """
+        limits = self._settings
+        if len(request.candidates) > limits.max_candidates:
+            raise InvalidRequestError(
+                "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
+            )
+        if self._admitted >= limits.admitted:
+            raise OverloadedError(f"{self._admitted} requests are being worked on, which is the limit; try again later")
+        self._admitted += 1
+        try:
+            model, reader = await self._open()
+            ts = request.ts if request.ts is not None else time.time_ns() // 1_000
+            row = await self._in_thread(
+                lambda: build_row(
+                    reader,
+                    limits.log_delay,
+                    str(request.user_id),
+                    [str(item) for item in request.candidates],
+                    request.context,
+                    ts,
+                )
+            )
+            scores: np.ndarray = await self._ranker.rank.remote(row.rows)
+            return answer(request, ts, row, model, scores)
+        finally:
+            self._admitted -= 1
+
+    async def _open(self) -> tuple[ModelDescription, OnlineReader]:
+        """The model and a reader of the features that this model reads (its schema, not the newest config's)."""
+        async with self._opening:
+            if self._model is None or self._reader is None:
+                model: ModelDescription = await self._ranker.describe.remote()
+                store = replace(self._settings.store, schema=model.schema)
+                self._reader = await self._in_thread(lambda: OnlineReader(store))
+                self._model = model
+            return self._model, self._reader
+
+    async def _in_thread(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+class Ranker:
+    """The model, on merged batches of requests."""
+
+    def __init__(self, settings: ServingSettings) -> None:
+        torch.set_num_threads(settings.ranker_threads or max(1, (os.cpu_count() or 1) // settings.ranker_replicas))
+        self._artifact = load_artifact(settings.artifact)
+        self._max_candidates = settings.max_candidates
+        self.rank.set_max_batch_size(settings.max_batch_requests)  # type: ignore[attr-defined]
+        self.rank.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
+
+    def describe(self) -> ModelDescription:
+        return ModelDescription(self._artifact.version, self._artifact.schema, self._artifact.metadata)
+
+    @serve.batch
+    async def rank(self, rows: list[pa.Table]) -> list[np.ndarray]:
+        """Probabilities [C, K] of every request; each is one row of the layout of ``serving_schema``."""
+        return await asyncio.to_thread(self.score, rows)
+
+    def score(self, rows: list[pa.Table]) -> list[np.ndarray]:
+        """Scores of these requests, merged into batches of at most ``max_candidates`` candidates."""
+        return score_rows(self._artifact.model, self._artifact.schema, rows, self._max_candidates)
+
+
+def score_rows(model: torch.nn.Module, schema: Schema, rows: list[pa.Table], max_candidates: int) -> list[np.ndarray]:
+    """Probabilities [C, K] per row; every row is one request."""
+    scores: list[np.ndarray] = []
+    with torch.inference_mode():
+        for part in cut(concatenate(rows), max_candidates, events=2**62):
+            batch = collate(part, schema)
+            state = model.encode_users(batch.users, model.encode_timelines(batch.timelines))  # type: ignore[operator]
+            logits = model.score(state, batch.items)  # type: ignore[operator]
+            bounds = batch.items.offsets[1:-1]
+            scores += [one.numpy() for one in torch.sigmoid(logits.float()).tensor_split(bounds)]
+    return scores
+
+
+def build_application(settings: ServingSettings) -> serve.Application:
+    """The application of these settings, for ``serve.run``."""
+    ranker = serve.deployment(
+        # The service limits the requests; the ranker must take all of them, or they could not be merged.
+        max_ongoing_requests=settings.admitted * settings.service_replicas,
+        num_replicas=settings.ranker_replicas,
+        ray_actor_options={"num_cpus": settings.ranker_cpus},
+        max_constructor_retry_count=2,
+    )(Ranker)
+    service = serve.deployment(
+        # Room above the limit, so that what exceeds it reaches the service and is answered 503 in JSON.
+        max_ongoing_requests=2 * settings.admitted + 100,
+        num_replicas=settings.service_replicas,
+        ray_actor_options={"num_cpus": settings.service_cpus},
+        max_constructor_retry_count=2,
+    )(serve.ingress()(RankingService))
+    return service.bind(settings, ranker.bind(settings))

@@ -1,0 +1,185 @@
+"""A request as one row of the sample table, so that serving and training read the same batch.
+
+Whatever is unknown by the time of the request reads as unknown, as in the sample builder.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from features.batch import end_column, label_column, sample_schema, timeline_column
+from features.errors import CorankError
+from features.schema import Feature, Schema
+from features.store.online import History, OnlineReader, encode_features
+
+MOST = float(np.finfo(np.float32).max)
+
+
+class InvalidRequestError(CorankError):
+    """The request does not fit the model; ``field`` names the part of it that is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class RequestRow:
+    """One request, ready to be scored.
+
+    Attributes:
+        rows: one row in the layout of :func:`features.batch.sample_schema`, without labels and partition.
+        item_known: [C].
+    """
+
+    rows: pa.Table
+    user_known: bool
+    item_known: list[bool]
+
+
+def build_row(
+    reader: OnlineReader, log_delay: int, user_id: str, item_ids: list[str], context: Mapping[str, Any], ts: int
+) -> RequestRow:
+    """Read the features of a request and lay them out.
+
+    Args:
+        log_delay: microseconds; the request sees events with ``event.ts < ts − log_delay``.
+        item_ids: the candidates [C].
+        context: source column → value.
+        ts: time of the request, microseconds UTC.
+
+    Raises:
+        InvalidRequestError: the context is not what the schema declares.
+    """
+    schema = reader.schema
+    context_codes = encode_context(schema, context)
+    user_known, user_codes = reader.encoded_user(user_id, ts)
+    items = reader.items(item_ids, ts)
+    timelines = {
+        name: visible(history, ts - log_delay, length)
+        for (name, history), length in zip(
+            reader.sequences(user_id).items(), [sequence.length for sequence in schema.sequences], strict=True
+        )
+    }
+    layout = serving_schema(schema)
+    request_type = layout.field("requests").type.value_type
+    candidate_type = request_type.field("candidates").type.value_type
+    candidates = _struct(candidate_type, {"item_id": item_ids, **items.to_dict(as_series=True)})
+    request = {
+        "request_id": [uuid.uuid4().hex],
+        "ts": [ts],
+        "user_known": [user_known],
+        **{end_column(sequence): [len(timelines[sequence.name].ts)] for sequence in schema.sequences},
+        **{name: [code] for name, code in {**user_codes, **context_codes}.items()},
+        "candidates": pa.ListArray.from_arrays(pa.array([0, len(item_ids)], pa.int32()), candidates),
+    }
+    columns: dict[str, Any] = {
+        "user_id": [user_id],
+        "requests": pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), _struct(request_type, request)),
+    }
+    for sequence in schema.sequences:
+        timeline = timelines[sequence.name]
+        columns[timeline_column(sequence, None)] = [timeline.ts]
+        for field in sequence.fields:
+            columns[timeline_column(sequence, field)] = [timeline.fields[field.name]]
+    rows = pa.table([_array(columns[field.name], field.type) for field in layout], schema=layout)
+    return RequestRow(rows, user_known, items["item_known"].to_list())
+
+
+def serving_schema(schema: Schema) -> pa.Schema:
+    """Layout of the sample table without what only training has: labels, weight and partition columns."""
+    full = sample_schema(schema)
+    request = full.field("requests").type.value_type
+    candidate = request.field("candidates").type.value_type
+    left_out = {"weight", *[label_column(task) for task in schema.tasks]}
+    candidate = pa.struct([field for field in candidate if field.name not in left_out])
+    request = pa.struct(
+        [pa.field("candidates", pa.list_(candidate)) if field.name == "candidates" else field for field in request]
+    )
+    return pa.schema(
+        [
+            pa.field("requests", pa.list_(request)) if field.name == "requests" else field
+            for field in full
+            if field.name not in ("dt", "bucket")
+        ]
+    )
+
+
+def visible(history: History, before: int, length: int) -> History:
+    """The last ``length`` events with ``event.ts < before`` (microseconds UTC), oldest first."""
+    end = int(np.searchsorted(history.ts, before, side="left"))
+    seen = slice(max(0, end - length), end)
+    return History(history.ts[seen], {name: values[seen] for name, values in history.fields.items()})
+
+
+def encode_context(schema: Schema, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Codes of the context features, by ``feature_column``.
+
+    Args:
+        context: source column → text, number, boolean, null or (multi-valued) a list of them.
+
+    Raises:
+        InvalidRequestError: a column is missing, unknown, or its value is of the wrong kind.
+    """
+    features = schema.side("context")
+    sources = {feature.source: feature for feature in features}
+    for key in context:
+        if key not in sources:
+            raise InvalidRequestError(f"context.{key}", f"the model reads no such context; it reads {list(sources)}")
+    columns = []
+    for source, feature in sources.items():
+        if source not in context:
+            raise InvalidRequestError(f"context.{source}", "is missing; send null if it is not known")
+        columns.append(pl.Series(source, [_raw(feature, context[source])], dtype=_type(feature)))
+    if not features:
+        return {}
+    return encode_features(features, pl.DataFrame(columns)).row(0, named=True)
+
+
+def _type(feature: Feature) -> Any:
+    if feature.kind == "number":
+        return pl.Float64
+    return pl.List(pl.String) if feature.multi else pl.String
+
+
+def _raw(feature: Feature, value: Any) -> Any:
+    field = f"context.{feature.source}"
+    if value is None:
+        return None
+    if feature.kind == "number":
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST <= value <= MOST:
+            raise InvalidRequestError(field, "must be a finite number or null")
+        return float(value)
+    if not feature.multi:
+        return _text(field, value)
+    if not isinstance(value, list):
+        raise InvalidRequestError(field, "must be a list or null")
+    return [_text(f"{field}.{index}", one) for index, one in enumerate(value)]
+
+
+def _text(field: str, value: Any) -> str:
+    """The text that an id or a category is coded by, the same as that of a table's column."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, (str, int, float)):
+        raise InvalidRequestError(field, "must be a text, a number or a boolean")
+    return str(value)
+
+
+def _struct(kind: pa.StructType, columns: Mapping[str, Any]) -> pa.StructArray:
+    return pa.StructArray.from_arrays([_array(columns[field.name], field.type) for field in kind], fields=list(kind))
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values
+    if isinstance(values, pl.Series):
+        return values.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(kind)
+    return pa.array(values, kind)

@@ -1,0 +1,187 @@
+"""Small generated logs, and the sample table of one as plain Python would build it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from features.batch import end_column, feature_column, label_column, timeline_column
+from features.encoding import bucket_of, hash_id
+from features.lake import Table
+from features.samples import BuildSettings
+from features.schema import SECOND, Feature, FieldSpec, Schema, Sequence, Task, partition_bounds, partition_of
+
+DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]
+DAY = 86_400 * SECOND
+COLORS = ("red", "blue")
+
+SCHEMA = Schema(
+    features=(
+        Feature(name="user_id", side="user", buckets=100),
+        Feature(name="age", side="user", kind="number"),
+        Feature(name="device", side="context", kind="category", vocabulary=("tv", "phone")),
+        Feature(name="item_id", side="item", buckets=100),
+        Feature(name="colors", side="item", kind="category", vocabulary=COLORS, multi=True),
+    ),
+    sequences=(
+        Sequence(
+            name="watched",
+            events="events",
+            where="action = 'watch'",
+            length=3,
+            fields=(
+                FieldSpec(name="item_id", buckets=100),
+                FieldSpec(name="seconds", kind="number"),
+            ),
+        ),
+        Sequence(
+            name="bought",
+            events="events",
+            where="action = 'buy'",
+            length=2,
+            fields=(FieldSpec(name="item_id", buckets=100),),
+        ),
+    ),
+    tasks=(Task(name="click"),),
+)
+
+
+def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2) -> dict[str, Table]:
+    """Three days of a log with ties in time, users and items without profile, and changing profiles."""
+    rng = random.Random(seed)
+    opening = partition_bounds(DAYS[0], "day")[0]
+    moments = [opening + day * DAY + second * SECOND for day in range(3) for second in range(12)]
+    impressions: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
+    for user in range(users):
+        for number in range(rng.randint(1, 8)):
+            ts = rng.choice(moments)
+            for position, item in enumerate(rng.sample(range(8), rng.randint(1, 4))):
+                impressions.append(
+                    {
+                        "request_id": f"r{user}-{number}",
+                        "user_id": user,
+                        "item_id": item,
+                        "ts": ts,
+                        "position": position,
+                        "device": rng.choice(["tv", "phone", "watch", None]),
+                        "click": rng.choice([0, 1, None]),
+                    }
+                )
+        for number in range(rng.randint(0, 20)):
+            events.append(
+                {
+                    "event_id": f"{rng.randint(0, 9)}-{user}-{number}",
+                    "user_id": user,
+                    "item_id": rng.randint(0, 7),
+                    "action": rng.choice(["watch", "buy"]),
+                    "seconds": rng.choice([1.0, 2.5, None]),
+                    "ts": rng.choice(moments),
+                }
+            )
+    profiles = [{"user_id": user, "age": 20 + user, "updated_at": 0} for user in range(1, users)]
+    profiles += [{"user_id": 1, "age": 50, "updated_at": opening + DAY + 5 * SECOND}]
+    items = [
+        {"item_id": item, "colors": rng.sample(COLORS, rng.randint(0, 2)), "updated_at": rng.choice([0, moments[14]])}
+        for item in range(7)
+    ]
+    kinds: dict[str, dict[str, Any]] = {
+        "impressions": {"click": pl.Int8, "device": pl.String},
+        "events": {
+            "event_id": pl.String,
+            "user_id": pl.Int64,
+            "item_id": pl.Int64,
+            "action": pl.String,
+            "seconds": pl.Float64,
+            "ts": pl.Int64,
+        },
+        "users": {},
+        "items": {"colors": pl.List(pl.String)},
+    }
+    tables = {}
+    for name, rows in (("impressions", impressions), ("events", events), ("users", profiles), ("items", items)):
+        overrides = kinds[name]
+        if name == "events":
+            frame = pl.DataFrame(rows, schema=overrides)
+        else:
+            frame = pl.DataFrame(rows, schema_overrides=overrides, infer_schema_length=None)
+        options: dict[str, Any] = {}
+        if "ts" in frame.columns:
+            days = [partition_of(ts, "day") for ts in frame["ts"]]
+            hashed = [str(bucket_of(user, buckets)) for user in frame["user_id"]]
+            frame = frame.with_columns(pl.Series("dt", days, pl.String), pl.Series("bucket", hashed, pl.String))
+            options = {"delta_write_options": {"partition_by": ["dt", "bucket"]}}
+        frame.write_delta(str(root / name), **options)
+        tables[name] = Table(name, str(root / name))
+    return tables
+
+
+def settings(tables: dict[str, Table], root: Path, log_delay: int = 0, buckets: int = 2) -> BuildSettings:
+    return BuildSettings(tables, SCHEMA, "day", buckets, log_delay, str(root), now=2**60)
+
+
+def expected_rows(tables: dict[str, Table], day: str, log_delay: int) -> dict[str, dict[str, Any]]:
+    """Rows of one day by user, read off DESIGN §2 sentence by sentence."""
+    impressions = tables["impressions"].scan().collect().to_dicts()
+    events = tables["events"].scan().collect().to_dicts()
+    result: dict[str, dict[str, Any]] = {}
+    shown = [row for row in impressions if row["dt"] == day]
+    for user in sorted({str(row["user_id"]) for row in shown}):
+        requests: dict[tuple[int, str], list[dict[str, Any]]] = {}
+        for row in shown:
+            if str(row["user_id"]) == user:
+                requests.setdefault((row["ts"], row["request_id"]), []).append(row)
+        row: dict[str, Any] = {"requests": []}
+        ends: dict[str, list[int]] = {}
+        for sequence in SCHEMA.sequences:
+            action = "watch" if sequence.name == "watched" else "buy"
+            own = [event for event in events if str(event["user_id"]) == user and event["action"] == action]
+            own.sort(key=lambda event: (event["ts"], event["event_id"]))
+            counts = [sum(event["ts"] < ts - log_delay for event in own) for ts, _ in sorted(requests)]
+            first = max(0, counts[0] - sequence.length)
+            ends[sequence.name] = [count - first for count in counts]
+            kept = own[first : counts[-1]]
+            row[timeline_column(sequence, None)] = [event["ts"] for event in kept]
+            for field in sequence.fields:
+                values = [event[field.name] for event in kept]
+                if field.kind == "id":
+                    values = [hash_id(value) for value in values]
+                row[timeline_column(sequence, field)] = values
+        for index, (ts, request_id) in enumerate(sorted(requests)):
+            profile = _as_of(tables["users"], "user_id", user, ts)
+            candidates = []
+            for shown_row in sorted(requests[ts, request_id], key=lambda one: one["position"]):
+                item = _as_of(tables["items"], "item_id", str(shown_row["item_id"]), ts)
+                candidates.append(
+                    {
+                        "item_id": str(shown_row["item_id"]),
+                        "item_known": item is not None,
+                        "feature__item_id": hash_id(shown_row["item_id"]) if item else 0,
+                        "feature__colors": [COLORS.index(color) + 1 for color in item["colors"]] if item else [],
+                        label_column(SCHEMA.tasks[0]): shown_row["click"],
+                        "weight": 1.0,
+                    }
+                )
+            device = min(requests[ts, request_id], key=lambda one: one["position"])["device"]
+            row["requests"].append(
+                {
+                    "request_id": request_id,
+                    "ts": ts,
+                    "user_known": profile is not None,
+                    **{end_column(sequence): ends[sequence.name][index] for sequence in SCHEMA.sequences},
+                    feature_column(SCHEMA.features[0]): hash_id(user) if profile else 0,
+                    feature_column(SCHEMA.features[1]): profile["age"] if profile else None,
+                    feature_column(SCHEMA.features[2]): {"tv": 1, "phone": 2}.get(device, 0),
+                    "candidates": candidates,
+                }
+            )
+        result[user] = row
+    return result
+
+
+def _as_of(table: Table, key: str, value: str, ts: int) -> dict[str, Any] | None:
+    rows = [row for row in table.scan().collect().to_dicts() if str(row[key]) == value and row["updated_at"] <= ts]
+    return max(rows, key=lambda row: row["updated_at"], default=None)

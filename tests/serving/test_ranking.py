@@ -1,0 +1,261 @@
+"""Request rows, the HTTP interface and the scoring path, in one process with a real store and a real model."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from deltalake import write_deltalake
+from fastapi.testclient import TestClient
+
+from features.batch import collate, concatenate, feature_column, sample_schema
+from features.encoding import hash_id
+from features.errors import CorankError
+from features.lake import Table
+from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+from features.store.online import FeatureStoreSettings, History, OnlineReader, apply, materialize
+from models.artifact import save_artifact
+from models.mixformer import MixFormer, MixFormerConfig
+from serving.client import RankingClient
+from serving.deploy import start
+from serving.ranking import Ranker, RankingService, ServingSettings, build_api
+from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
+
+SCHEMA = Schema(
+    features=(
+        Feature(name="user_id", side="user"),
+        Feature(name="tags", side="user", multi=True),
+        Feature(name="device", side="context"),
+        Feature(name="hour", side="context", kind="number"),
+        Feature(name="modes", side="context", multi=True),
+        Feature(name="item_id", side="item"),
+        Feature(name="price", side="item", kind="number"),
+    ),
+    sequences=(Sequence(name="clicks", events="events", length=5, fields=(FieldSpec(name="item", column="item_id"),)),),
+    tasks=(Task(name="click"), Task(name="like")),
+)
+CONTEXT = {"device": "ios", "hour": 3, "modes": ["dark", 7]}
+NOW = 1_000
+
+
+class InProcess:
+    """A deployment handle to an object in this process."""
+
+    def __init__(self, target: Ranker) -> None:
+        self.describe = Remote(target.describe)
+        self.rank = Remote(lambda rows: target.score([rows])[0])
+
+
+class Remote:
+    def __init__(self, function: Any) -> None:
+        self._function = function
+
+    async def remote(self, *arguments: Any) -> Any:
+        await asyncio.sleep(0)
+        return self._function(*arguments)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ServingSettings:
+    root = tmp_path_factory.mktemp("serving")
+    users = {"user_id": ["7", "8"], "tags": [["a", "b"], ["c"]], "updated_at": [0, 2 * NOW]}
+    items = {"item_id": [1, 2, 3], "price": [1.0, None, 3.0], "updated_at": [0, 0, 2 * NOW]}
+    events = list(range(100, 110))
+    state = {"user_id": ["7"], "ts": [500], "clicks__ts": [events], "clicks__item": [[hash_id(one) for one in events]]}
+    for name, content in (("users", users), ("items", items), ("state", state)):
+        write_deltalake(str(root / name), pl.DataFrame(content).to_arrow())
+    store = FeatureStoreSettings(
+        project="test",
+        registry=str(root / "registry.db"),
+        schema=SCHEMA,
+        users=Table("users", str(root / "users")),
+        items=Table("items", str(root / "items")),
+        state_uri=str(root / "state"),
+        sqlite_path=str(root / "online.db"),
+    )
+    apply(store)
+    materialize(store, 0, 3 * NOW)
+    torch.manual_seed(0)
+    model = MixFormer(SCHEMA, MixFormerConfig(), id_dropout=0.0)
+    save_artifact(root / "model", model, {"metrics": {"auc": float("nan")}, "lineage": {}, "selfcheck": {}})
+    return ServingSettings(str(root / "model"), store, log_delay=2, max_candidates=4, ranker_threads=1)
+
+
+@pytest.fixture(scope="module")
+def client(settings: ServingSettings) -> Iterator[TestClient]:
+    service = RankingService(settings, InProcess(Ranker(settings)))  # type: ignore[arg-type]
+    with TestClient(build_api(service), raise_server_exceptions=False) as client:
+        yield client
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    return {"user_id": "7", "candidates": [1, "2"], "context": CONTEXT, "ts": NOW} | changes
+
+
+def test_row_has_the_layout_of_the_sample_table(settings: ServingSettings) -> None:
+    row = build_row(OnlineReader(settings.store), 2, "7", ["2", "9", "1"], CONTEXT, NOW)
+    assert row.rows.schema == serving_schema(SCHEMA)
+    full = {field.name: field.type for field in sample_schema(SCHEMA)}
+    assert full["clicks__ts"] == row.rows.schema.field("clicks__ts").type
+    assert row.user_known
+    assert row.item_known == [True, False, True]
+    (values,) = row.rows.to_pylist()
+    (request,) = values["requests"]
+    assert values["clicks__ts"] == [105, 106, 107, 108, 109]
+    assert request["end__clicks"] == 5
+    assert values["clicks__item"] == [hash_id(one) for one in values["clicks__ts"]]
+    assert (values["user_id"], request["ts"], request["user_known"]) == ("7", NOW, True)
+    assert request["feature__user_id"] == hash_id(7)
+    assert request["feature__tags"] == [hash_id("a"), hash_id("b")]
+    assert request["feature__modes"] == [hash_id("dark"), hash_id(7)]
+    assert request["feature__hour"] == 3.0
+    assert request["candidates"] == [
+        {"item_id": "2", "item_known": True, "feature__item_id": hash_id(2), "feature__price": None},
+        {"item_id": "9", "item_known": False, "feature__item_id": 0, "feature__price": None},
+        {"item_id": "1", "item_known": True, "feature__item_id": hash_id(1), "feature__price": 1.0},
+    ]
+    batch = collate(concatenate([row.rows, row.rows]), SCHEMA)
+    assert (batch.requests, batch.candidates) == (2, 6)
+
+
+def test_only_events_before_the_delay_are_visible() -> None:
+    history = History(np.array([1, 2, 2, 3, 4]), {"item": np.arange(5)})
+    assert visible(history, 3, 10).fields["item"].tolist() == [0, 1, 2]  # a tie is not visible
+    assert visible(history, 9, 2).ts.tolist() == [3, 4]
+    assert visible(history, 1, 2).ts.tolist() == []
+
+
+def test_unknown_by_the_time_of_the_request_reads_as_unknown(settings: ServingSettings) -> None:
+    row = build_row(OnlineReader(settings.store), 0, "8", ["3"], CONTEXT, 2 * NOW - 1)
+    assert not row.user_known
+    assert row.item_known == [False]
+    (request,) = row.rows.to_pylist()[0]["requests"]
+    assert request["feature__user_id"] == 0
+    assert request["feature__tags"] == []
+    assert build_row(OnlineReader(settings.store), 0, "8", ["3"], CONTEXT, 2 * NOW).item_known == [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"device": ["ios"]}, "context.device"),
+        ({"hour": "3"}, "context.hour"),
+        ({"hour": True}, "context.hour"),
+        ({"hour": 1e300}, "context.hour"),
+        ({"modes": "dark"}, "context.modes"),
+        ({"modes": ["dark", None]}, "context.modes.1"),
+        ({"other": 1}, "context.other"),
+    ],
+)
+def test_context_of_the_wrong_kind_is_named(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        encode_context(SCHEMA, CONTEXT | change)
+    assert caught.value.field == field
+
+
+def test_context_codes() -> None:
+    codes = encode_context(SCHEMA, {"device": 42, "hour": None, "modes": None})
+    names = [feature_column(feature) for feature in SCHEMA.side("context")]
+    assert codes == dict(zip(names, [hash_id("42"), None, []], strict=True))
+
+
+def test_answer(client: TestClient, settings: ServingSettings) -> None:
+    response = client.post("/v1/rank", json=body(candidates=[2, "1", 9, 2]))
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    scores = answer["scores"]
+    assert answer["request_ts"] == NOW
+    assert answer["tasks"] == ["click", "like"] == list(scores)
+    assert answer["cold_start"] == {"user": False, "items": [9]}
+    assert len(scores["click"]) == 4
+    assert scores["click"][0] == pytest.approx(scores["click"][3], abs=1e-6)
+    order = sorted(range(4), key=lambda index: -scores["click"][index])
+    assert answer["ranking"] == [[2, "1", 9, 2][index] for index in order]
+    assert client.post("/v1/rank", json=body(user_id="nobody")).json()["cold_start"]["user"]
+    assert client.get("/healthz").json() == {"status": "ok"}
+    model = client.get("/v1/model").json()
+    assert model["model_version"] == answer["model_version"]
+    assert model["metadata"] == {"metrics": {"auc": None}, "lineage": {}}
+    assert [one["name"] for one in model["schema"]["features"]["context"]] == ["device", "hour", "modes"]
+
+
+def test_merged_requests_score_alike(settings: ServingSettings) -> None:
+    ranker, reader = Ranker(settings), OnlineReader(settings.store)
+    rows = [
+        build_row(reader, 0, user, items, CONTEXT, NOW).rows
+        for user, items in (("7", ["1", "2"]), ("8", ["3"]), ("7", ["1", "9", "2", "3"]))
+    ]
+    merged = ranker.score(rows)
+    assert [scores.shape for scores in merged] == [(2, 2), (1, 2), (4, 2)]
+    for row, scores in zip(rows, merged, strict=True):
+        np.testing.assert_allclose(ranker.score([row])[0], scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("request_body", "field"),
+    [
+        (body(candidates=[]), "candidates"),
+        (body(candidates=[1, 2, 3, 4, 5]), "candidates"),
+        (body(candidates=[1, 2.5]), "candidates.1"),
+        (body(candidates=[True]), "candidates.0"),
+        (body(candidates="1"), "candidates"),
+        (body(user_id=None), "user_id"),
+        ({"candidates": [1]}, "user_id"),
+        (body(ts="now"), "ts"),
+        (body(ts=-1), "ts"),
+        (body(more=1), "more"),
+        (body(context={**CONTEXT, "x": 1}), "context.x"),
+        (body(context={"device": "ios"}), "context.hour"),
+    ],
+)
+def test_malformed_requests_name_the_field(client: TestClient, request_body: dict[str, Any], field: str) -> None:
+    response = client.post("/v1/rank", json=request_body)
+    assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["type"], error["field"]) == ("invalid_request", field)
+    assert error["message"]
+
+
+def test_other_errors_are_json_too(client: TestClient) -> None:
+    broken = client.post("/v1/rank", content="{", headers={"content-type": "application/json"})
+    assert (broken.status_code, broken.json()["error"]["field"]) == (422, "body")
+    assert client.get("/nope").json()["error"]["type"] == "not_found"
+    assert client.get("/v1/rank").json()["error"]["type"] == "method_not_allowed"
+
+
+def test_overload_is_answered_at_once(settings: ServingSettings) -> None:
+    full = replace(settings, max_ongoing_requests=0, max_queued_requests=0)
+    service = RankingService(full, InProcess(Ranker(full)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        response = client.post("/v1/rank", json=body())
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "overloaded"
+
+
+def test_a_model_that_does_not_answer_is_not_ready(settings: ServingSettings, tmp_path: Path) -> None:
+    empty = replace(settings, store=replace(settings.store, registry=str(tmp_path / "registry.db")))
+    service = RankingService(empty, InProcess(Ranker(empty)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        response = client.get("/healthz")
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "not_ready"
+    assert "Run the pipeline first" in response.json()["error"]["message"]
+
+
+def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with RankingClient(f"http://127.0.0.1:{port}") as client, pytest.raises(CorankError, match="corank serve"):
+            client.healthz()
+        taken.listen()
+        with pytest.raises(CorankError, match=f"cannot listen on 127.0.0.1:{port}"):
+            start(settings, port=port)

@@ -66,7 +66,7 @@ class TrainingConfig(Declaration):
     clip_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(50, ge=0)
     id_dropout: float = Field(0.01, ge=0, lt=1, description="share of ids that read row 0 in training")
-    average: float = Field(0.0, ge=0, lt=1, description="decay of the weight average; 0: none")
+    average: float = Field(0.98, ge=0, lt=1, description="decay per step of the weight average; 0: none")
     seed: int = 0
     num_workers: int = Field(1, ge=1, description="Ray Train workers")
     cpus_per_worker: float = Field(1.0, gt=0)

@@ -7,9 +7,10 @@ from typing import Any
 
 import polars as pl
 
-from features.errors import CorankError
+from features.errors import CorankError, DataGateError
 from features.records import Records, digest
-from features.schema import SECOND, partition_bounds
+from features.schema import SECOND, partition_bounds, partition_of
+from features.validation import check_tables
 from pipeline.config import Config
 
 PROFILES = ("users", "items")
@@ -26,8 +27,13 @@ class Log:
     def __init__(self, config: Config, records: Records, until: str | None = None) -> None:
         """
         Raises:
-            CorankError: a table is missing, or no partition is closed.
+            DataGateError: a table or column is missing or mistyped; all of them are named.
+            CorankError: no partition is closed.
         """
+        problems = check_tables({role: config.table(role) for role in config.tables}, config.schema_)
+        if problems:
+            named = "\n".join(f"  {problem.message}" for problem in problems)
+            raise DataGateError(f"the tables do not fit the config:\n{named}")
         self.config = config
         self.now = now_us()
         impressions = config.table("impressions")
@@ -53,6 +59,16 @@ class Log:
             span = f"{found[0]} … {found[-1]}"
             raise CorankError(f"table impressions: none of its partitions {span} is closed and selected")
         self._fingerprints = self._read_fingerprints(records)
+
+    def gaps(self) -> list[str]:
+        """Partitions without impressions between the oldest and the newest."""
+        missing = []
+        for earlier, later in zip(self.partitions, self.partitions[1:], strict=False):
+            moment = self.bounds(earlier)[1]
+            while moment < self.bounds(later)[0]:
+                missing.append(partition_of(moment, self.config.grain))
+                moment = self.bounds(missing[-1])[1]
+        return missing
 
     def bounds(self, partition: str) -> tuple[int, int]:
         """Open and close, microseconds UTC."""

@@ -164,13 +164,16 @@ class Pipeline:
         Raises:
             DataGateError: a partition did not pass; every finding is named.
         """
-        from features.validation import check_tables, validate_partitions
+        from features.validation import validate_partitions
 
         config = self.config
         tables = {role: config.table(role) for role in config.tables}
-        problems = check_tables(tables, config.schema_)
-        if problems:
-            raise DataGateError(_listed("the tables do not fit the config", [p.message for p in problems]))
+        gaps = [] if config.validation.allow_gaps else self.log.gaps()
+        if gaps:
+            empty = [f"table impressions, partition {partition}: 0 rows" for partition in gaps]
+            raise DataGateError(
+                _listed("the log has empty partitions (validation.allow_gaps accepts them)", empty)
+            )
         with self.progress.stage("validated") as stage:
             done = 0
 
@@ -212,7 +215,7 @@ class Pipeline:
                 f"{sum(result.checks for result in results):,} checks; {rows:,} impressions, {quarantined:,} quarantined"
             )
         if failed:
-            messages = [finding.message for result in failed for finding in result.failures]
+            messages = list(dict.fromkeys(finding.message for result in failed for finding in result.failures))
             raise DataGateError(
                 _listed(f"{len(failed)} of {len(results)} partitions failed validation", messages)
                 + f"\nData Docs: {docs}"

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from features.batch import RequestBatch, collate
 from features.errors import CorankError
@@ -193,6 +194,7 @@ def _worker(config: dict[str, Any]) -> None:
         torch.optim.AdamW(dense, lr=options.learning_rate, weight_decay=options.weight_decay),
         torch.optim.Adagrad(embeddings, lr=options.embedding_learning_rate, eps=1e-8),
     ]
+    averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(options.average)) if options.average else None
     weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best": None, "best_auc": -math.inf, "history": []}
     resumed = ray.train.get_checkpoint()
@@ -202,6 +204,8 @@ def _worker(config: dict[str, Any]) -> None:
         own.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if averaged is not None:
+            averaged.load_state_dict(state["averaged"])
     for epoch in range(state["epoch"], options.epochs):
         torch.manual_seed(options.seed * 1_000_003 + epoch * world + rank)
         own.train()
@@ -221,18 +225,22 @@ def _worker(config: dict[str, Any]) -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * warm
                 optimizer.step()
+            if averaged is not None:
+                averaged.update_parameters(own)
             seen, loss_sum, steps = seen + count, loss_sum + float(loss.detach()), steps + 1
             if rank == 0 and steps % 10 == 0:
                 config["reports"].put({"epoch": epoch + 1, "candidates": seen})
-        metrics = _validate(job, own, device) if rank == 0 else {}
+        published: MixFormer = averaged.module if averaged is not None else own
+        metrics = _validate(job, published, device) if rank == 0 else {}
         metrics = {"epoch": epoch + 1, "loss": loss_sum / max(steps, 1), "candidates": seen, **metrics}
         state["history"].append(metrics)
         score = metrics.get(f"{job.gate_task}_auc", 0.0)
         if state["best"] is None or score > state["best_auc"]:
             state["best_auc"] = score
-            state["best"] = {name: value.detach().cpu().clone() for name, value in own.state_dict().items()}
+            state["best"] = {name: value.detach().cpu().clone() for name, value in published.state_dict().items()}
         state["epoch"] = epoch + 1
         state["model"] = own.state_dict()
+        state["averaged"] = averaged.state_dict() if averaged is not None else None
         state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         if rank == 0:
             config["reports"].put(metrics)

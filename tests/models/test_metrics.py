@@ -1,0 +1,48 @@
+"""AUC and its groups against scikit-learn and counting by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, roc_auc_score
+
+from models.metrics import auc, auc_difference_interval, task_metrics
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), min_size=2, max_size=60))
+def test_auc_counts_ties_half(rows: list[tuple[bool, int]]) -> None:
+    labels = np.array([float(label) for label, _ in rows])
+    scores = np.array([score / 5 for _, score in rows])
+    if labels.min() == labels.max():
+        assert np.isnan(auc(labels, scores))
+    else:
+        assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_uauc_is_unweighted_and_gauc_weighted_over_users_with_both_classes() -> None:
+    users = np.array(["a"] * 2 + ["b"] * 4 + ["c"] * 3)
+    labels = np.array([1, 0, 1, 1, 0, 0, 1, 1, 1], dtype=float)
+    scores = np.array([0.9, 0.1, 0.2, 0.8, 0.7, 0.1, 0.5, 0.5, 0.5])
+    metrics = task_metrics(labels, scores, users, users)
+    by_b = roc_auc_score(labels[2:6], scores[2:6])
+    assert metrics.uauc == pytest.approx((1.0 + by_b) / 2)
+    assert metrics.gauc == pytest.approx((2 * 1.0 + 4 * by_b) / 6)
+    assert metrics.user_share == pytest.approx(2 / 3)
+    assert metrics.logloss == pytest.approx(log_loss(labels, scores))
+
+
+def test_the_interval_holds_a_difference_that_is_there_and_not_one_that_is_not() -> None:
+    rng = np.random.default_rng(0)
+    labels = (rng.random(4000) < 0.4).astype(float)
+    users = rng.integers(0, 200, 4000)
+    noisy = labels + rng.normal(0, 1.5, 4000)
+    better = labels + rng.normal(0, 1.0, 4000)
+    difference, low, high = auc_difference_interval(labels, better, noisy, users, resamples=200)
+    assert low < difference < high
+    assert low > 0
+    _, low, high = auc_difference_interval(labels, noisy, labels + rng.normal(0, 1.5, 4000), users, resamples=200)
+    assert low < 0.02
+    assert high > -0.02

@@ -1,0 +1,126 @@
+"""The command line: help is fast, exit codes mean what they say, errors need no stack trace."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.importers.synthetic import import_synthetic
+from tests.pipeline.workspaces import START, write_config
+
+COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+COMMANDS = [[], ["run"], ["retrain"], ["validate"], ["serve"], ["query"], ["status"], ["models"], ["import"]]
+
+
+def corank(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "corank")
+def test_help_answers_without_heavy_imports(command: list[str]) -> None:
+    code = (
+        "import sys\nsys.argv = ['corank', *sys.argv[1:], '--help']\nfrom pipeline.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'ray', 'torch', 'feast', 'great_expectations', 'dagster', 'mlflow', 'polars', 'pandas'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert time.monotonic() - started < 30  # a hang, not a speed: the imports above decide that
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "data"
+    import_synthetic(folder, days=2, users=30, items=40, seed=4, start=START, buckets=2, say=lambda _: None)
+    return folder
+
+
+def test_a_wrong_config_exits_2_without_a_stack_trace(tmp_path: Path, data: Path) -> None:
+    path = write_config(tmp_path, data, grain="fortnight")
+    done = corank("run", "--config", str(path))
+    assert done.returncode == 2
+    assert "grain" in done.stderr
+    assert "'fortnight'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert corank("run", "--config", str(tmp_path / "none.yaml")).returncode == 2
+    assert corank("run", "--confg").returncode == 2
+
+
+@pytest.mark.slow
+def test_bad_data_exits_3_names_it_and_leaves_nothing_visible(tmp_path: Path, data: Path) -> None:
+    import shutil
+
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    bad = pl.read_delta(str(own / "impressions")).filter(pl.col("dt") == "2026-01-06").head(2)
+    bad = bad.with_columns(pl.lit(7, pl.Int8).alias("click"), pl.lit("x").alias("request_id"))
+    bad.write_delta(str(own / "impressions"), mode="append")
+    path = write_config(tmp_path, own)
+    done = corank("run", "--config", str(path))
+    assert done.returncode == 3, done.stderr
+    assert "table impressions, partition 2026-01-06: 2 of" in done.stderr
+    assert "label click outside {0, 1}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "work" / "tables").exists()
+    assert corank("validate", "--config", str(path), "--partition", "2026-01-05").returncode == 0
+    assert corank("validate", "--config", str(path), "--partition", "2026-02-01").returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"users": None}, "table users: there is no Delta table"),
+        ({"impressions": "drop"}, "column device is missing"),
+        ({"impressions": "cast"}, "column click has type"),
+    ],
+    ids=["missing table", "missing column", "mistyped column"],
+)
+def test_missing_tables_and_columns_exit_3_before_anything_starts(
+    tmp_path: Path, data: Path, change: dict[str, str | None], message: str
+) -> None:
+    import shutil
+
+    own = tmp_path / "data"
+    shutil.copytree(data, own)
+    for table, kind in change.items():
+        if kind is None:
+            shutil.rmtree(own / table)
+        else:
+            frame = pl.read_delta(str(own / table))
+            frame = frame.drop("device") if kind == "drop" else frame.with_columns(pl.col("click").cast(pl.String))
+            shutil.rmtree(own / table)
+            frame.write_delta(str(own / table), delta_write_options={"partition_by": ["dt", "bucket"]})
+    done = corank("run", "--config", str(write_config(tmp_path, own)))
+    assert done.returncode == 3, done.stderr
+    assert message in done.stderr
+    assert not (tmp_path / "work" / "tables").exists()
+
+
+def test_a_missing_day_inside_the_log_is_named(tmp_path: Path, local_ray: None) -> None:
+    own = tmp_path / "data"
+    import_synthetic(own, days=3, users=20, items=30, seed=4, start=START, buckets=2, say=lambda _: None)
+    from deltalake import DeltaTable
+
+    DeltaTable(str(own / "impressions")).delete("dt = '2026-01-06'")
+    done = corank("run", "--config", str(write_config(tmp_path, own)))
+    assert done.returncode == 3, done.stderr
+    assert "partition 2026-01-06" in done.stderr
+
+
+def test_asking_before_anything_runs_says_what_to_do(tmp_path: Path, data: Path) -> None:
+    path = write_config(tmp_path, data)
+    for command, hint in (("query", "no deployment yet"), ("serve", "corank run"), ("retrain", "corank run")):
+        done = corank(command, "--config", str(path))
+        assert done.returncode in (1, 2), done.stderr
+        assert hint in done.stderr
+    done = corank("status", "--config", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "2 closed partitions" in done.stdout

@@ -1,0 +1,201 @@
+"""The whole DAG on a small synthetic log: what comes out, running again, retraining, late data."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from deltalake import DeltaTable
+
+from features.batch import collate
+from features.errors import CorankError, DataGateError
+from features.lake import Table
+from models.artifact import load_artifact
+from pipeline.config import Config
+from pipeline.dag import open_instance, run_dag
+from pipeline.evaluation import score_rows
+from pipeline.importers.synthetic import import_synthetic
+from pipeline.progress import Progress
+from pipeline.runtime import ensure_ray
+from pipeline.stages import FOREVER, Pipeline
+from pipeline.verification import replayable
+from serving.client import RankingClient
+from serving.deploy import stop
+from tests.pipeline.workspaces import START, load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]
+
+
+def quietly(_: str) -> None:
+    """Importers report; tests do not listen."""
+
+
+def run(config: Config, until: str | None = None, warm_start: bool = False) -> Pipeline:
+    pipeline = Pipeline(config, Progress(), until, warm_start)
+    ensure_ray(config.ray)
+    pending = pipeline.pending()
+    if pending:
+        run_dag(pipeline, pending)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterator[Config]:
+    """Three days imported, the DAG run over the first two; the endpoint is up."""
+    folder = tmp_path_factory.mktemp("dag")
+    import_synthetic(folder / "data", days=3, users=150, items=120, seed=1, start=START, buckets=2, say=quietly)
+    config = load(folder, folder / "data")
+    run(config, until=DAYS[1])
+    yield config
+    stop()
+
+
+def test_every_impression_is_a_candidate_or_quarantined(config: Config) -> None:
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    for day in DAYS[:2]:
+        shown = config.table("impressions").scan([day]).collect().height
+        samples = pipeline.records.get("samples", day)
+        validated = pipeline.records.get("validated", day)
+        assert samples is not None
+        assert validated is not None
+        assert shown == validated["rows"]["impressions"] == samples["impressions"]
+        assert shown == samples["candidates"] + samples["quarantined"]
+        rows = [pipeline.source(0, FOREVER, (day,)).read(file) for file in pipeline.source(0, FOREVER, (day,)).files()]
+        assert shown == sum(collate(part, config.schema_).candidates for part in rows)
+
+
+def test_records_carry_lineage(config: Config) -> None:
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    champion = pipeline.registry.champion()
+    assert champion is not None
+    lineage = load_artifact(champion.artifact).metadata["lineage"]
+    assert list(lineage["partitions"]) == DAYS[:2]
+    assert lineage["fingerprints"][DAYS[0]]["impressions"].endswith("@1")
+    assert lineage["code"].startswith("0.")
+    deployed = pipeline.records.get("deployment", "current")
+    assert deployed is not None
+    assert deployed["number"] == champion.number
+
+
+def test_dagster_knows_partitions_checks_and_models(config: Config) -> None:
+    import dagster as dg
+
+    with open_instance(config) as instance:
+        for name in ("validated", "samples", "feature_store"):
+            assert instance.get_materialized_partitions(dg.AssetKey(name)) == set(DAYS[:2])
+        assert instance.get_latest_materialization_event(dg.AssetKey("deployment")) is not None
+
+
+def test_running_again_does_nothing(config: Config) -> None:
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    tables = [DeltaTable(config.path("tables", name)) for name in ("samples", "state")]
+    assert pipeline.pending() == []
+    run(config, until=DAYS[1])
+    assert [DeltaTable(table.table_uri).version() for table in tables] == [table.version() for table in tables]
+    assert len(pipeline.registry.versions()) == 1
+
+
+def test_compaction_of_the_log_is_no_new_data(config: Config, tmp_path: Path) -> None:
+    copy = tmp_path / "impressions"
+    shutil.copytree(config.table("impressions").uri, copy)
+    table = Table("impressions", str(copy))
+    before = table.fingerprints()
+    DeltaTable(str(copy)).optimize.compact()
+    assert table.fingerprints() == before
+    DeltaTable(str(copy)).delete(f"dt = '{DAYS[1]}' and position > 3")
+    changed = table.fingerprints()
+    assert {day for day in before if before[day] != changed[day]} == {DAYS[1]}
+
+
+def test_the_endpoint_scores_as_offline(config: Config) -> None:
+    """Requests of the newest partition, replayed over HTTP as of their own time."""
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    deployed = pipeline.records.get("deployment", "current")
+    assert deployed is not None
+    model = load_artifact(deployed["artifact"]).model
+    devices = {
+        row["request_id"]: row["device"]
+        for row in config.table("impressions").scan([DAYS[1]]).select("request_id", "device").collect().to_dicts()
+    }
+    compared = 0
+    with RankingClient(deployed["url"]) as client:
+        newest = pipeline.source(0, FOREVER, (DAYS[1],))
+        for row, request in replayable(newest, pipeline.store_settings(), config.log_delay):
+            items = [candidate["item_id"] for candidate in request["candidates"]]
+            context = {"device": devices[request["request_id"]]}
+            answer = client.rank(row["user_id"][0].as_py(), items, context, request["ts"])
+            online = np.array([answer["scores"][task.name] for task in config.schema_.tasks]).T
+            offline = np.array(score_rows(model, row)["scores"].to_pylist())
+            np.testing.assert_allclose(online, offline, atol=1e-5, rtol=0)
+            by_score = sorted(range(len(items)), key=lambda index: -answer["scores"]["click"][index])
+            assert answer["ranking"] == [items[index] for index in by_score]
+            compared += 1
+    assert compared >= 20
+
+
+def test_unknown_users_and_items_are_scored_and_named(config: Config) -> None:
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    url = f"http://127.0.0.1:{config.serving.port}"
+    known = config.table("items").scan().select("item_id").head(1).collect().item()
+    with RankingClient(url) as client:
+        answer = client.rank("nobody", [known, "nothing"], {"device": "tv"}, pipeline.store_close())
+        assert answer["cold_start"] == {"user": True, "items": ["nothing"]}
+        assert len(answer["scores"]["click"]) == 2
+        with pytest.raises(CorankError, match="candidates"):
+            client.rank("nobody", [], {"device": "tv"})
+        with pytest.raises(CorankError, match="device"):
+            client.rank("nobody", [known], {})
+        assert client.model()["tasks"] == ["click", "purchase"]
+
+
+def test_training_refuses_a_partition_without_a_passing_record(config: Config) -> None:
+    pipeline = Pipeline(config, Progress(), DAYS[2])
+    with pytest.raises(DataGateError, match=DAYS[2]):
+        pipeline.train_candidate()
+    with pytest.raises(DataGateError, match=DAYS[2]):
+        pipeline.build_samples([DAYS[2]])
+
+
+def test_retraining_takes_the_next_partition_from_the_champions_weights(config: Config) -> None:
+    """Last of this module: it moves the champion."""
+    old = Pipeline(config, Progress(), DAYS[1])
+    before = old.registry.champion()
+    assert before is not None
+    state = {day: old.records.get("samples", day) for day in DAYS[:2]}
+    stop()
+    pipeline = run(config, until=DAYS[2], warm_start=True)
+    champion = pipeline.registry.champion()
+    assert champion is not None
+    assert champion.number == before.number + 1
+    assert champion.tags["partition"] == DAYS[2]
+    lineage = load_artifact(champion.artifact).metadata["lineage"]
+    assert lineage["warm_start"] == before.number
+    assert lineage["trained_from"] == load_artifact(before.artifact).metadata["lineage"]["cuts"]["validation"]
+    evaluation = pipeline.records.get("evaluation", pipeline.candidate_key)
+    assert evaluation is not None
+    assert evaluation["champion"] == before.number
+    assert {day: pipeline.records.get("samples", day) for day in DAYS[:2]} == state
+    assert Pipeline(config, Progress()).pending() == []
+    assert pipeline.registry.rollback().number == before.number
+
+
+def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(Path(config.table("impressions").uri).parent, data)
+    shutil.copytree(config.local_path(), tmp_path / "work")
+    moved = load(tmp_path, data)
+    assert Pipeline(moved, Progress(), DAYS[1]).pending() != []  # other tables, other work
+    pipeline = Pipeline(config, Progress(), DAYS[2])
+    fingerprints = {day: dict(pipeline.log.fingerprint(day)) for day in DAYS}
+    late = pl.DataFrame(config.table("watches").scan([DAYS[1]]).head(1).collect())
+    late = late.with_columns(pl.lit("late").alias("event_id"))
+    late.write_delta(config.table("watches").uri, mode="append")
+    after = Pipeline(config, Progress(), DAYS[2])
+    changed = {day for day in DAYS if after.log.fingerprint(day) != fingerprints[day]}
+    assert changed == {DAYS[1]}
+    assert after.stale_samples() == DAYS[1:]

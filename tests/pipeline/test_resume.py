@@ -1,0 +1,113 @@
+"""A run killed with SIGKILL at any stage and started again ends in the same state as one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from features.lake import Table
+from pipeline.config import Config
+from pipeline.importers.synthetic import import_synthetic
+from pipeline.progress import Progress
+from pipeline.stages import Pipeline
+from tests.pipeline.workspaces import START, load
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    log = (folder / "run.log").open("a")
+    return subprocess.Popen(
+        [*COMMAND, "run", "--config", str(folder / "config.yaml")],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(folder: Path) -> None:
+    process = start(folder)
+    assert process.wait(timeout=200) == 0, (folder / "run.log").read_text()
+
+
+def kill_when(folder: Path, happened: Any) -> None:
+    """SIGKILL the run as soon as something is seen in its workspace."""
+    process = start(folder)
+    deadline = time.monotonic() + 150
+    while not happened():
+        assert process.poll() is None, "the run ended before it could be killed: " + (folder / "run.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def outcome(config: Config) -> dict[str, Any]:
+    """What a run leaves behind, without times and paths."""
+    pipeline = Pipeline(config, Progress())
+    champion = pipeline.registry.champion()
+    assert champion is not None
+    samples = Table("samples", config.path("tables", "samples")).scan().collect()
+    state = Table("state", config.path("tables", "state")).scan().collect()
+    return {
+        "pending": pipeline.pending(),
+        "model": champion.tags["content"],
+        "versions": len(pipeline.registry.versions()),
+        "samples": samples.sort("dt", "user_id").to_dicts(),
+        "state": state.sort("dt", "user_id").to_dicts(),
+        "store": (pipeline.records.get("feature_store", "online") or {})["rows"],
+    }
+
+
+def ray_processes() -> list[str]:
+    names = [process.info["name"] or "" for process in psutil.process_iter(["name"])]
+    return [name for name in names if name.startswith(("ray::", "raylet", "gcs_server"))]
+
+
+def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    import_synthetic(data, days=2, users=80, items=80, seed=2, start=START, buckets=2, say=lambda _: None)
+    undisturbed, killed = load(tmp_path / "a", data), load(tmp_path / "b", data)
+    finish(tmp_path / "a")
+    work = killed.local_path()
+    moments = {
+        "validated": lambda: len(list(work.glob("records/validated/*.json"))) >= 1,
+        "samples": lambda: bool(list(work.glob("tables/samples/dt=*/*/*.parquet"))),
+        "feature_store": lambda: (work / "feast" / "online.db").exists(),
+        "candidate": lambda: bool(list(work.glob("checkpoints/*/*/state.pt"))),
+        "champion": lambda: bool(list(work.glob("records/evaluation/*.json"))),
+    }
+    for happened in moments.values():
+        kill_when(tmp_path / "b", happened)
+    finish(tmp_path / "b")
+    assert outcome(killed) == outcome(undisturbed)
+
+
+def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    import_synthetic(data, days=2, users=60, items=60, seed=3, start=START, buckets=2, say=lambda _: None)
+    config = load(tmp_path, data)
+    before = len(ray_processes())
+    process = start(tmp_path)
+    while not list(config.local_path().glob("records/feature_store/*.json")):
+        assert process.poll() is None, (tmp_path / "run.log").read_text()
+        time.sleep(0.05)
+    time.sleep(2)  # in the middle of training
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, (tmp_path / "run.log").read_text()
+    deadline = time.monotonic() + 15
+    while len(ray_processes()) > before:
+        assert time.monotonic() < deadline, ray_processes()
+        time.sleep(0.2)
+    assert "stopped" in (tmp_path / "run.log").read_text()

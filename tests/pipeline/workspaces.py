@@ -1,0 +1,46 @@
+"""A small synthetic log and its config, for tests that run the whole DAG."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import Config, load_config
+
+EXAMPLE = Path("pipeline/examples/synthetic.yaml")
+START = "2026-01-05"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_config(folder: Path, data: Path, **changes: Any) -> Path:
+    """The synthetic example on other folders, with a tiny model that trains in seconds."""
+    content = yaml.safe_load(EXAMPLE.read_text())
+    content["workspace"] = str(folder / "work")
+    content["buckets"] = 2
+    for name in content["tables"]:
+        content["tables"][name]["path"] = str(data / name)
+    for field in [*content["features"], *(f for s in content["sequences"] for f in s["fields"])]:
+        if "buckets" in field:
+            field["buckets"] = 2_000
+    content["model"] |= {"heads": 4, "head_dim": 16, "layers": 1}
+    content["training"] = {"epochs": 2, "batch_candidates": 1_000, "cpus_per_worker": 1}
+    # a tiny model on three days need not beat anything; the gate itself is tested on its own
+    content["evaluation"] = {"min_gain_over_baseline": -1.0, "max_loss_against_champion": 1.0, "resamples": 50}
+    content["serving"] = {"port": free_port()}
+    content |= changes
+    path = folder / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def load(folder: Path, data: Path, **changes: Any) -> Config:
+    return load_config(write_config(folder, data, **changes))

@@ -83,6 +83,8 @@ def score_source(artifact: str, source: SampleSource, batch_candidates: int, bat
     Raises:
         CorankError: there is nothing to score.
     """
+    from ray.data import ActorPoolStrategy
+
     if not source.files():
         raise CorankError("evaluation: no held-out requests; widen `split.test` or import more partitions")
     scored = source.dataset().map_batches(
@@ -90,7 +92,7 @@ def score_source(artifact: str, source: SampleSource, batch_candidates: int, bat
         fn_constructor_args=(artifact, batch_candidates, batch_events),
         batch_size=None,
         batch_format="pyarrow",
-        concurrency=1,
+        compute=ActorPoolStrategy(size=1),
     )
     blocks = [block for block in scored.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
     if not blocks:

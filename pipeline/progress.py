@@ -48,7 +48,7 @@ class Progress:
     """Prints stages as they run, and remembers one line for each for the summary."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr)
+        self.console = console or Console(file=sys.stderr, soft_wrap=True)
         self.finished: list[tuple[str, str, float]] = []
 
     @contextmanager

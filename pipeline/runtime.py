@@ -5,47 +5,35 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from pipeline.config import RayConfig
+
+
+CHATTY = ("ray", "ray.data", "ray.train", "ray.serve", "mlflow", "alembic", "feast", "great_expectations", "dagster")
 
 
 def quiet() -> None:
     """Keep the libraries' chatter out of the user's terminal; errors still come through."""
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "0")
-    os.environ.setdefault("FEAST_USAGE", "False")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
-    for name in ("ray", "ray.data", "ray.train", "ray.serve", "mlflow", "alembic", "feast", "great_expectations"):
+    for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def ensure_ray(config: RayConfig) -> None:
     """Connect to the configured cluster or start a local Ray, once per process."""
     import ray
+    import ray.data  # sets its log level when imported; quiet() comes after
 
+    quiet()
     if ray.is_initialized():
         return
-    quiet()
     local = {} if config.address else {"num_cpus": config.num_cpus, "include_dashboard": False}
-    ray.init(
-        address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
-    )
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-@contextmanager
-def ray_session() -> Iterator[None]:
-    """Whatever happens inside, Serve and a Ray started here are gone afterwards."""
-    try:
-        yield
-    finally:
-        stop_ray()
+    ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
 
 
 def stop_ray() -> None:

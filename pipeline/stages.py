@@ -21,7 +21,7 @@ from features.records import Records, digest
 from pipeline.config import Config
 from pipeline.log import Log, close_text
 from pipeline.progress import Progress
-from pipeline.runtime import ensure_ray
+from pipeline.runtime import ensure_ray, quiet
 from pipeline.version import code_version
 
 if TYPE_CHECKING:
@@ -490,6 +490,7 @@ class Pipeline:
         from pipeline.verification import verify_endpoint
         from serving.deploy import start
 
+        quiet()
         champion = self.registry.champion()
         if champion is None:
             raise CorankError("there is no champion to deploy; `corank run` trains one")

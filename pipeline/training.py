@@ -8,6 +8,7 @@ A killed run continues from its last epoch.
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping
@@ -187,6 +188,8 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    # Ray gives a worker as many threads as CPUs it reserves; the data tasks leave the others idle most of the time
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     own = initial_model(job).to(device)
     model: nn.Module = ray.train.torch.prepare_model(own) if world > 1 else own
     dense, embeddings = split_parameters(own)

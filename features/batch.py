@@ -44,7 +44,7 @@ class Timeline:
         offsets: [U + 1].
     """
 
-    fields: dict[str, Tensor]
+    fields: dict[str, Values]
     ts: Tensor
     offsets: Tensor
 
@@ -295,8 +295,9 @@ def _column(rows: pa.Table, name: str) -> Any:
 
 def _offsets(lists: Any) -> np.ndarray:
     """Offsets of a list array from 0, whatever slice of a larger array it is."""
-    offsets = np.asarray(lists.offsets).astype(np.int64)
-    return offsets - offsets[0]
+    offsets: np.ndarray = np.asarray(lists.offsets).astype(np.int64)
+    offsets -= offsets[0]
+    return offsets
 
 
 def _tensor(array: Any, dtype: Any) -> Tensor:

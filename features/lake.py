@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
 from deltalake.fs import DeltaStorageHandler
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.encoding import bucket_column
@@ -177,7 +177,7 @@ def replace_partition(
         table = DeltaTable.create(
             root, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
         )
-    actions = [
+    actions: list[AddAction | RemoveAction] = [
         AddAction(file.path, file.size, file.partition, 0, True, json.dumps({"numRecords": file.rows}))
         for file in files
     ]

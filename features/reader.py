@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,8 @@ class SampleSource:
         context.execution_options.preserve_order = True
         blocks = max(1, min(len(files), 64))
         listing = ray.data.from_items([{"file": file} for file in files], override_num_blocks=blocks)
-        return listing.map_batches(_ReadFiles(self), batch_size=None, batch_format="numpy")
+        read: Any = _read_files  # Ray's type of a batch function does not know fn_args
+        return listing.map_batches(read, fn_args=(self,), batch_size=None, batch_format="numpy")
 
     def batches(self, candidates: int, events: int, seed: int | None = None) -> Iterator[pa.Table]:
         """Rows in batches within a budget of candidates and events; the same for the same seed.
@@ -103,11 +104,6 @@ class SampleSource:
             yield concatenate(pending)
 
 
-class _ReadFiles:
-    """Read the files that a batch of the listing names."""
-
-    def __init__(self, source: SampleSource) -> None:
-        self.source = source
-
-    def __call__(self, batch: Mapping[str, Sequence[str]]) -> pa.Table:
-        return concatenate([self.source.read(str(file)) for file in batch["file"]])
+def _read_files(batch: Any, source: SampleSource) -> Any:
+    """Rows of the files that a batch of the listing names."""
+    return concatenate([source.read(str(file)) for file in batch["file"]])

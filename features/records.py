@@ -25,6 +25,8 @@ class Records:
     """The records of one workspace (a local folder or an ``s3://`` prefix)."""
 
     def __init__(self, root: str) -> None:
+        self.fs: fs.FileSystem
+        self.root: str
         self.fs, self.root = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
 
     def get(self, stage: str, key: str) -> dict[str, Any] | None:

@@ -117,13 +117,15 @@ def build_partitions(
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    fold: Any = _fold_bucket  # Ray's type of a batch function does not know fn_args
     buckets = [{"bucket": bucket} for bucket in range(settings.buckets)]
     plan = ray.data.from_items(buckets, override_num_blocks=settings.buckets).map_batches(
-        _fold_bucket, batch_size=1, fn_args=(settings, tuple(partitions), tuple(earlier))
+        fold, batch_size=1, fn_args=(settings, tuple(partitions), tuple(earlier))
     )
     files: dict[tuple[str, str], list[DataFile]] = {}
     counts = {partition: PartitionCounts() for partition in partitions}
-    for done, block in enumerate(plan.iter_batches(batch_size=None, batch_format="pyarrow"), start=1):
+    blocks: Iterator[Any] = iter(plan.iter_batches(batch_size=None, batch_format="pyarrow"))
+    for done, block in enumerate(blocks, start=1):
         for row in block.to_pylist():
             if row["file"] is not None:
                 files.setdefault((row["table"], row["partition"]), []).append(DataFile(**json.loads(row["file"])))
@@ -146,9 +148,7 @@ def build_partitions(
     return counts
 
 
-def _fold_bucket(
-    batch: Mapping[str, Any], settings: BuildSettings, partitions: Sequence[str], earlier: Sequence[str]
-) -> pa.Table:
+def _fold_bucket(batch: Any, settings: BuildSettings, partitions: Sequence[str], earlier: Sequence[str]) -> Any:
     """Fold one bucket; returns the written files and counts, one row each."""
     rows: list[dict[str, Any]] = []
     for bucket in batch["bucket"]:
@@ -205,9 +205,7 @@ def fold_bucket(
             },
         )
         _, close = partition_bounds(partition, settings.grain)
-        state = {
-            s.name: _newest(timelines[s.name], s.length, close - settings.log_delay) for s in schema.sequences
-        }
+        state = {s.name: _newest(timelines[s.name], s.length, close - settings.log_delay) for s in schema.sequences}
         yield STATE, partition, _state_rows(settings, state, new, close), {}
 
 
@@ -232,9 +230,7 @@ def _profiles(
     ).sort("updated_at", maintain_order=True)
 
 
-def _new_events(
-    settings: BuildSettings, sequence: BehaviourSequence, partition: str, bucket: int
-) -> pl.DataFrame:
+def _new_events(settings: BuildSettings, sequence: BehaviourSequence, partition: str, bucket: int) -> pl.DataFrame:
     """Encoded events of one partition, ordered by (user, ts, event_id)."""
     events = settings.tables[sequence.events].slice([partition], bucket, settings.buckets)
     if sequence.where is not None:
@@ -292,7 +288,8 @@ def _count_before(events: pl.DataFrame, moments: pl.DataFrame) -> pl.Series:
             left_on="before",
             right_on="ts",
             by="user_id",
-            strategy="backward", check_sortedness=False,
+            strategy="backward",
+            check_sortedness=False,
             allow_exact_matches=False,
         )
         .sort("row")
@@ -393,10 +390,7 @@ def _as_of(rows: pl.DataFrame, profiles: pl.DataFrame, key: str, features: Seque
 def _lists(sequence: BehaviourSequence) -> list[pl.Expr]:
     return [
         pl.col("ts").alias(timeline_column(sequence, None)),
-        *[
-            pl.col(event_field.name).alias(timeline_column(sequence, event_field))
-            for event_field in sequence.fields
-        ],
+        *[pl.col(event_field.name).alias(timeline_column(sequence, event_field)) for event_field in sequence.fields],
     ]
 
 

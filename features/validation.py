@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import polars as pl
+import polars.selectors as cs
 import pyarrow as pa
 from pydantic import Field
 
@@ -26,16 +27,15 @@ from features.errors import ConfigError
 from features.lake import Table, replace_partition, write_file
 from features.schema import SECOND, Declaration, Feature, FieldSpec, Grain, Schema, partition_bounds
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
 PROFILE_KEYS = {"users": "user_id", "items": "item_id"}
 QUARANTINE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("rule", "request_id", "user_id", "item_id", "row", "dt", "bucket")]
 )
-
-
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
 ROWS = "_rows"
+"""Metric that every suite's row of metrics has: the number of rows it was computed over."""
+
 REWRITE = "correct the table and write these rows again"
 MICROSECONDS = "write {column} as microseconds UTC or as a timestamp"
 
@@ -305,7 +305,24 @@ def _layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, 
             kind = layout.field(index).type
             hint = f"must be {wanted}; convert it, or map another column under {mapped}"
             checks[f"mistyped_column_{column}"] = (not accepts(kind), f"{where} has type {kind}, but {hint}")
+    for sequence in schema.sequences:
+        if sequence.events == role and sequence.where is not None:
+            problem = _problem_of_condition(sequence.where, layout.names)
+            where = f"table {role}: the condition {sequence.where!r} of sequence {sequence.name}"
+            checks[f"condition_{sequence.name}"] = (
+                bool(problem),
+                f"{where} {problem}; correct sequences in the config",
+            )
     return checks
+
+
+def _problem_of_condition(condition: str, columns: Sequence[str]) -> str:
+    """What is wrong with an SQL condition on these columns; empty if nothing is."""
+    try:
+        unknown = sorted(set(pl.sql_expr(condition).meta.root_names()) - set(columns))
+    except pl.exceptions.PolarsError as error:
+        return f"is not valid SQL ({error})"
+    return f"reads {', '.join(unknown)}, but there are only {', '.join(columns)}" if unknown else ""
 
 
 Accepts = Callable[[pa.DataType], bool]
@@ -452,9 +469,9 @@ def validate_partitions(
         known = ", ".join(feature.name for feature in schema.features)
         raise ConfigError(f"validation.max_null_share: {', '.join(unknown)} is no feature; there are: {known}")
     gate = Gate(gx_root)
-    readable, broken, checks = _judge_layouts(gate, tables, schema, now)
-    profile_rows: dict[str, int] = {}
     newest = max((partition_bounds(partition, grain)[0] for partition in partitions), default=now)
+    readable, broken, checks = _judge_layouts(gate, tables, schema, newest)
+    profile_rows: dict[str, int] = {}
     for role in PROFILE_KEYS:
         if role in readable:
             own = _profile_rules(role, schema, rules)
@@ -463,18 +480,17 @@ def validate_partitions(
             failed = gate.judge(role, role, newest, metrics, own)
             broken += [rule.finding(role, "", value, rows) for rule, value in failed]
             checks += len(own)
+    shared = PartitionValidation("", profile_rows, 0, checks, tuple(broken), tuple(broken))
     results = []
     for partition in partitions:
-        result = _validate_partition(
-            gate, readable, schema, partition, grain, rules, quarantine_root, now, broken, profile_rows, checks
-        )
+        result = _validate_partition(gate, readable, schema, partition, grain, rules, quarantine_root, now, shared)
         progress(result)
         results.append(result)
     return results, gate.build_docs()
 
 
 def _judge_layouts(
-    gate: Gate, tables: Mapping[str, Table], schema: Schema, now: int
+    gate: Gate, tables: Mapping[str, Table], schema: Schema, moment: int
 ) -> tuple[dict[str, Table], list[Finding], int]:
     """Tables whose rows can be judged, findings of the others, and the number of checks."""
     readable: dict[str, Table] = {}
@@ -484,7 +500,7 @@ def _judge_layouts(
         layout = _layout_checks(role, tables.get(role), schema)
         rules = [Rule(name, pl.lit(broken), message) for name, (broken, message) in layout.items()]
         metrics = {name: float(broken) for name, (broken, _) in layout.items()}
-        failed = gate.judge(f"{role} layout", role, 0, metrics, rules)
+        failed = gate.judge(f"{role} layout", f"{role} layout", moment, metrics, rules)
         findings += [Finding(role, "", rule.name, int(value), 0, rule.text) for rule, value in failed]
         checks += len(rules)
         if not failed:
@@ -501,13 +517,11 @@ def _validate_partition(
     rules: ValidationRules,
     quarantine_root: str,
     now: int,
-    broken: Sequence[Finding],
-    profile_rows: Mapping[str, int],
-    checks: int,
+    shared: PartitionValidation,
 ) -> PartitionValidation:
-    """Judge one partition; ``broken``, ``profile_rows`` and ``checks`` are of what all partitions share."""
-    findings, stopping, rows = list(broken), list(broken), dict(profile_rows)
-    quarantined = 0
+    """Judge one partition, on top of the verdicts on layouts and profiles that all partitions share."""
+    findings, failures = list(shared.findings), list(shared.failures)
+    rows, checks, quarantined = dict(shared.rows), shared.checks, 0
     for role, table in tables.items():
         if role in PROFILE_KEYS:
             continue
@@ -524,12 +538,12 @@ def _validate_partition(
         findings += named
         overfull = any(rule.name == "quarantined_share" for rule, _ in failed)
         # beyond the limit the single row rules say what is wrong
-        stopping += [one for one, (rule, _) in zip(named, failed, strict=True) if rule.gate or overfull]
+        failures += [one for one, (rule, _) in zip(named, failed, strict=True) if rule.gate or overfull]
         checks += len(own)
         if impressions:
             quarantined = round(metrics["quarantined_share"] * rows[role])
             _write_quarantine(table, schema, partition, grain, now, quarantine_root, quarantined)
-    return PartitionValidation(partition, rows, quarantined, checks, tuple(findings), tuple(stopping))
+    return PartitionValidation(partition, rows, quarantined, checks, tuple(findings), tuple(failures))
 
 
 def _metrics(frame: pl.LazyFrame, rules: Sequence[Rule]) -> dict[str, float]:
@@ -549,14 +563,17 @@ def _write_quarantine(
             replace_partition(root, partition, [], QUARANTINE_SCHEMA, {})
         return
     scanned = impressions.scan([partition])
-    own = [name for name in scanned.collect_schema() if name not in ("dt", "bucket")]
+    whole_row = pl.struct(
+        ~cs.by_name("rule", "dt", "bucket", require_all=False) - cs.binary(),
+        cs.binary().bin.encode("base64"),  # JSON has no bytes
+    )
     rejected = (
         scanned.with_columns(_first_broken(schema, partition, grain, now))
         .filter(pl.col("rule").is_not_null())
         .select(
             "rule",
             pl.col("request_id", "user_id", "item_id").cast(pl.String),
-            pl.struct(own).struct.json_encode().alias("row"),
+            whole_row.struct.json_encode().alias("row"),
         )
         .collect()
     )

@@ -75,7 +75,7 @@ def load_artifact(directory: str | Path) -> Artifact:
     listing = directory / "SHA256SUMS"
     if not listing.is_file():
         raise CorankError(f"model {directory}: not a model artifact (SHA256SUMS is missing)")
-    sums = dict(reversed(line.split("  ", 1)) for line in listing.read_text().splitlines())
+    sums = {name: value for value, _, name in (line.partition("  ") for line in listing.read_text().splitlines())}
     for name, expected in sums.items():
         if not (directory / name).is_file() or _sha256(directory / name) != expected:
             raise CorankError(f"model {directory}: {name} is damaged; train again or roll back (`corank models`)")

@@ -44,11 +44,11 @@ class InputLayer(nn.Module):
             embedded: Tensor = self.numbers[field.embedding](values)
             return embedded
         table = self.tables[field.embedding]
+        assert isinstance(table, nn.Embedding)
         if isinstance(values, Jagged):
-            pooled = functional.embedding_bag(
+            return functional.embedding_bag(
                 self._drop(field, values.values), table.weight, values.offsets[:-1], mode="mean", sparse=True
             )
-            return pooled
         looked_up: Tensor = table(self._drop(field, values))
         return looked_up
 

@@ -60,9 +60,7 @@ def grouped_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> t
     return values, np.array([len(part) for part in parts])
 
 
-def task_metrics(
-    labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, requests: np.ndarray
-) -> TaskMetrics:
+def task_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, requests: np.ndarray) -> TaskMetrics:
     """All metrics of one task over the impressions whose label is known; arrays [C]."""
     by_user, user_sizes = grouped_auc(labels, probabilities, users)
     by_query, _ = grouped_auc(labels, probabilities, requests)

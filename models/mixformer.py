@@ -119,7 +119,7 @@ class MixFormerBlock(nn.Module):
 
         HeadMixing reshapes [N, D] to [N, N, S] and transposes: head i receives slice i of every head (eq. 3).
         """
-        normed = self.mix_norm(x_BND, heads).unflatten(-1, (self.heads, self.slice_width))
+        normed: Tensor = self.mix_norm(x_BND, heads).unflatten(-1, (self.heads, self.slice_width))
         return normed[:, :, receivers].transpose(1, 2).flatten(2)
 
     def fuse(self, p: Tensor, heads: slice, events: LayerKeys, plan: list[AttentionGroup]) -> Tensor:

@@ -59,9 +59,6 @@ def guarded(debug: bool) -> Iterator[None]:
         yield
     except CorankError as error:
         _fail(str(error), error.exit_code, debug)
-    except KeyboardInterrupt:
-        typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
-        raise typer.Exit(130) from None
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
@@ -70,6 +67,12 @@ def guarded(debug: bool) -> Iterator[None]:
             _fail(str(known), known.exit_code, debug)
         summary = (str(error).strip().splitlines() or [""])[-1]
         _fail(f"{type(error).__name__}: {summary}\nRun with --debug for the stack trace.", 1, debug)
+    except BaseException as error:  # Ctrl-C, and Dagster's own name for it
+        if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning up
+        typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
+        raise typer.Exit(130) from None
     finally:
         stop_ray()
 
@@ -147,7 +150,8 @@ def retrain(
                 f"{champion.tags['partition']}."
             )
             return
-        typer.echo(f"partition {newer[0]} after champion version {champion.number} (up to {champion.tags['partition']})")
+        covered = champion.tags["partition"]
+        typer.echo(f"partition {newer[0]} after champion version {champion.number} (up to {covered})")
         _execute(_pipeline(loaded, until=newer[0], warm_start=True), serve)
 
 
@@ -270,9 +274,7 @@ def query(
             raise ConfigError(f"--context is not JSON: {error}") from None
         request = {"user_id": user or example.get("user_id"), "candidates": items, "context": given}
         with RankingClient(url or f"http://{loaded.serving.host}:{loaded.serving.port}") as client:
-            answer = client.rank(
-                request["user_id"], items, given, ts if ts is not None else pipeline.store_close()
-            )
+            answer = client.rank(request["user_id"], items, given, ts if ts is not None else pipeline.store_close())
         if as_json:
             typer.echo(json.dumps(answer))
         else:

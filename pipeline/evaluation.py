@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from features.reader import SampleSource
 from features.schema import Schema, Task
 from models.artifact import load_artifact
 from models.metrics import TaskMetrics, auc_difference_interval, task_metrics
+from models.mixformer import MixFormer
 from pipeline.training import probabilities
 
 PRIOR_STRENGTH = 10.0
@@ -34,15 +36,14 @@ class Scored:
     scores: np.ndarray
 
 
-class _Scorer:
-    """Ray Data actor: rows of the sample table → scored impressions."""
+@cache
+def _loaded(artifact: str) -> MixFormer:
+    """One model per worker process."""
+    return load_artifact(artifact).model
 
-    def __init__(self, artifact: str, batch_candidates: int, batch_events: int) -> None:
-        self.artifact = load_artifact(artifact)
-        self.budget = (batch_candidates, batch_events)
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        return score_rows(self.artifact.model, rows, *self.budget)
+def _score(rows: pa.Table, artifact: str, batch_candidates: int, batch_events: int) -> pa.Table:
+    return score_rows(_loaded(artifact), rows, batch_candidates, batch_events)
 
 
 def score_rows(model: Any, rows: pa.Table, batch_candidates: int = 6_000, batch_events: int = 200_000) -> pa.Table:
@@ -83,16 +84,13 @@ def score_source(artifact: str, source: SampleSource, batch_candidates: int, bat
     Raises:
         CorankError: there is nothing to score.
     """
-    from ray.data import ActorPoolStrategy
-
     if not source.files():
         raise CorankError("evaluation: no held-out requests; widen `split.test` or import more partitions")
     scored = source.dataset().map_batches(
-        _Scorer,
-        fn_constructor_args=(artifact, batch_candidates, batch_events),
+        _score,
+        fn_args=(artifact, batch_candidates, batch_events),
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=1),
     )
     blocks = [block for block in scored.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
     if not blocks:
@@ -229,9 +227,7 @@ def report(
         known = scored.mask[:, index].astype(bool)
         labels, scores = scored.labels[known, index], scored.scores[known, index]
         users, requests = scored.user_id[known], scored.request_id[known]
-        keys = pl.DataFrame(
-            {"request_id": requests.astype(str), "item_id": scored.item_id[known].astype(str)}
-        )
+        keys = pl.DataFrame({"request_id": requests.astype(str), "item_id": scored.item_id[known].astype(str)})
         beside = keys.join(
             baselines[task.name].select("request_id", "item_id", "score"),
             on=["request_id", "item_id"],
@@ -257,5 +253,6 @@ def report(
 def _champion_scores(scored: Scored, champion: Scored | None, index: int, known: np.ndarray) -> np.ndarray | None:
     if champion is None:
         return None
-    assert (champion.request_id == scored.request_id).all() and (champion.item_id == scored.item_id).all()
+    assert (champion.request_id == scored.request_id).all()
+    assert (champion.item_id == scored.item_id).all()
     return np.asarray(champion.scores[known, index])

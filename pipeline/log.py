@@ -84,10 +84,7 @@ class Log:
             table = self.config.table(role)
             cache = records.get("log", role) or {}
             before = digest(cache)
-            if role in PROFILES:
-                by_partition = self._profile_fingerprints(role, cache)
-            else:
-                by_partition = table.fingerprints(cache)
+            by_partition = self._profile_fingerprints(role, cache) if role in PROFILES else table.fingerprints(cache)
             cache.pop("recorded_at", None)
             if digest(cache) != before:
                 records.put("log", role, cache)

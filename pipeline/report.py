@@ -36,7 +36,10 @@ def write_report(folder: Path, config: Config, candidate: Mapping[str, Any], eva
             "",
             "| | " + " | ".join(metric.replace("_", " ") for metric in METRICS) + " |",
             "|---|" + "---|" * len(METRICS),
-            *[f"| {name} | " + " | ".join(f"{row[metric]:.4f}" for metric in METRICS) + " |" for name, row in rows.items()],
+            *[
+                f"| {name} | " + " | ".join(f"{row[metric]:.4f}" for metric in METRICS) + " |"
+                for name, row in rows.items()
+            ],
             "",
         ]
         for other in ("baseline", "champion"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from pipeline.config import RayConfig
 
+from pipeline.config import RayConfig
 
 CHATTY = ("ray", "ray.data", "ray.train", "ray.serve", "mlflow", "alembic", "feast", "great_expectations", "dagster")
 
@@ -17,7 +17,6 @@ def quiet() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     for name in CHATTY:

@@ -55,9 +55,7 @@ class Pipeline:
         warm_start: begin training with the champion, on what came after its own training.
     """
 
-    def __init__(
-        self, config: Config, progress: Progress, until: str | None = None, warm_start: bool = False
-    ) -> None:
+    def __init__(self, config: Config, progress: Progress, until: str | None = None, warm_start: bool = False) -> None:
         self.config, self.progress = config, progress
         self.until, self.warm_start = until, warm_start
         self.records = Records(config.path("records"))
@@ -171,9 +169,7 @@ class Pipeline:
         gaps = [] if config.validation.allow_gaps else self.log.gaps()
         if gaps:
             empty = [f"table impressions, partition {partition}: 0 rows" for partition in gaps]
-            raise DataGateError(
-                _listed("the log has empty partitions (validation.allow_gaps accepts them)", empty)
-            )
+            raise DataGateError(_listed("the log has empty partitions (validation.allow_gaps accepts them)", empty))
         with self.progress.stage("validated") as stage:
             done = 0
 
@@ -212,7 +208,8 @@ class Pipeline:
             quarantined = sum(result.quarantined for result in results)
             stage.say(
                 f"{len(results) - len(failed)} of {len(results)} partitions pass "
-                f"{sum(result.checks for result in results):,} checks; {rows:,} impressions, {quarantined:,} quarantined"
+                f"{sum(result.checks for result in results):,} checks; "
+                f"{rows:,} impressions, {quarantined:,} quarantined"
             )
         if failed:
             messages = list(dict.fromkeys(finding.message for result in failed for finding in result.failures))
@@ -421,7 +418,8 @@ class Pipeline:
             low, high = gate.gain[1:]
             stage.say(
                 f"{len(scored.scores):,} impressions: {config.gate_task} AUC {gate.metrics.auc:.4f} against "
-                f"{gate.baseline.auc:.4f} of the baseline (difference {gate.gain[0]:+.4f}, 95 % {low:+.4f} … {high:+.4f})"
+                f"{gate.baseline.auc:.4f} of the baseline "
+                f"(difference {gate.gain[0]:+.4f}, 95 % {low:+.4f} … {high:+.4f})"
             )
         return record
 
@@ -647,4 +645,3 @@ def exclusive(config: Config) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
-

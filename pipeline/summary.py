@@ -131,7 +131,9 @@ def print_status(pipeline: Pipeline) -> None:
     console.print("work left   " + (", ".join(pending) if pending else "none"))
     stale, unbuilt = pipeline.stale_validation(), pipeline.stale_samples()
     if stale:
-        console.print(f"  {len(stale)} partitions not validated: {', '.join(stale[:5])}{' …' if len(stale) > 5 else ''}")
+        console.print(
+            f"  {len(stale)} partitions not validated: {', '.join(stale[:5])}{' …' if len(stale) > 5 else ''}"
+        )
     if unbuilt:
         console.print(f"  {len(unbuilt)} partitions not built, from {unbuilt[0]}")
     champion = pipeline.registry.champion()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -104,7 +104,9 @@ class _NumberSums:
                     columns, (name, len(known), float(known.sum()), float((known * known).sum())), strict=True
                 ):
                     columns[key].append(entry)
-        types = pa.schema([("field", pa.string()), ("count", pa.int64()), ("sum", pa.float64()), ("squares", pa.float64())])
+        types = pa.schema(
+            [("field", pa.string()), ("count", pa.int64()), ("sum", pa.float64()), ("squares", pa.float64())]
+        )
         return pa.table(columns, schema=types)
 
 
@@ -152,23 +154,19 @@ def train(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]]
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    finished = threading.Event()
-
-    def listen() -> None:
-        while not finished.is_set():
+    # fit() runs beside the main thread: there it would take over Ctrl-C and keep it
+    pool = ThreadPoolExecutor(max_workers=1)
+    running = pool.submit(trainer.fit)
+    try:
+        while not running.done():
             try:
                 progress(reports.get(timeout=0.5))
             except Empty:
                 continue
-
-    listener = threading.Thread(target=listen, daemon=True)
-    listener.start()
-    try:
-        result = trainer.fit()
     finally:
-        finished.set()
-        listener.join(timeout=5)
+        pool.shutdown(wait=False)
         reports.shutdown(force=True)
+    result = running.result()
     if result.checkpoint is None:
         raise CorankError(f"training {job.name} ended without a checkpoint in {storage}; run again to continue it")
     with result.checkpoint.as_directory() as directory:

@@ -51,13 +51,17 @@ def verify_endpoint(
     artifact = load_artifact(artifact_path)
     drift = selfcheck_difference(artifact.model, artifact.metadata["selfcheck"], _layout(newest))
     if drift > TOLERANCE:
-        raise CorankError(f"model {artifact_path}: its self-check requests differ by {drift:.2e} from the stored scores")
+        raise CorankError(
+            f"model {artifact_path}: its self-check requests differ by {drift:.2e} from the stored scores"
+        )
     compared, candidates, largest = 0, 0, 0.0
     example: dict[str, Any] = {}
     with RankingClient(url) as client:
         served = client.model()["model_version"]
         if served != artifact.version:
-            raise CorankError(f"the endpoint {url} serves model {served}, not {artifact.version}; stop it and run again")
+            raise CorankError(
+                f"the endpoint {url} serves model {served}, not {artifact.version}; stop it and run again"
+            )
         for row, request in replayable(newest, store, log_delay):
             context = _raw_context(impressions, newest, request["request_id"])
             items = [candidate["item_id"] for candidate in request["candidates"]]
@@ -133,4 +137,3 @@ def _raw_context(impressions: Table, newest: SampleSource, request_id: str) -> d
 
 def _layout(source: SampleSource) -> pa.Schema:
     return sample_schema(source.schema)
-

@@ -13,6 +13,7 @@ one more day changes none before it.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -237,7 +238,7 @@ def import_synthetic(
     if missing:
         started_ray = not ray.is_initialized()
         if started_ray:
-            ray.init(include_dashboard=False, log_to_driver=False)
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:
             _write_days(world, missing, paths, say)
         finally:

@@ -56,7 +56,8 @@ def test_day_by_day_builds_the_same_tables_as_all_at_once(tmp_path: Path, local_
         assert counts_of_day[day] == counts[day]
     for name in (SAMPLES, STATE):
         frames = [
-            Table(name, one.table_root(name)).scan().collect().sort("dt", "user_id").to_dicts() for one in (whole, steps)
+            Table(name, one.table_root(name)).scan().collect().sort("dt", "user_id").to_dicts()
+            for one in (whole, steps)
         ]
         assert frames[0] == frames[1]
         assert frames[0]

@@ -82,7 +82,9 @@ def test_a_request_scores_alone_as_in_any_batch(user_heads: int) -> None:
 @pytest.mark.parametrize("user_heads", [0, 2])
 def test_permuting_candidates_permutes_scores_and_none_sees_another(user_heads: int) -> None:
     model = make_model(user_heads)
-    rows = max(cut(make_rows(model.schema, 4, timelines=12), 1, 1), key=lambda part: collate(part, model.schema).candidates)
+    rows = max(
+        cut(make_rows(model.schema, 4, timelines=12), 1, 1), key=lambda part: collate(part, model.schema).candidates
+    )
     batch = collate(rows, model.schema)
     assert batch.requests == 1
     assert batch.candidates == 6

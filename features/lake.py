@@ -91,10 +91,20 @@ class Table:
         """The rows of one bucket in these partitions.
 
         Read directly where the table is laid out by (dt, bucket), by hashing the users where not.
+
+        Raises:
+            CorankError: the table is laid out with another number of buckets.
         """
         frame = self.scan(partitions)
         if self.is_bucketed():
-            return frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket").collect()
+            rows = frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket").collect()
+            users = rows.select(pl.col("user_id").unique())
+            if not users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item():
+                raise CorankError(
+                    f"table {self.name} at {self.uri}: its column bucket is not the user hash modulo {buckets}. "
+                    "Set `buckets` in the config to the number the table was laid out with."
+                )
+            return rows
         return frame.collect().filter(bucket_column(pl.col("user_id"), buckets) == bucket)
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:

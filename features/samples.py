@@ -101,6 +101,7 @@ def build_partitions(
     settings: BuildSettings,
     partitions: Sequence[str],
     earlier: Sequence[str],
+    impressions: Mapping[str, int],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, PartitionCounts]:
     """Build and commit these partitions on Ray, each in one atomic commit per table.
@@ -108,10 +109,12 @@ def build_partitions(
     Args:
         partitions: consecutive, oldest first.
         earlier: partitions whose state precedes them.
+        impressions: rows that each partition is known to hold.
         progress: called with (what, done, total).
 
     Raises:
-        CorankError: the rows of a partition do not close: impressions ≠ candidates + quarantined.
+        CorankError: the rows of a partition do not close: impressions ≠ candidates + quarantined, or fewer were
+            read than the partition holds. Nothing is committed then.
     """
     import ray.data
 
@@ -133,6 +136,12 @@ def build_partitions(
         progress("buckets", done, settings.buckets)
     for partition in partitions:
         count = counts[partition]
+        if count.impressions != impressions[partition]:
+            raise CorankError(
+                f"samples, partition {partition}: {count.impressions:,} of {impressions[partition]:,} impressions were "
+                f"read in {settings.buckets} buckets. Set `buckets` in the config to the number that the table was "
+                "laid out with; if that is right, the log changed meanwhile: run again."
+            )
         if count.impressions != count.candidates + count.quarantined:
             raise CorankError(
                 f"samples, partition {partition}: {count.impressions:,} impressions came in, but "

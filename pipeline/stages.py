@@ -243,8 +243,9 @@ class Pipeline:
                 now=self.log.now,
             )
             stage.say(f"{len(partitions)} partitions, {config.buckets} buckets")
+            shown = {partition: self._record("validated", partition)["rows"]["impressions"] for partition in partitions}
             counts = build_partitions(
-                settings, partitions, earlier, lambda what, done, total: stage.say(f"{done}/{total} {what}")
+                settings, partitions, earlier, shown, lambda what, done, total: stage.say(f"{done}/{total} {what}")
             )
             for partition in partitions:
                 self.records.put(

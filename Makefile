@@ -5,10 +5,10 @@ CONFIG ?= pipeline/examples/movielens.yaml
 
 .PHONY: run serve test lint clean
 
-run: .venv/run.installed data/movielens
+run: .venv/run.installed data/movielens.imported
 	$(BIN)/corank run --config $(CONFIG)
 
-serve: .venv/run.installed data/movielens
+serve: .venv/run.installed data/movielens.imported
 	$(BIN)/corank run --config $(CONFIG) --serve
 
 test: .venv/dev.installed lint
@@ -20,8 +20,9 @@ lint: .venv/dev.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-data/movielens: | .venv/run.installed
-	$(BIN)/corank import movielens-100k --target $@
+data/movielens.imported: | .venv/run.installed
+	$(BIN)/corank import movielens-100k --target data/movielens
+	touch $@
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -17,6 +17,9 @@ from features.batch import between, concatenate, cut, sample_schema
 from features.errors import CorankError
 from features.schema import Schema
 
+READ_CPUS = 0.25
+"""CPUs that a reading task reserves: it mostly waits for storage."""
+
 WINDOW_ROWS = 8_192
 """Rows shuffled together; bounds the reader's memory."""
 
@@ -76,7 +79,7 @@ class SampleSource:
         blocks = max(1, min(len(files), 64))
         listing = ray.data.from_items([{"file": file} for file in files], override_num_blocks=blocks)
         read: Any = _read_files  # Ray's type of a batch function does not know fn_args
-        return listing.map_batches(read, fn_args=(self,), batch_size=None, batch_format="numpy")
+        return listing.map_batches(read, fn_args=(self,), batch_size=None, batch_format="numpy", num_cpus=READ_CPUS)
 
     def batches(self, candidates: int, events: int, seed: int | None = None) -> Iterator[pa.Table]:
         """Rows in batches within a budget of candidates and events; the same for the same seed.

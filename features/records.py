@@ -48,21 +48,5 @@ class Records:
         if target != path:
             self.fs.move(target, path)
 
-    def all(self, stage: str) -> dict[str, dict[str, Any]]:
-        """All records of a stage by key, in order of the keys."""
-        selector = fs.FileSelector(f"{self.root}/{stage}", allow_not_found=True)
-        keys = sorted(
-            info.base_name.removesuffix(".json")
-            for info in self.fs.get_file_info(selector)
-            if info.base_name.endswith(".json")
-        )
-        found = {key: self.get(stage, key) for key in keys}
-        return {key: record for key, record in found.items() if record is not None}
-
-    def delete(self, stage: str, key: str) -> None:
-        """Forget a record; a missing one is fine."""
-        if self.get(stage, key) is not None:
-            self.fs.delete_file(self._path(stage, key))
-
     def _path(self, stage: str, key: str) -> str:
         return f"{self.root}/{stage}/{key}.json"

@@ -325,24 +325,26 @@ def _samples(
     arrow = pa.schema([sample_schema(schema).field(name) for name in columns])
     if impressions.is_empty():
         return arrow.empty_table()
-    shown = ["position"] if "position" in impressions.columns else []
-    candidates = impressions.with_columns(pl.col("request_id", "user_id", "item_id").cast(pl.String)).sort(
-        "user_id", "ts", "request_id", *shown, "item_id"
-    )
+    weight = pl.col("weight").cast(pl.Float32).fill_null(1.0) if "weight" in impressions.columns else pl.lit(1.0)
+    position = pl.col("position") if "position" in impressions.columns else pl.lit(0)
+    # only what is needed, coded at once: no column of the user's own meets a name used here
+    candidates = impressions.select(
+        pl.col("request_id", "user_id", "item_id").cast(pl.String),
+        "ts",
+        position.alias("position"),
+        weight.cast(pl.Float32).alias("weight"),
+        *[pl.col(task.source).cast(pl.Int8).alias(label_column(task)) for task in schema.tasks],
+        *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in schema.side("context")],
+    ).sort("user_id", "ts", "request_id", "position", "item_id")
     candidates = _as_of(candidates, items, "item_id", schema.side("item"))
     candidate = pl.struct(
         "item_id",
         pl.col("known").alias("item_known"),
         *[feature_column(feature) for feature in schema.side("item")],
-        *[pl.col(task.source).cast(pl.Int8).alias(label_column(task)) for task in schema.tasks],
-        (pl.col("weight").cast(pl.Float32) if "weight" in candidates.columns else pl.lit(1.0, pl.Float32)).alias(
-            "weight"
-        ),
+        *[label_column(task) for task in schema.tasks],
+        "weight",
     )
-    context = [
-        encode(feature, pl.col(feature.source)).first().alias(feature_column(feature))
-        for feature in schema.side("context")
-    ]
+    context = [pl.col(feature_column(feature)).first() for feature in schema.side("context")]
     requests = candidates.group_by("user_id", "ts", "request_id", maintain_order=True).agg(
         candidate.alias("candidates"), *context
     )

@@ -237,7 +237,7 @@ def _event_rules(partition: str, grain: Grain, now: int) -> list[Rule]:
 def _profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rule]:
     key = PROFILE_KEYS[role]
     # every snapshot since 1973, read as microseconds, would lie in the first weeks of 1970: valid since ever
-    units = {"seconds": (10**8, 10**10), "milliseconds": (10**11, 10**13)}
+    units = {"seconds": (10**8, 10**10), "milliseconds": (10**11, 10**13), "nanoseconds": (10**17, 2**63 - 1)}
     return [
         Rule("rows", pl.len(), "there are no profiles; write the table", None, 1, subject="{rows:,} rows,"),
         Rule(f"null_{key}", pl.col(key).is_null().sum(), f"have no {key}; {REWRITE}"),

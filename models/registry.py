@@ -7,12 +7,7 @@ from typing import Any
 
 from features.schema import Schema
 from models.mixformer import MixFormer, MixFormerConfig
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"heads": 8, "head_dim": 32, "layers": 2, "dropout": 0.1, "tower": 64},
-    "base": {"heads": 16, "head_dim": 64, "layers": 4, "dropout": 0.1, "tower": 128},
-}
-MODELS: dict[str, dict[str, Any]] = {"mixformer": {"user_heads": 0}, "ui-mixformer": {}}
+from models.presets import MODELS, PRESETS
 
 
 def build_model(

@@ -70,10 +70,10 @@ def guarded(debug: bool) -> Iterator[None]:
     except BaseException as error:  # Ctrl-C, and Dagster's own name for it
         if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not stop the cleaning up
         typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
         raise typer.Exit(130) from None
     finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
         stop_ray()
 
 
@@ -143,35 +143,44 @@ def retrain(
         champion = pipeline.registry.champion()
         if champion is None:
             raise CorankError("there is no champion to start from; train the first one with `corank run`")
-        newer = [partition for partition in pipeline.partitions if partition > champion.tags["partition"]]
-        if not newer:
-            typer.echo(
-                f"Nothing to do: champion version {champion.number} already covers the newest closed partition "
-                f"{champion.tags['partition']}."
-            )
-            return
-        covered = champion.tags["partition"]
-        typer.echo(f"partition {newer[0]} after champion version {champion.number} (up to {covered})")
-        _execute(_pipeline(loaded, until=newer[0], warm_start=True), serve)
+        # a rejected candidate covers its partition too, else it would be trained for ever
+        covered = max(version.tags["partition"] for version in pipeline.registry.versions())
+        current = _pipeline(loaded, until=covered, warm_start=True)
+        newer = [partition for partition in pipeline.partitions if partition > covered]
+        if set(current.pending()) & {"evaluation", "champion"}:
+            typer.echo(f"finishing partition {covered}")
+            _execute(current, serve)
+        elif newer:
+            typer.echo(f"partition {newer[0]}, starting from champion version {champion.number}")
+            _execute(_pipeline(loaded, until=newer[0], warm_start=True), serve)
+        else:
+            typer.echo(f"Nothing to train: {covered} is the newest closed partition.")
+            if current.pending() == ["deployment"] or serve:
+                _execute(current, serve)
 
 
 def _execute(pipeline: Pipeline, serve: bool) -> None:
     from pipeline.stages import exclusive
     from pipeline.summary import print_summary
+    from serving.ports import require_free
 
     with exclusive(pipeline.config):
         pending = pipeline.pending()
+        deploying = "deployment" in pending
         answer = None
+        if deploying:  # better now than after the training
+            require_free(pipeline.config.serving.host, pipeline.config.serving.port)
         if pending:
             from pipeline.dag import run_dag
 
             run_dag(pipeline, pending)
-            answer = _example_query(pipeline)
         else:
             typer.echo("Nothing to do: every stage is up to date with the log and the config.")
+        if deploying:
+            answer = _example_query(pipeline)
         print_summary(pipeline, answer)
-        if serve:
-            _serve(pipeline, running=bool(pending))
+    if serve:
+        _serve(pipeline, running=deploying)
 
 
 def _example_query(pipeline: Pipeline) -> dict[str, Any]:

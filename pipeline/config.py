@@ -17,8 +17,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from features.errors import ConfigError
 from features.lake import Table
 from features.records import digest
-from features.schema import Declaration, Feature, Grain, Name, Schema, Sequence, Task
+from features.schema import Declaration, Feature, Grain, Name, Schema, Sequence, Task, partition_bounds
 from features.validation import ValidationRules
+from models.presets import PRESETS
 
 ENVIRONMENT_PREFIX = "CORANK_"
 RESERVED_VARIABLES = {"CORANK_CONFIG"}
@@ -30,6 +31,13 @@ class TableConfig(Declaration):
     path: str = Field(description="local folder or s3:// address of the Delta table")
     columns: dict[str, str] = Field({}, description="corank's name: the table's own column name")
     storage_options: dict[str, str] = Field({}, description="credentials and endpoint for s3://")
+
+    @model_validator(mode="after")
+    def _partition_columns_keep_their_names(self) -> TableConfig:
+        for name in ("dt", "bucket"):
+            if name in self.columns:
+                raise ValueError(f"columns: {name} cannot be mapped; a partition column must be called so")
+        return self
 
 
 class SplitConfig(Declaration):
@@ -54,6 +62,14 @@ class ModelConfig(Declaration):
     head_dim: int | None = Field(None, ge=2, description="D, divisible by N")
     layers: int | None = Field(None, ge=1, description="L")
     dropout: float | None = Field(None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_their_width(self) -> ModelConfig:
+        heads = self.heads or PRESETS[self.preset]["heads"]
+        width = self.head_dim or PRESETS[self.preset]["head_dim"]
+        if width % heads:
+            raise ValueError(f"head_dim {width} must be divisible by heads {heads} (HeadMixing)")
+        return self
 
 
 class TrainingConfig(Declaration):
@@ -143,6 +159,8 @@ class Config(Declaration):
         task = self.evaluation.task
         if task is not None and task not in [known.name for known in schema.tasks]:
             raise ValueError(f"evaluation.task {task!r} is none of the tasks {[t.name for t in schema.tasks]}")
+        if self.start is not None:
+            partition_bounds(self.start, self.grain)
         if "://" in self.workspace and self.local is None:
             raise ValueError("local: a workspace on s3:// needs a local folder for SQLite files")
         return self
@@ -173,8 +191,13 @@ class Config(Declaration):
         return Path(_absolute(self.local or self.workspace)).joinpath(*parts)
 
     def digest_of(self, *sections: str) -> str:
-        """Digest of these top-level sections alone, so that other keys re-run nothing."""
-        content = self.model_dump(mode="json")
+        """Digest of these top-level sections alone, so that other keys re-run nothing.
+
+        Credentials and CPU reservations change no result, so they are left out.
+        """
+        content = self.model_dump(mode="json", exclude={"training": {"cpus_per_worker"}})
+        for table in content["tables"].values():
+            del table["storage_options"]
         return digest({section: content[section] for section in sections})
 
 
@@ -182,7 +205,7 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
-def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Config:
+def load_config(path: str | Path) -> Config:
     """Read, override from the environment, and check a config file.
 
     Raises:
@@ -200,7 +223,6 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Co
     for variable, value in sorted(os.environ.items()):
         if variable.startswith(ENVIRONMENT_PREFIX) and variable not in RESERVED_VARIABLES:
             _override(content, variable, value)
-    content.update(overrides or {})
     try:
         return Config.model_validate(content)
     except ValidationError as error:
@@ -215,13 +237,17 @@ def _override(content: dict[str, Any], variable: str, value: str) -> None:
             f"environment variable {variable}: {keys[0]!r} is no key of the config. {_allowed(keys[0], Config)}"
         )
     node: Any = content
-    for key in keys[:-1]:
-        node = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
-    parsed = yaml.safe_load(value)
-    if isinstance(node, list):
-        node[int(keys[-1])] = parsed
-    else:
-        node[keys[-1]] = parsed
+    try:
+        for key in keys[:-1]:
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
+        node[keys[-1] if isinstance(node, dict) else int(keys[-1])] = yaml.safe_load(value)
+    except (ValueError, TypeError, IndexError, AttributeError):
+        raise ConfigError(
+            f"environment variable {variable}: the config has nothing at {'.'.join(keys)} to override "
+            "(elements of a list are named by their number, from 0)"
+        ) from None
+    except yaml.YAMLError:
+        raise ConfigError(f"environment variable {variable}: {value!r} is not valid YAML") from None
 
 
 def _explain(problem: Any) -> str:

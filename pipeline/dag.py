@@ -14,6 +14,7 @@ from typing import Any
 
 import dagster as dg
 
+from features.errors import DataGateError
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
 from pipeline.stages import Pipeline
@@ -60,13 +61,22 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
     def validated(context: dg.AssetExecutionContext) -> Iterator[Any]:
         """The partition passed the Great Expectations gate."""
         stale = selected(context, pipeline.stale_validation())
-        if stale:
-            pipeline.validate(stale)
-        for partition in present(context):
-            record = pipeline.records.get("validated", partition) or {}
+        try:
+            if stale:
+                pipeline.validate(stale)
+        except DataGateError as error:
+            yield dg.AssetCheckResult(check_name="great_expectations", passed=False, metadata={"findings": str(error)})
+            raise
+        records = {partition: pipeline.records.get("validated", partition) or {} for partition in present(context)}
+        for partition, record in records.items():
             context.add_asset_metadata(_metadata(record), partition_key=partition)
         yield dg.AssetCheckResult(
-            check_name="great_expectations", passed=True, metadata={"partitions": len(context.partition_keys)}
+            check_name="great_expectations",
+            passed=all(record.get("passed") for record in records.values()),
+            metadata={
+                "partitions": len(records),
+                "checks": sum(record.get("checks", 0) for record in records.values()),
+            },
         )
         yield dg.MaterializeResult()
 
@@ -103,13 +113,13 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
     @dg.asset(deps=[candidate], kinds={"ray"})
     def evaluation() -> dg.MaterializeResult[Any]:
         """The candidate's metrics on held-out requests, beside baseline and champion."""
-        record = pipeline.records.get("evaluation", pipeline.candidate_key) or pipeline.evaluate()
+        record = pipeline.records.get("evaluation", pipeline.evaluation_key) or pipeline.evaluate()
         return dg.MaterializeResult(metadata=_metadata(record))
 
     @dg.asset(deps=[evaluation], kinds={"mlflow"})
     def champion() -> dg.MaterializeResult[Any]:
         """The candidate in MLflow's registry; champion when it passed its gate."""
-        record = pipeline.records.get("champion", pipeline.candidate_key) or pipeline.promote()
+        record = pipeline.records.get("champion", pipeline.evaluation_key) or pipeline.promote()
         return dg.MaterializeResult(metadata=_metadata(record))
 
     @dg.asset(deps=[champion], kinds={"ray"})

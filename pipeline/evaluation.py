@@ -20,6 +20,9 @@ from models.metrics import TaskMetrics, auc_difference_interval, task_metrics
 from models.mixformer import MixFormer
 from pipeline.training import probabilities
 
+IDENTITY = ("user_id", "request_id", "item_id", "ts")
+"""What tells impressions apart; request ids may repeat from one partition to the next."""
+
 PRIOR_STRENGTH = 10.0
 """Impressions of prior that smooth the baseline's user and item means."""
 
@@ -31,6 +34,7 @@ class Scored:
     user_id: np.ndarray
     request_id: np.ndarray
     item_id: np.ndarray
+    ts: np.ndarray
     labels: np.ndarray
     mask: np.ndarray
     scores: np.ndarray
@@ -59,6 +63,7 @@ def score_rows(model: Any, rows: pa.Table, batch_candidates: int = 6_000, batch_
                 "user_id": pa.array(batch.user_id[request], pa.string()),
                 "request_id": pa.array(batch.request_id[request], pa.string()),
                 "item_id": pa.array(batch.item_id, pa.string()),
+                "ts": pa.array(batch.users.ts.numpy()[request]),
                 "labels": _lists(batch.labels.numpy()),
                 "mask": _lists(batch.label_mask.numpy()),
                 "scores": _lists(probabilities(model, batch)),
@@ -67,6 +72,7 @@ def score_rows(model: Any, rows: pa.Table, batch_candidates: int = 6_000, batch_
     tasks = len(model.schema.tasks)
     empty = {
         **dict.fromkeys(("user_id", "request_id", "item_id"), pa.array([], pa.string())),
+        "ts": pa.array([], pa.int64()),
         "labels": _lists(np.zeros((0, tasks), np.float32)),
         "mask": _lists(np.zeros((0, tasks), bool)),
         "scores": _lists(np.zeros((0, tasks), np.float32)),
@@ -106,7 +112,13 @@ def score_source(artifact: str, source: SampleSource, batch_candidates: int, bat
         return np.asarray(table[name].to_pylist(), dtype=object)
 
     return Scored(
-        text("user_id"), text("request_id"), text("item_id"), matrix("labels"), matrix("mask"), matrix("scores")
+        text("user_id"),
+        text("request_id"),
+        text("item_id"),
+        table["ts"].to_numpy(),
+        matrix("labels"),
+        matrix("mask"),
+        matrix("scores"),
     )
 
 
@@ -138,7 +150,7 @@ def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.D
         cut: first request time of the test set, microseconds UTC.
 
     Returns:
-        user_id, request_id, item_id, label and score of the test set's impressions.
+        user_id, request_id, item_id, ts, label and score of the test set's impressions.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -153,7 +165,7 @@ def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.D
         raise CorankError(f"evaluation: task {task.name} has one class only before the test set")
     model = LogisticRegression().fit(_logit(fit.select(inputs)), fit["label"].to_numpy())
     scores = model.predict_proba(_logit(test.select(inputs)))[:, 1] if test.height else np.zeros(0)
-    return test.select("user_id", "request_id", "item_id", "label").with_columns(pl.Series("score", scores))
+    return test.select(*IDENTITY, "label").with_columns(pl.Series("score", scores))
 
 
 def _mean_before(shown: pl.DataFrame, key: str, before: pl.Expr, prior: float) -> pl.DataFrame:
@@ -227,12 +239,16 @@ def report(
         known = scored.mask[:, index].astype(bool)
         labels, scores = scored.labels[known, index], scored.scores[known, index]
         users, requests = scored.user_id[known], scored.request_id[known]
-        keys = pl.DataFrame({"request_id": requests.astype(str), "item_id": scored.item_id[known].astype(str)})
+        keys = pl.DataFrame(
+            {
+                "user_id": users.astype(str),
+                "request_id": requests.astype(str),
+                "item_id": scored.item_id[known].astype(str),
+                "ts": scored.ts[known],
+            }
+        )
         beside = keys.join(
-            baselines[task.name].select("request_id", "item_id", "score"),
-            on=["request_id", "item_id"],
-            how="left",
-            maintain_order="left",
+            baselines[task.name].select(*IDENTITY, "score"), on=IDENTITY, how="left", maintain_order="left"
         )["score"]
         if beside.null_count() or len(beside) != len(labels):
             raise CorankError(f"evaluation: task {task.name}: baseline and model saw different impressions")

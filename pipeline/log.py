@@ -7,13 +7,14 @@ from typing import Any
 
 import polars as pl
 
-from features.errors import CorankError, DataGateError
+from features.errors import ConfigError, CorankError, DataGateError
 from features.records import Records, digest
-from features.schema import SECOND, partition_bounds, partition_of
+from features.schema import SECOND, Side, partition_bounds, partition_of
 from features.validation import check_tables
 from pipeline.config import Config
 
-PROFILES = ("users", "items")
+PROFILES = {"users": "user_id", "items": "item_id"}
+SIDES: dict[str, Side] = {"users": "user", "items": "item"}
 
 
 def now_us() -> int:
@@ -27,7 +28,8 @@ class Log:
     def __init__(self, config: Config, records: Records, until: str | None = None) -> None:
         """
         Raises:
-            DataGateError: a table or column is missing or mistyped; all of them are named.
+            ConfigError: ``start`` or ``until`` is no partition of this grain.
+            DataGateError: a table or column is missing or mistyped (all of them are named), or lies in the future.
             CorankError: no partition is closed.
         """
         problems = check_tables({role: config.table(role) for role in config.tables}, config.schema_)
@@ -36,28 +38,42 @@ class Log:
             raise DataGateError(f"the tables do not fit the config:\n{named}")
         self.config = config
         self.now = now_us()
+        for role in set(config.tables) - set(PROFILES):
+            table = config.table(role)
+            if "dt" not in table.delta().metadata().partition_columns:
+                raise DataGateError(f"table {role} at {table.uri}: it is not partitioned by a column dt")
+        for key, partition in (("start", config.start), ("--until", until)):
+            if partition is not None:
+                try:
+                    partition_bounds(partition, config.grain)
+                except ValueError as error:
+                    raise ConfigError(f"{key}: {error}") from None
         impressions = config.table("impressions")
         found = impressions.partitions()
         if not found:
-            raise CorankError(
-                f"table impressions at {impressions.uri}: no partitions. "
-                "It must be partitioned by a column dt (see `tables` in the config) and hold rows."
+            raise DataGateError(f"table impressions at {impressions.uri}: no partition holds any row")
+        try:
+            bounds = {partition: partition_bounds(partition, config.grain) for partition in found}
+        except ValueError as error:
+            raise DataGateError(f"table impressions at {impressions.uri}: {error}") from None
+        future = [partition for partition in found if bounds[partition][0] > self.now]
+        if future:
+            count = impressions.scan(future).select(pl.len()).collect().item()
+            raise DataGateError(
+                f"table impressions, partition {future[0]}: {count:,} rows lie in the future (partitions "
+                f"{', '.join(future[:5])}); correct ts and dt"
             )
-        for partition in found:
-            try:
-                partition_bounds(partition, config.grain)
-            except ValueError as error:
-                raise CorankError(f"table impressions at {impressions.uri}: {error}") from None
         self.partitions = [
             partition
             for partition in found
-            if self.bounds(partition)[1] <= self.now
+            if bounds[partition][1] <= self.now
             and (config.start is None or partition >= config.start)
             and (until is None or partition <= until)
         ]
         if not self.partitions:
-            span = f"{found[0]} … {found[-1]}"
-            raise CorankError(f"table impressions: none of its partitions {span} is closed and selected")
+            raise CorankError(
+                f"table impressions: none of its partitions {found[0]} … {found[-1]} is closed and selected"
+            )
         self._fingerprints = self._read_fingerprints(records)
 
     def gaps(self) -> list[str]:
@@ -83,9 +99,9 @@ class Log:
         for role in self.config.tables:
             table = self.config.table(role)
             cache = records.get("log", role) or {}
+            cache.pop("recorded_at", None)
             before = digest(cache)
             by_partition = self._profile_fingerprints(role, cache) if role in PROFILES else table.fingerprints(cache)
-            cache.pop("recorded_at", None)
             if digest(cache) != before:
                 records.put("log", role, cache)
             for partition in self.partitions:
@@ -93,23 +109,27 @@ class Log:
         return result
 
     def _profile_fingerprints(self, role: str, cache: dict[str, Any]) -> dict[str, str]:
-        """Profiles have no partitions: what counts is the snapshots that a partition can see.
+        """Profiles have no partitions: what counts is the snapshots that a partition can see, with their values.
 
-        A snapshot that becomes valid later changes no earlier partition; a late one does.
+        A snapshot that becomes valid later changes no earlier partition; a late or corrected one does.
         """
         table = self.config.table(role)
-        version = f"{table.delta().metadata().id}@{table.delta().version()}"
-        wanted = [partition for partition in self.partitions if partition not in cache.get("partitions", {})]
-        if cache.get("version") == version and not wanted:
+        key = PROFILES[role]
+        columns = sorted({feature.source for feature in self.config.schema_.side(SIDES[role])} | {key, "updated_at"})
+        version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
+        if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):
             return dict(cache["partitions"])
-        stamps = table.scan().select("updated_at").collect()["updated_at"]
-        counted: dict[str, str] = {}
-        for partition in self.partitions:
-            seen = stamps.filter(stamps < self.bounds(partition)[1])
-            counted[partition] = f"{seen.len()} snapshots, checksum {int(seen.hash(0).cast(pl.UInt64).sum() or 0):x}"
+        rows = table.scan().select(columns).drop_nulls("updated_at").sort("updated_at").collect()
+        closes = pl.Series([self.bounds(partition)[1] for partition in self.partitions])
+        seen = rows["updated_at"].search_sorted(closes, side="left").to_list()
+        sums = rows.hash_rows(seed=0).to_numpy().cumsum(dtype="uint64")  # wraps around: a checksum of any order
         cache.clear()
-        cache.update({"version": version, "partitions": counted})
-        return counted
+        cache["version"] = version
+        cache["partitions"] = {
+            partition: f"{count} snapshots, checksum {int(sums[count - 1]) if count else 0:x}"
+            for partition, count in zip(self.partitions, seen, strict=True)
+        }
+        return dict(cache["partitions"])
 
 
 def close_text(moment: int) -> str:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
-from rich.spinner import Spinner
 from rich.text import Text
 
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 PLAIN_INTERVAL = 5.0
 """Seconds between lines of a stage when the output is no terminal."""
 
@@ -31,13 +31,16 @@ class Stage:
     def say(self, text: str) -> None:
         self.text = text
         if self.live is not None:
-            self.live.update(self.render())
+            self.live.update(self)
         elif time.monotonic() - self.said >= PLAIN_INTERVAL:
             self.said = time.monotonic()
             self.console.print(f"… {self.name:<14} {text}", highlight=False, markup=False)
 
-    def render(self) -> Spinner:
-        return Spinner("dots", Text(f"{self.name:<14} {self.text}"))
+    def __rich__(self) -> Text:
+        """Drawn anew at every refresh, so that the seconds run."""
+        return Text(
+            f"{SPINNER[int(self.seconds * 8) % len(SPINNER)]} {self.name:<14} {self.text}  ({self.seconds:.0f} s)"
+        )
 
     @property
     def seconds(self) -> float:
@@ -45,11 +48,14 @@ class Stage:
 
 
 class Progress:
-    """Prints stages as they run, and remembers one line for each for the summary."""
+    """Prints stages as they run; one line of each stays."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stderr, soft_wrap=True)
-        self.finished: list[tuple[str, str, float]] = []
+
+    def note(self, text: str) -> None:
+        """A line that stays on screen."""
+        self.console.print(f"  {text}", highlight=False, markup=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -62,6 +68,5 @@ class Progress:
                 stage = Stage(name, self.console, live)
                 stage.say("")
                 yield stage
-        self.finished.append((name, stage.text, stage.seconds))
         line = f"✓ {name:<14} {stage.text}  ({stage.seconds:.1f} s)"
         self.console.print(line, highlight=False, markup=False)

@@ -43,12 +43,16 @@ class ModelRegistry:
     def log_run(
         self,
         name: str,
+        content: str,
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
         history: list[dict[str, float]],
         files: str,
     ) -> str:
-        """Log a finished training as a run with its artifact directory; returns the run id."""
+        """Log a finished training as a run with its artifact directory; returns the run id.
+
+        The same content is logged once: a finished run of it is found again.
+        """
         from mlflow.entities import Metric, Param
 
         experiment = self.client.get_experiment_by_name(self.name)
@@ -57,7 +61,11 @@ class ModelRegistry:
             if experiment
             else self.client.create_experiment(self.name, artifact_location=self._artifacts)
         )
-        run = self.client.create_run(identity, run_name=name)
+        finished = f"tags.content = '{content}' and attributes.status = 'FINISHED'"
+        known = self.client.search_runs([identity], finished, max_results=1)
+        if known:
+            return str(known[0].info.run_id)
+        run = self.client.create_run(identity, run_name=name, tags={"content": content})
         logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items() if value == value]
         for entry in history:
             step = int(entry["epoch"])
@@ -76,12 +84,9 @@ class ModelRegistry:
         return str(run.info.run_id)
 
     def register(self, artifact: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion:
-        """Register a version; the same artifact is registered once, however often this is called."""
+        """Register a new version."""
         from mlflow.exceptions import MlflowException
 
-        for version in self.versions():
-            if version.artifact == artifact and version.tags.get("content") == tags["content"]:
-                return version
         try:
             self.client.create_registered_model(self.name)
         except MlflowException as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import warnings
 
 from pipeline.config import RayConfig
@@ -32,7 +34,10 @@ def ensure_ray(config: RayConfig) -> None:
     if ray.is_initialized():
         return
     local = {} if config.address else {"num_cpus": config.num_cpus, "include_dashboard": False}
+    on_terminate = signal.getsignal(signal.SIGTERM)
     ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place
 
 
 def stop_ray() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from features.errors import CorankError, DataGateError
 from features.records import Records, digest
-from pipeline.config import Config
+from pipeline.config import Config, EvaluationConfig
 from pipeline.log import Log, close_text
 from pipeline.progress import Progress
 from pipeline.runtime import ensure_ray, quiet
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DATA_SECTIONS = ("tables", "features", "sequences", "tasks", "grain")
 """Config sections that decide what a partition's rows mean."""
 
-MODEL_SECTIONS = ("features", "sequences", "tasks", "model", "training", "split", "evaluation")
+MODEL_SECTIONS = ("features", "sequences", "tasks", "model", "training", "split")
 FOREVER = 2**62
 SHOWN_FINDINGS = 20
 
@@ -95,7 +95,13 @@ class Pipeline:
     def candidate_key(self) -> str:
         """Names the candidate: the newest samples and everything that shapes training. The same for a run
         and a retraining, so that one finds the other's work done."""
-        return digest([self.sample_inputs[self.partitions[-1]], self.config.digest_of(*MODEL_SECTIONS)])
+        settings = [self.config.digest_of(*MODEL_SECTIONS), self.config.gate_task]
+        return digest([self.sample_inputs[self.partitions[-1]], settings])
+
+    @property
+    def evaluation_key(self) -> str:
+        """Names the verdict on the candidate: other limits of the gate judge again without training again."""
+        return digest([self.candidate_key, self.config.digest_of("evaluation")])
 
     def store_inputs(self) -> dict[str, str]:
         """Per partition what the online store should hold."""
@@ -130,17 +136,17 @@ class Pipeline:
 
     def pending(self) -> list[str]:
         """Names of the stages that have work, in order; empty when everything is up to date."""
-        key = self.candidate_key
         checks = {
             "validated": bool(self.stale_validation()),
             "samples": bool(self.stale_samples()),
             "feature_store": bool(self.stale_store()),
-            "candidate": not self.has_candidate(key),
-            "evaluation": self.records.get("evaluation", key) is None,
-            "champion": self.records.get("champion", key) is None,
+            "candidate": not self.has_candidate(self.candidate_key),
+            "evaluation": self.records.get("evaluation", self.evaluation_key) is None,
+            "champion": self.records.get("champion", self.evaluation_key) is None,
         }
         stages = [stage for stage, stale in checks.items() if stale]
-        return stages if "champion" not in stages and self.is_deployed() else [*stages, "deployment"]
+        changed = "champion" in stages or "feature_store" in stages or not self.is_deployed()
+        return [*stages, "deployment"] if changed else stages
 
     def has_candidate(self, key: str) -> bool:
         record = self.records.get("candidate", key)
@@ -152,7 +158,9 @@ class Pipeline:
         return champion is not None and record is not None and record["inputs"] == self.deployment_inputs(champion)
 
     def deployment_inputs(self, champion: ModelVersion) -> str:
-        return digest([champion.number, champion.artifact, self.config.digest_of("serving")])
+        return digest(
+            [champion.number, champion.artifact, self.config.digest_of("serving", "feast", "log_delay_seconds")]
+        )
 
     # --- stages -------------------------------------------------------------------------------------
 
@@ -166,10 +174,7 @@ class Pipeline:
 
         config = self.config
         tables = {role: config.table(role) for role in config.tables}
-        gaps = [] if config.validation.allow_gaps else self.log.gaps()
-        if gaps:
-            empty = [f"table impressions, partition {partition}: 0 rows" for partition in gaps]
-            raise DataGateError(_listed("the log has empty partitions (validation.allow_gaps accepts them)", empty))
+        self._require_no_gaps()
         with self.progress.stage("validated") as stage:
             done = 0
 
@@ -200,6 +205,7 @@ class Pipeline:
                     "findings": [asdict(finding) for finding in result.findings],
                     "data_docs": str(docs),
                     "fingerprint": self.log.fingerprint(result.partition),
+                    "code": code_version(),
                 }
                 self.records.put("validated", result.partition, record)
                 stored.append(record)
@@ -284,7 +290,12 @@ class Pipeline:
             self.records.put(
                 "feature_store",
                 "online",
-                {"partitions": self.store_inputs(), "close": end, "rows": rows, "code": code_version()},
+                {
+                    "partitions": {p: inputs for p, inputs in self.store_inputs().items() if p <= partitions[-1]},
+                    "close": end,
+                    "rows": rows,
+                    **self.lineage(),
+                },
             )
             written = ", ".join(f"{count:,} {view}" for view, count in rows.items())
             stage.say(f"{written} up to {close_text(end)}")
@@ -335,16 +346,14 @@ class Pipeline:
                     f"epoch {report['epoch']}/{config.training.epochs}, {report['candidates']:,} candidates{metric}"
                 )
 
-            result = train(job, config.path("checkpoints"), said)
+            result = train(job, config.path("checkpoints"), said, elastic=config.ray.address is not None)
             lineage = {
                 "pipeline": config.name,
                 "partitions": {partition: self.sample_inputs[partition] for partition in self.partitions},
-                "fingerprints": {partition: self.log.fingerprint(partition) for partition in self.partitions},
+                **self.lineage(),
                 "cuts": asdict(cuts),
                 "trained_from": low,
                 "warm_start": champion.number if champion else None,
-                "config": config.digest_of(*MODEL_SECTIONS),
-                "code": code_version(),
                 "seed": config.training.seed,
                 "checkpoint": f"{config.path('checkpoints')}/{job.name}",
             }
@@ -369,6 +378,7 @@ class Pipeline:
 
     def evaluate(self) -> dict[str, Any]:
         """Judge the candidate on the held-out newest requests, beside the baseline and the champion."""
+        from models.artifact import load_artifact
         from pipeline.evaluation import baseline, report, score_source
         from pipeline.report import write_report
 
@@ -384,8 +394,11 @@ class Pipeline:
             champion = self.registry.champion()
             rival = None
             if champion is not None and champion.artifact != candidate["artifact"]:
-                stage.say(f"scoring champion version {champion.number}")
-                rival = score_source(champion.artifact, test, *budget)
+                if load_artifact(champion.artifact).schema == config.schema_:
+                    stage.say(f"scoring champion version {champion.number}")
+                    rival = score_source(champion.artifact, test, *budget)
+                else:
+                    self.progress.note(f"champion version {champion.number} reads other features: not compared")
             stage.say("fitting the baseline")
             everything = self.source(0, FOREVER)
             baselines = {
@@ -393,18 +406,8 @@ class Pipeline:
             }
             reports = report(config.schema_, scored, baselines, rival, config.evaluation.resamples)
             gate = reports[config.gate_task]
-            reasons = []
-            if gate.gain[0] < config.evaluation.min_gain_over_baseline:
-                reasons.append(
-                    f"AUC gain over the baseline {gate.gain[0]:+.4f} is below "
-                    f"{config.evaluation.min_gain_over_baseline:+.4f}"
-                )
-            if gate.champion_gain and gate.champion_gain[0] < -config.evaluation.max_loss_against_champion:
-                reasons.append(
-                    f"AUC {gate.champion_gain[0]:+.4f} against champion version "
-                    f"{champion.number if champion else '?'} loses more than "
-                    f"{config.evaluation.max_loss_against_champion:.4f}"
-                )
+            against = (champion.number, gate.champion_gain[0]) if champion and gate.champion_gain else None
+            reasons = gate_reasons(config.evaluation, gate.gain[0], against)
             record = {
                 "model": candidate["version"],
                 "tasks": {name: entry.as_dict() for name, entry in reports.items()},
@@ -412,10 +415,10 @@ class Pipeline:
                 "passed": not reasons,
                 "reasons": reasons,
                 "champion": champion.number if rival is not None and champion else None,
-                "code": code_version(),
+                **self.lineage(),
             }
             record["report"] = write_report(config.local_path("reports"), config, candidate, record)
-            self.records.put("evaluation", key, record)
+            self.records.put("evaluation", self.evaluation_key, record)
             low, high = gate.gain[1:]
             stage.say(
                 f"{len(scored.scores):,} impressions: {config.gate_task} AUC {gate.metrics.auc:.4f} against "
@@ -431,7 +434,7 @@ class Pipeline:
             CorankError: it did not pass and there is no champion to keep.
         """
         key = self.candidate_key
-        candidate, evaluation = self._record("candidate", key), self._record("evaluation", key)
+        candidate, evaluation = self._record("candidate", key), self._record("evaluation", self.evaluation_key)
         with self.progress.stage("champion") as stage:
             stage.say("registering in MLflow")
             registry = self.registry
@@ -452,12 +455,17 @@ class Pipeline:
                 }
                 run = registry.log_run(
                     f"{self.config.name}-{candidate['version']}",
+                    candidate["version"],
                     {**flat, "partitions": f"{self.partitions[0]} … {self.partitions[-1]}", "code": candidate["code"]},
                     metrics,
                     candidate["history"],
                     candidate["artifact"],
                 )
-                tags = {"content": candidate["version"], "lineage": key, "partition": self.partitions[-1]}
+                tags = {
+                    "content": candidate["version"],
+                    "evaluation": self.evaluation_key,
+                    "partition": self.partitions[-1],
+                }
                 version = registry.register(candidate["artifact"], run, tags)
             if evaluation["passed"]:
                 registry.promote(version.number)
@@ -469,9 +477,9 @@ class Pipeline:
                 "model": candidate["version"],
                 "promoted": evaluation["passed"],
                 "outcome": outcome,
-                "code": code_version(),
+                **self.lineage(),
             }
-            self.records.put("champion", key, record)
+            self.records.put("champion", self.evaluation_key, record)
             stage.say(outcome)
         if registry.champion() is None:
             raise CorankError(
@@ -486,6 +494,7 @@ class Pipeline:
         Raises:
             CorankError: it does not start, or its scores differ from the offline scores.
         """
+        from models.artifact import load_artifact
         from pipeline.verification import verify_endpoint
         from serving.deploy import start
 
@@ -494,6 +503,11 @@ class Pipeline:
         if champion is None:
             raise CorankError("there is no champion to deploy; `corank run` trains one")
         config = self.config
+        if load_artifact(champion.artifact).schema != config.schema_:
+            raise CorankError(
+                f"champion version {champion.number} reads other features than the config declares, so it cannot be "
+                "served with them; promote a version of these features (`corank models list`) or restore the config"
+            )
         with self.progress.stage("deployment") as stage:
             stage.say(f"starting Ray Serve with model version {champion.number}")
             ensure_ray(config.ray)
@@ -510,7 +524,7 @@ class Pipeline:
                 "artifact": champion.artifact,
                 "url": url,
                 "verified": verified,
-                "code": code_version(),
+                **self.lineage(),
             }
             self.records.put("deployment", "current", record)
             stage.say(
@@ -518,6 +532,14 @@ class Pipeline:
                 f"within {verified['largest_difference']:.1e}"
             )
         return record
+
+    def lineage(self) -> dict[str, Any]:
+        """What every record of a whole log carries: fingerprints, config and code."""
+        return {
+            "fingerprints": {partition: self.log.fingerprint(partition) for partition in self.partitions},
+            "config": self.config.digest_of(*type(self.config).model_fields),
+            "code": code_version(),
+        }
 
     # --- parts that stages share --------------------------------------------------------------------
 
@@ -605,7 +627,14 @@ class Pipeline:
             max_queued_requests=options.max_queued_requests,
         )
 
+    def _require_no_gaps(self) -> None:
+        gaps = [] if self.config.validation.allow_gaps else self.log.gaps()
+        if gaps:
+            empty = [f"table impressions, partition {partition}: 0 rows" for partition in gaps]
+            raise DataGateError(_listed("the log has empty partitions (validation.allow_gaps accepts them)", empty))
+
     def _require_validated(self) -> None:
+        self._require_no_gaps()
         refused = self.stale_validation()
         if refused:
             raise DataGateError(
@@ -618,6 +647,24 @@ class Pipeline:
         if record is None:
             raise CorankError(f"{stage} has no record for {key}; run `corank run` first")
         return record
+
+
+def gate_reasons(limits: EvaluationConfig, gain: float, against: tuple[int, float] | None) -> list[str]:
+    """Why a candidate is not promoted; empty when it passes. A difference that is no number does not pass.
+
+    Args:
+        gain: AUC minus the baseline's.
+        against: version of the champion and AUC minus its AUC, or None without one.
+    """
+    reasons = []
+    if not gain >= limits.min_gain_over_baseline:
+        reasons.append(f"AUC gain over the baseline {gain:+.4f} is below {limits.min_gain_over_baseline:+.4f}")
+    if against is not None and not against[1] >= -limits.max_loss_against_champion:
+        reasons.append(
+            f"AUC {against[1]:+.4f} against champion version {against[0]} loses more than "
+            f"{limits.max_loss_against_champion:.4f}"
+        )
+    return reasons
 
 
 def _listed(title: str, messages: Sequence[str]) -> str:

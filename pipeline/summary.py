@@ -20,7 +20,7 @@ def _console() -> Console:
 def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None) -> None:
     """Rows in and out, validation, metrics, model, endpoint, an answer, and where things lie."""
     console, config = _console(), pipeline.config
-    records, key = pipeline.records, pipeline.candidate_key
+    records, key = pipeline.records, pipeline.evaluation_key
     evaluation = records.get("evaluation", key) or {}
     _print_rows(console, pipeline)
     if evaluation:
@@ -43,7 +43,7 @@ def _print_rows(console: Console, pipeline: Pipeline) -> None:
     validated = [pipeline.records.get("validated", partition) or {} for partition in pipeline.partitions]
     samples = [pipeline.records.get("samples", partition) or {} for partition in pipeline.partitions]
     candidate = pipeline.records.get("candidate", pipeline.candidate_key) or {}
-    evaluation = pipeline.records.get("evaluation", pipeline.candidate_key) or {}
+    evaluation = pipeline.records.get("evaluation", pipeline.evaluation_key) or {}
     store = pipeline.records.get("feature_store", "online") or {}
 
     def total(records: list[dict[str, Any]], name: str) -> int:
@@ -142,7 +142,7 @@ def print_status(pipeline: Pipeline) -> None:
     else:
         console.print("champion    none yet")
     console.print(f"endpoint    {_endpoint(pipeline)}")
-    _print_places(console, pipeline, pipeline.records.get("evaluation", pipeline.candidate_key) or {})
+    _print_places(console, pipeline, pipeline.records.get("evaluation", pipeline.evaluation_key) or {})
 
 
 def _endpoint(pipeline: Pipeline) -> str:
@@ -163,7 +163,7 @@ def print_models(pipeline: Pipeline) -> None:
     console, task = _console(), pipeline.config.gate_task
     table = Table("version", "alias", "model", "up to partition", f"{task} AUC", "gain over baseline", "gate")
     for version in pipeline.registry.versions():
-        evaluation = pipeline.records.get("evaluation", version.tags.get("lineage", "")) or {}
+        evaluation = pipeline.records.get("evaluation", version.tags.get("evaluation", "")) or {}
         entry = evaluation.get("tasks", {}).get(task)
         table.add_row(
             str(version.number),

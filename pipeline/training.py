@@ -1,7 +1,8 @@
 """Training on Ray Train: a global step is a list of rows cut by a budget and dealt to the workers.
 
 Every worker streams the same seeded order (Ray Data, order kept) and takes its share of each step; losses
-are normalised by the global weight. So the number of workers changes speed and nothing else.
+are normalised by the global weight. So the number of workers changes speed, and the draw of dropout, but neither
+the steps nor their rows.
 A killed run continues from its last epoch.
 """
 
@@ -25,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from features.batch import RequestBatch, collate
 from features.errors import CorankError
-from features.reader import SampleSource
+from features.reader import READ_CPUS, SampleSource
 from features.schema import Schema
 from models.losses import task_losses
 from models.metrics import auc, task_metrics
@@ -126,12 +127,15 @@ def initial_model(job: TrainingJob) -> MixFormer:
     return model
 
 
-def train(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]], None]) -> TrainingResult:
+def train(
+    job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]], None], elastic: bool = False
+) -> TrainingResult:
     """Train on Ray Train and return the best epoch's model.
 
     Args:
         storage: folder or s3:// prefix of the checkpoints.
         progress: called with every report of the first worker.
+        elastic: the cluster grows on demand, so what is free now says nothing.
     """
     import ray.train
     import ray.train.torch
@@ -145,7 +149,7 @@ def train(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]]
         scaling_config=ray.train.ScalingConfig(
             num_workers=options.num_workers,
             use_gpu=options.use_gpu,
-            resources_per_worker={"CPU": options.cpus_per_worker} | ({"GPU": 1} if options.use_gpu else {}),
+            resources_per_worker={"CPU": _reserved_cpus(options, elastic)} | ({"GPU": 1} if options.use_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name=job.name,
@@ -174,6 +178,17 @@ def train(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]]
     model = initial_model(job)
     model.load_state_dict(state["best"])
     return TrainingResult(model.eval(), state["history"])
+
+
+def _reserved_cpus(options: TrainingConfig, elastic: bool) -> float:
+    """CPUs to set aside per worker, so that the tasks that feed it always find room: else both wait for ever."""
+    import ray
+
+    wanted = options.cpus_per_worker
+    if elastic:
+        return wanted
+    free = ray.available_resources().get("CPU", 0.0)
+    return max(min(wanted, (free - 2 * READ_CPUS) / options.num_workers), 0.01)
 
 
 def _worker(config: dict[str, Any]) -> None:

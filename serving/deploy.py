@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 
 import ray
@@ -10,6 +9,7 @@ from ray import serve
 
 from features.errors import CorankError
 from serving.client import RankingClient
+from serving.ports import require_free
 from serving.ranking import APPLICATION, ServingSettings, build_application
 
 
@@ -29,7 +29,7 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
     """
     running = bool(ray.is_initialized() and serve.status().proxies)
     if not running:
-        _require_free(host, port)
+        require_free(host, port)
     url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}"
     serve.start(http_options={"host": host, "port": port})
     try:
@@ -44,19 +44,6 @@ def stop() -> None:
     """Stop the application and Serve; Ray itself keeps running."""
     if ray.is_initialized():
         serve.shutdown()  # type: ignore[no-untyped-call]
-
-
-def _require_free(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise CorankError(
-                f"serving: cannot listen on {host}:{port}: {error.strerror}. "
-                "Set `serving.port` to a free port, or stop what uses it."
-            ) from None
 
 
 def _wait(url: str, timeout: float) -> None:

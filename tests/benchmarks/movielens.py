@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -79,6 +80,7 @@ def main() -> None:
             {"benchmark": "movielens", "results": results, "goals": {"lowest_lower_bound_of_auc_difference": goal}}
         )
     )
+    sys.exit(0 if lowest > 0 or quick else 1)
 
 
 if __name__ == "__main__":

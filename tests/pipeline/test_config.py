@@ -46,6 +46,9 @@ def test_the_examples_are_valid(path: Path) -> None:
         ({"features__0__side": "film"}, ["features.0.side", "'film'", "'user', 'item' or 'context'"]),
         ({"features__0__vocabulary": ["a"]}, ["features.0", "vocabulary"]),
         ({"evaluation__task": "buy"}, ["'buy'", "'finish', 'skip'"]),
+        ({"model__heads": 7}, ["model", "32 must be divisible by heads 7"]),
+        ({"start": "1997-09-16"}, ["'1997-09-16' is not a Monday"]),
+        ({"tables__users__columns": {"dt": "day"}}, ["tables.users", "dt cannot be mapped"]),
         ({"split__test": 0.95}, ["split", "below 1"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -67,6 +70,15 @@ def test_environment_variables_override_any_key(monkeypatch: pytest.MonkeyPatch)
     config = load_config(EXAMPLES[0])
     assert config.training.epochs == 2
     assert config.features[0].dim == 9
+
+
+@pytest.mark.parametrize("variable", ["CORANK_FEATURES__99__DIM", "CORANK_FEATURES__AGE__DIM", "CORANK_NAME__X"])
+def test_an_environment_variable_that_leads_nowhere_is_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "3")
+    with pytest.raises(ConfigError, match=variable):
+        load_config(EXAMPLES[0])
 
 
 def test_a_mistyped_environment_variable_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

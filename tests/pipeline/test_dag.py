@@ -15,13 +15,13 @@ from features.batch import collate
 from features.errors import CorankError, DataGateError
 from features.lake import Table
 from models.artifact import load_artifact
-from pipeline.config import Config
+from pipeline.config import Config, EvaluationConfig
 from pipeline.dag import open_instance, run_dag
 from pipeline.evaluation import score_rows
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.runtime import ensure_ray
-from pipeline.stages import FOREVER, Pipeline
+from pipeline.stages import FOREVER, Pipeline, gate_reasons
 from pipeline.verification import replayable
 from serving.client import RankingClient
 from serving.deploy import stop
@@ -104,8 +104,11 @@ def test_compaction_of_the_log_is_no_new_data(config: Config, tmp_path: Path) ->
     copy = tmp_path / "impressions"
     shutil.copytree(config.table("impressions").uri, copy)
     table = Table("impressions", str(copy))
-    before = table.fingerprints()
+    more = pl.DataFrame(table.scan([DAYS[0]]).head(1).collect())
+    more.write_delta(str(copy), mode="append")  # a second file in one slice: something to compact
+    before, version = table.fingerprints(), DeltaTable(str(copy)).version()
     DeltaTable(str(copy)).optimize.compact()
+    assert DeltaTable(str(copy)).version() > version
     assert table.fingerprints() == before
     DeltaTable(str(copy)).delete(f"dt = '{DAYS[1]}' and position > 3")
     changed = table.fingerprints()
@@ -176,7 +179,7 @@ def test_retraining_takes_the_next_partition_from_the_champions_weights(config: 
     lineage = load_artifact(champion.artifact).metadata["lineage"]
     assert lineage["warm_start"] == before.number
     assert lineage["trained_from"] == load_artifact(before.artifact).metadata["lineage"]["cuts"]["validation"]
-    evaluation = pipeline.records.get("evaluation", pipeline.candidate_key)
+    evaluation = pipeline.records.get("evaluation", pipeline.evaluation_key)
     assert evaluation is not None
     assert evaluation["champion"] == before.number
     assert {day: pipeline.records.get("samples", day) for day in DAYS[:2]} == state
@@ -199,3 +202,57 @@ def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_
     changed = {day for day in DAYS if after.log.fingerprint(day) != fingerprints[day]}
     assert changed == {DAYS[1]}
     assert after.stale_samples() == DAYS[1:]
+    after.validate(after.stale_validation())
+    events = {day: (after.records.get("samples", day) or {})["events"] for day in DAYS}
+    after.build_samples(after.stale_samples())
+    assert after.stale_samples() == []
+    rebuilt = {day: (after.records.get("samples", day) or {})["events"] for day in DAYS}
+    assert rebuilt == {**events, DAYS[1]: events[DAYS[1]] + 1}
+
+
+def test_a_corrected_profile_rebuilds_and_a_later_snapshot_does_not(config: Config, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(Path(config.table("users").uri).parent, data)
+    moved = load(tmp_path, data)
+    before = Pipeline(moved, Progress()).sample_inputs
+    users = moved.table("users")
+    close = Pipeline(moved, Progress()).log.bounds(DAYS[2])[1]
+    later = users.scan().head(1).collect().with_columns(updated_at=pl.lit(close))
+    later.write_delta(users.uri, mode="append")
+    assert Pipeline(moved, Progress()).sample_inputs == before
+    corrected = users.scan().collect().with_columns(pl.col("age") + 1)
+    corrected.write_delta(users.uri, mode="overwrite")
+    assert all(now != before[day] for day, now in Pipeline(moved, Progress()).sample_inputs.items())
+
+
+@pytest.mark.parametrize(
+    ("gain", "against", "passes"),
+    [
+        (0.01, None, True),
+        (-0.01, None, False),
+        (float("nan"), None, False),
+        (0.01, (3, -0.005), True),
+        (0.01, (3, -0.02), False),
+        (0.01, (3, float("nan")), False),
+    ],
+)
+def test_the_gate_promotes_only_what_beats_the_baseline_and_holds_the_champion(
+    gain: float, against: tuple[int, float] | None, passes: bool
+) -> None:
+    reasons = gate_reasons(EvaluationConfig(), gain, against)
+    assert (not reasons) == passes
+
+
+def test_a_rejected_first_candidate_is_registered_but_not_served(config: Config, tmp_path: Path) -> None:
+    shutil.copytree(Path(config.table("users").uri).parent, tmp_path / "data")
+    shutil.copytree(config.local_path(), tmp_path / "work")
+    strict = load(tmp_path, tmp_path / "data", evaluation={"min_gain_over_baseline": 0.9, "resamples": 50})
+    shutil.rmtree(strict.local_path("mlflow"))
+    pipeline = Pipeline(strict, Progress(), DAYS[0])
+    pipeline.validate([DAYS[0]])
+    pipeline.build_samples([DAYS[0]])
+    pipeline.train_candidate()
+    assert not pipeline.evaluate()["passed"]
+    with pytest.raises(CorankError, match=r"not promoted.*no champion to serve"):
+        pipeline.promote()
+    assert [version.aliases for version in pipeline.registry.versions()] == [()]

@@ -32,7 +32,7 @@ def write_config(folder: Path, data: Path, **changes: Any) -> Path:
             field["buckets"] = 2_000
     content["model"] |= {"heads": 4, "head_dim": 16, "layers": 1}
     content["training"] = {"epochs": 2, "batch_candidates": 1_000, "cpus_per_worker": 1}
-    # a tiny model on three days need not beat anything; the gate itself is tested on its own
+    # a tiny model on three days need not beat anything; the gate has tests of its own
     content["evaluation"] = {"min_gain_over_baseline": -1.0, "max_loss_against_champion": 1.0, "resamples": 50}
     content["serving"] = {"port": free_port()}
     content |= changes

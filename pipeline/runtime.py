@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 
 from pipeline.config import RayConfig
 
+_cluster: str | None = None  # address of the cluster this process is connected to; None: a Ray of its own
 CHATTY = ("ray", "ray.data", "ray.train", "ray.serve", "mlflow", "alembic", "feast", "great_expectations", "dagster")
 
 
@@ -34,6 +36,8 @@ def ensure_ray(config: RayConfig) -> None:
     if ray.is_initialized():
         return
     local = {} if config.address else {"num_cpus": config.num_cpus, "include_dashboard": False}
+    global _cluster
+    _cluster = config.address
     on_terminate = signal.getsignal(signal.SIGTERM)
     ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
     if threading.current_thread() is threading.main_thread():
@@ -41,16 +45,15 @@ def ensure_ray(config: RayConfig) -> None:
 
 
 def stop_ray() -> None:
-    """Stop Serve and the local Ray of this process, if any."""
-    import sys
-
+    """Stop the local Ray of this process with all that runs on it; on a cluster, stop Serve and disconnect."""
     if "ray" not in sys.modules:
         return
     import ray
 
-    if ray.is_initialized():
-        if "ray.serve" in sys.modules:
-            from ray import serve
+    if not ray.is_initialized():
+        return
+    if _cluster and "ray.serve" in sys.modules:
+        from ray import serve
 
-            serve.shutdown()
-        ray.shutdown()
+        serve.shutdown()
+    ray.shutdown()

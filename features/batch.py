@@ -8,7 +8,7 @@ Two levels of sharing: candidates share a request, requests share a timeline (DE
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,11 @@ from features.encoding import embedding_rows
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
 
 T = TypeVar("T")
+
+
+def structure() -> Any:
+    """A field of a dataclass that says where things lie: it stays on the host when the values move to a device."""
+    return field(metadata={"structure": True})
 
 
 @dataclass
@@ -45,8 +50,8 @@ class Timeline:
     """
 
     fields: dict[str, Values]
-    ts: Tensor
-    offsets: Tensor
+    ts: Tensor = structure()
+    offsets: Tensor = structure()
 
 
 @dataclass
@@ -61,9 +66,9 @@ class Users:
     """
 
     fields: dict[str, Values]
-    timeline: Tensor
-    end: dict[str, Tensor]
-    ts: Tensor
+    timeline: Tensor = structure()
+    end: dict[str, Tensor] = structure()
+    ts: Tensor = structure()
 
 
 @dataclass
@@ -71,13 +76,13 @@ class Items:
     """The candidates: item features [C] and ``offsets`` [R + 1] of each request's candidates."""
 
     fields: dict[str, Values]
-    offsets: Tensor
+    offsets: Tensor = structure()
 
     @property
     def request(self) -> Tensor:
         """Index of each candidate's request, [C]."""
         counts = self.offsets.diff()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return torch.repeat_interleave(torch.arange(len(counts)), counts)
 
 
 @dataclass
@@ -112,13 +117,36 @@ class RequestBatch:
         return move(self, device)
 
 
+def nbytes(state: Any) -> int:
+    """Bytes of the tensors in a dataclass, dict, list or tuple; memory that several tensors share counts once."""
+    sizes: dict[int, int] = {}
+
+    def visit(part: Any) -> None:
+        if isinstance(part, Tensor):
+            storage = part.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+        elif is_dataclass(part) and not isinstance(part, type):
+            for one in fields(part):
+                visit(getattr(part, one.name))
+        elif isinstance(part, dict):
+            visit(list(part.values()))
+        elif isinstance(part, (list, tuple)):
+            for one in part:
+                visit(one)
+
+    visit(state)
+    return sum(sizes.values())
+
+
 def move(state: T, device: torch.device | str) -> T:
-    """A dataclass, dict, list or tuple of tensors on another device; everything else as it is."""
+    """A dataclass, dict, list or tuple of tensors on another device; its structure and everything else as it is."""
     moved: Any
     if isinstance(state, Tensor):
         moved = state.to(device, non_blocking=True)
     elif is_dataclass(state) and not isinstance(state, type):
-        moved = type(state)(**{field.name: move(getattr(state, field.name), device) for field in fields(state)})
+        parts = {part.name: getattr(state, part.name) for part in fields(state)}
+        kept = {part.name for part in fields(state) if part.metadata.get("structure")}
+        moved = type(state)(**{name: part if name in kept else move(part, device) for name, part in parts.items()})
     elif isinstance(state, dict):
         moved = {key: move(value, device) for key, value in state.items()}
     elif isinstance(state, (list, tuple)):

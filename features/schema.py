@@ -153,6 +153,16 @@ class Schema(Declaration):
         """The features of these sides, in order of declaration."""
         return tuple(feature for feature in self.features if feature.side in sides)
 
+    @property
+    def user_side(self) -> tuple[Feature, ...]:
+        """Features that no candidate can change: those of the user and of the request's context."""
+        return self.side("user", "context")
+
+    @property
+    def item_side(self) -> tuple[Feature, ...]:
+        """All other features."""
+        return tuple(feature for feature in self.features if feature not in self.user_side)
+
     def all_fields(self) -> Iterator[FieldSpec]:
         """Every feature, then every field of every sequence."""
         yield from self.features

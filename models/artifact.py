@@ -20,22 +20,23 @@ from safetensors.torch import load_file, save_file
 
 from features.errors import CorankError
 from features.schema import Schema
-from models.mixformer import MixFormer, MixFormerConfig
+from models.protocol import RankingModel
+from models.registry import rebuild_model
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass
 class Artifact:
     """A loaded model. ``version`` is the digest of its content; ``metadata`` holds metrics and lineage."""
 
-    model: MixFormer
+    model: RankingModel
     schema: Schema
     version: str
     metadata: dict[str, Any]
 
 
-def save_artifact(directory: str | Path, model: MixFormer, documents: Mapping[str, Any]) -> str:
+def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping[str, Any]) -> str:
     """Write an artifact so that it appears whole or not at all.
 
     Args:
@@ -82,8 +83,10 @@ def load_artifact(directory: str | Path) -> Artifact:
     description = yaml.safe_load((directory / "model.yaml").read_text())
     if description["schema_version"] > SCHEMA_VERSION:
         raise CorankError(f"model {directory}: written by a newer corank (layout {description['schema_version']})")
+    if description["schema_version"] < SCHEMA_VERSION:
+        raise CorankError(f"model {directory}: written by an older corank; train again (`corank run`)")
     schema = Schema.model_validate(description["schema"])
-    model = MixFormer(schema, MixFormerConfig(**description["config"]), id_dropout=0.0)
+    model = rebuild_model(schema, description["config"])
     model.load_state_dict(load_file(directory / "model.safetensors"))
     metadata = {
         path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json")) if path.name in sums

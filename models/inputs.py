@@ -1,4 +1,4 @@
-"""The input layer: embedding tables, numbers, and the concatenation of features (eq. 1 of MixFormer)."""
+"""The input layer: embedding tables, numbers, event times, and the concatenation of features (eq. 1 of MixFormer)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from features.batch import Jagged, Values
-from features.schema import FieldSpec, Schema
+from features.batch import Jagged, Timeline, Values
+from features.schema import SECOND, FieldSpec, Schema, Sequence
+
+TIME_PERIODS = (86_400 * SECOND, 7 * 86_400 * SECOND)
+"""Periods of the time encoding of events, microseconds: a day and a week."""
+
+TIME_WIDTH = 2 * len(TIME_PERIODS)
+
+
+def time_encoding(ts: Tensor) -> Tensor:
+    """Sine and cosine of an event's phase in the day and in the week (UTC), [E, TIME_WIDTH].
+
+    It depends on the event alone, so that keys and values stay shareable; how long ago the event was is the
+    business of the attention's relative-time bias.
+    """
+    phases = torch.stack([(ts % period).double() / period for period in TIME_PERIODS], -1) * (2 * torch.pi)
+    return torch.cat([phases.sin(), phases.cos()], -1)
 
 
 class InputLayer(nn.Module):
@@ -32,10 +47,14 @@ class InputLayer(nn.Module):
                 nn.init.normal_(table.weight, std=0.01)
                 self.tables[field.embedding] = table
 
-    def concatenate(self, fields: Iterable[FieldSpec], values: Mapping[str, Values], rows: int) -> Tensor:
-        """e = [e_1; …; e_M] of these fields, [rows, Σ d_i]; a multi-valued field is mean-pooled."""
-        parts = [self.embed(field, values[field.name]) for field in fields]
-        return torch.cat(parts, dim=-1) if parts else torch.zeros(rows, 0)
+    def concatenate(self, fields: Iterable[FieldSpec], values: Mapping[str, Values]) -> Tensor:
+        """e = [e_1; …; e_M] of at least one field, [rows, Σ d_i]; a multi-valued field is mean-pooled."""
+        return torch.cat([self.embed(field, values[field.name]) for field in fields], dim=-1)
+
+    def events(self, sequence: Sequence, timeline: Timeline, event_time: bool) -> Tensor:
+        """s_t: the fields of every event (section 3.2) and, with ``event_time``, its time encoding, [E, D_s]."""
+        s = self.concatenate(sequence.fields, timeline.fields)
+        return torch.cat([s, time_encoding(timeline.ts).to(s)], dim=-1) if event_time else s
 
     def embed(self, field: FieldSpec, values: Values) -> Tensor:
         """Embedding of one field, [rows, dim]."""

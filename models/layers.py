@@ -1,182 +1,276 @@
 """Layers shared by the models.
 
-Shape suffixes: B rows (requests or candidates), N heads, D head width, F hidden width of an FFN,
-U timelines, E events, Q queries, G group of timelines, T events of a group, H heads of one call.
+Shape suffixes: N heads (or tokens), of them U user-side and G item-side; D their width; B rows (requests or
+candidates), R requests, C candidates; S slice width D / N; F hidden width of an FFN; K tasks; H hidden width of a tower.
+Heads come first: a map of its own for every head is one batched matmul. ``heads`` tells which of the N heads the
+rows of x are.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-TIME_BUCKETS = 32
-"""Buckets of the relative-time attention bias: ⌊log2(1 + seconds)⌋; 2³¹ seconds are 68 years."""
+ALL = slice(None)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension; ``shape`` is that of the learned scale.
+# --- norms: where a sublayer is normalised ------------------------------------------------------------
 
-    With shape (N, D) every head has its own scale and its own norm of width D.
-    """
+
+class PreRMSNorm(nn.Module):
+    """Root-mean-square norm before a sublayer, over the last dimension; shape (N, D) gives every head its own."""
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(shape))
 
-    def forward(self, x: Tensor, heads: slice = slice(None)) -> Tensor:
-        scale = self.scale[heads] if self.scale.dim() == 2 else self.scale
-        return functional.rms_norm(x, x.shape[-1:]) * scale
+    def before(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        return functional.rms_norm(x, x.shape[-1:]) * _of_heads(self.scale, heads)
+
+    def after(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        return x
 
 
-class SwiGLU(nn.Module):
-    """SwiGLU feed-forward network: W_out (silu(W_gate x) ⊙ W_up x)."""
+class PostLayerNorm(nn.Module):
+    """Layer norm after a sublayer and its residual (the ablation of figure 3 of MixFormer)."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
+        self.scale, self.shift = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.out(functional.silu(gate) * up)
-        return out
+    def before(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        return x
+
+    def after(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        normed = functional.layer_norm(x, x.shape[-1:])
+        return normed * _of_heads(self.scale, heads) + _of_heads(self.shift, heads)
+
+
+class NoNorm(nn.Module):
+    """Leaves x as it is: the equations as printed, which name no norm."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+
+    def before(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        return x
+
+    def after(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        return x
+
+
+Norm = PreRMSNorm | PostLayerNorm | NoNorm
+NORMS: dict[str, type[PreRMSNorm | PostLayerNorm | NoNorm]] = {
+    "pre_rms": PreRMSNorm,
+    "post_layer": PostLayerNorm,
+    "none": NoNorm,
+}
+
+
+def _of_heads(parameter: Tensor, heads: slice) -> Tensor:
+    """[N, D] → [heads, 1, D], to meet rows of heads; a parameter without heads as it is."""
+    return parameter[heads, None] if parameter.dim() == 2 else parameter
+
+
+# --- feed-forward networks ----------------------------------------------------------------------------
 
 
 class PerHeadLinear(nn.Module):
-    """A linear map of its own for every head, as one batched matmul: [B, N, in] → [B, N, out]."""
+    """A linear map of its own for every head, as one batched matmul: [N, B, in] → [N, B, out]."""
 
     def __init__(self, heads: int, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, inputs, outputs))
         nn.init.uniform_(self.weight, -(inputs**-0.5), inputs**-0.5)
 
-    def forward(self, x_BNI: Tensor, heads: slice = slice(None)) -> Tensor:
-        return torch.bmm(x_BNI.transpose(0, 1), self.weight[heads]).transpose(0, 1)
+    def forward(self, x_NBI: Tensor, heads: slice = ALL) -> Tensor:
+        return torch.bmm(x_NBI, self.weight[heads])
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) ⊙ up of the two halves of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+class SwiGLU(nn.Module):
+    """SwiGLU feed-forward network shared by all rows and heads: W_out (silu(W_gate x) ⊙ W_up x)."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        out: Tensor = self.out(swiglu(self.gate_up(x)))
+        return out
 
 
 class PerHeadSwiGLU(nn.Module):
-    """A SwiGLU FFN of its own for every head (eq. 4 and 9 of MixFormer)."""
+    """A SwiGLU FFN of its own for every head or token (eq. 4 and 9 of MixFormer, 3.5 of HyFormer)."""
 
     def __init__(self, heads: int, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_up = PerHeadLinear(heads, width, 2 * hidden)
         self.out = PerHeadLinear(heads, hidden, width)
 
-    def forward(self, x_BND: Tensor, heads: slice = slice(None)) -> Tensor:
-        gate_BNF, up_BNF = self.gate_up(x_BND, heads).chunk(2, dim=-1)
-        out: Tensor = self.out(functional.silu(gate_BNF) * up_BNF, heads)
+    def forward(self, x_NBD: Tensor, heads: slice = ALL) -> Tensor:
+        out: Tensor = self.out(swiglu(self.gate_up(x_NBD, heads)), heads)
         return out
 
 
-@dataclass
-class AttentionGroup:
-    """Timelines of similar size, padded together.
+class FeedForward(nn.Module):
+    """A feed-forward sublayer with its norm and residual: FFN(Norm(x)) + x."""
 
-    Attributes:
-        query: index into the queries, [G, Q]; padded entries point at any query.
-        query_valid: [G, Q].
-        event: index into the packed events, [G, T].
-        visible: what each query sees, [G, Q, T].
-        age: bucket of (request ts − event ts), [G, Q, T].
+    def __init__(self, norm: Norm, ffn: PerHeadSwiGLU | SwiGLU, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm, self.ffn, self.dropout = norm, ffn, nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        changed = self.dropout(self.ffn(self.norm.before(x, heads), heads)) + x
+        return self.norm.after(changed, heads)
+
+
+class NoFeedForward(nn.Module):
+    """The sublayer left out."""
+
+    def forward(self, x: Tensor, heads: slice = ALL) -> Tensor:
+        return x
+
+
+# --- mixing: how heads exchange information -----------------------------------------------------------
+
+
+class HeadMixing(nn.Module):
+    """HeadMixing (eq. 3 of MixFormer; token mixing in 3.5 of HyFormer): head i receives slice i of every head.
+
+    It reshapes [N, D] to [N, N, S] and transposes, and has no parameters. Decoupled (eq. 10, 11), user heads
+    receive from user heads only, zeros stand in for the items' slices, and what user heads send to item heads is
+    the same for all candidates of a request.
     """
 
-    query: Tensor
-    query_valid: Tensor
-    event: Tensor
-    visible: Tensor
-    age: Tensor
+    def __init__(self, heads: int, width: int, user_heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} must be divisible by the {heads} heads that mix")
+        self.heads, self.width = heads, width
+        self.user_side, self.item_side = slice(0, user_heads), slice(user_heads, heads)
+
+    def exchange(self, x_NBD: Tensor, receivers: slice = ALL) -> Tensor:
+        """What ``receivers`` get from these heads, [receivers, B, N · S]."""
+        return x_NBD.unflatten(-1, (self.heads, -1))[:, :, receivers].permute(2, 1, 0, 3).flatten(2)
+
+    def among_users(self, x_URD: Tensor) -> Tensor:
+        """HeadMixing of the user heads under the mask of eq. 10, [U, R, D]."""
+        own = self.exchange(x_URD, self.user_side)
+        return functional.pad(own, (0, self.width - own.shape[-1]))
+
+    def from_users(self, x_URD: Tensor) -> Tensor:
+        """What the item heads receive from the user heads, [G, R, U · S]."""
+        return self.exchange(x_URD, self.item_side)
+
+    def among_items(self, x_GCD: Tensor, received_GCX: Tensor | None) -> Tensor:
+        """HeadMixing of the item heads, [G, C, D]; ``received``: what ``from_users`` gave, per candidate."""
+        own = self.exchange(x_GCD, self.item_side)
+        return own if received_GCX is None else torch.cat([received_GCX, own], dim=-1)
 
 
-@dataclass
-class SequenceEvents:
-    """Where the events of one sequence lie, and what the queries see of them.
+class SelfAttentionMixing(nn.Module):
+    """Self-attention over the heads instead of HeadMixing (figure 3): user heads attend to user heads only."""
 
-    Attributes:
-        offsets: of its timelines within the packed events of all sequences, [U + 1].
-        end: per query, events of its timeline before it, [Q].
-        length: L; a query sees ``timeline[max(0, end − L):end]``.
+    def __init__(self, heads: int, width: int, user_heads: int) -> None:
+        super().__init__()
+        self.attention_heads = max(1, width // 64)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+
+    def among_users(self, x_URD: Tensor) -> Tensor:
+        return self._attend(x_URD, self.key_value(x_URD))
+
+    def from_users(self, x_URD: Tensor) -> Tensor:
+        """Keys and values of the user heads, [U, R, 2 D]."""
+        sent: Tensor = self.key_value(x_URD)
+        return sent
+
+    def among_items(self, x_GCD: Tensor, received_UCX: Tensor | None) -> Tensor:
+        own = self.key_value(x_GCD)
+        return self._attend(x_GCD, own if received_UCX is None else torch.cat([received_UCX, own]))
+
+    def _attend(self, x_NBD: Tensor, key_value: Tensor) -> Tensor:
+        q, k, v = (
+            one.permute(1, 0, 2).unflatten(-1, (self.attention_heads, -1)).transpose(1, 2)
+            for one in (self.query(x_NBD), *key_value.chunk(2, dim=-1))
+        )
+        z = functional.scaled_dot_product_attention(q, k, v)  # [B, attention heads, N, width]
+        out: Tensor = self.out(z.permute(2, 0, 1, 3).flatten(2))
+        return out
+
+
+class NoMixing(nn.Module):
+    """Heads exchange nothing (figure 3): p = x."""
+
+    def __init__(self, heads: int, width: int, user_heads: int) -> None:
+        super().__init__()
+
+    def among_users(self, x_URD: Tensor) -> Tensor:
+        return torch.zeros_like(x_URD)
+
+    def from_users(self, x_URD: Tensor) -> Tensor:
+        return x_URD[:0]
+
+    def among_items(self, x_GCD: Tensor, received_GCX: Tensor | None) -> Tensor:
+        return torch.zeros_like(x_GCD)
+
+
+Mixing = HeadMixing | SelfAttentionMixing | NoMixing
+MIXINGS: dict[str, type[HeadMixing | SelfAttentionMixing | NoMixing]] = {
+    "heads": HeadMixing,
+    "self_attention": SelfAttentionMixing,
+    "none": NoMixing,
+}
+
+
+# --- in and out ---------------------------------------------------------------------------------------
+
+
+class HeadSplit(nn.Module):
+    """Eq. 2 of MixFormer: concatenated features, split evenly into heads, each projected to width D.
+
+    A width that does not divide by the heads is padded with zeros; ``padding`` says by how many.
     """
 
-    offsets: Tensor
-    end: Tensor
-    length: int
+    def __init__(self, width: int, heads: int, head_width: int) -> None:
+        super().__init__()
+        self.heads, self.padding = heads, -width % heads
+        self.project = PerHeadLinear(heads, (width + self.padding) // heads, head_width)
+
+    def forward(self, e_BW: Tensor) -> Tensor:
+        padded = functional.pad(e_BW, (0, self.padding))
+        x_NBD: Tensor = self.project(padded.unflatten(-1, (self.heads, -1)).transpose(0, 1))
+        return x_NBD
 
 
-def plan_attention(
-    query_timeline: Tensor, query_ts: Tensor, event_ts: Tensor, sequences: list[SequenceEvents]
-) -> list[AttentionGroup]:
-    """How packed queries attend to the packed events of their own timelines.
+class TaskTowers(nn.Module):
+    """One small MLP per task over all heads: norm, one hidden layer with SiLU, one logit.
 
-    Timelines without queries or visible events are left out; the others are grouped by the powers of four
-    of their sizes, so that little is padded.
-
-    Args:
-        query_timeline, query_ts: [Q], ordered by timeline.
-        event_ts: events of all sequences, one sequence after the other, [E].
+    The first layer is a sum over heads, so the part of user heads is computed once per request.
     """
-    device = query_timeline.device
-    if not sequences or not len(query_timeline) or not len(event_ts):
-        return []
-    timelines = len(sequences[0].offsets) - 1
-    counts = torch.bincount(query_timeline, minlength=timelines)
-    first_query = counts.cumsum(0) - counts
-    windows = [_visible_span(query_timeline, sequence, timelines) for sequence in sequences]
-    spans = torch.stack([span for _, span in windows])
-    active = torch.nonzero((counts > 0) & (spans.sum(0) > 0)).flatten()
-    size = (torch.stack([counts[active], spans.sum(0)[active]]).double().log2() / 2).ceil().long()
-    groups = []
-    for key in torch.unique(size, dim=1).T:
-        members = active[(size == key[:, None]).all(0)]
-        query_step = torch.arange(int(counts[members].max()), device=device)
-        query_valid = query_step < counts[members, None]
-        query = first_query[members, None] + torch.where(query_valid, query_step, 0)
-        events, visibles = [], []
-        for sequence, (first, span) in zip(sequences, windows, strict=True):
-            step = torch.arange(int(span[members].max()), device=device)
-            inside = step < span[members, None]
-            position = first[members, None] + torch.where(inside, step, 0)
-            events.append(torch.where(inside, sequence.offsets[members, None] + position, 0))
-            end, position, inside = sequence.end[query][..., None], position[:, None], inside[:, None]
-            visibles.append(inside & (position < end) & (position >= end - sequence.length))
-        event = torch.cat(events, dim=-1)
-        seconds = (query_ts[query][..., None] - event_ts[event][:, None]).clamp(min=0).double() / 1e6
-        age = (seconds + 1).log2().long().clamp(max=TIME_BUCKETS - 1)
-        groups.append(AttentionGroup(query, query_valid, event, torch.cat(visibles, dim=-1), age))
-    return groups
 
+    def __init__(self, heads: int, width: int, tasks: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = PreRMSNorm(heads, width)
+        self.weight = nn.Parameter(torch.randn(heads, width, tasks, hidden) * (heads * width) ** -0.5)
+        self.bias = nn.Parameter(torch.zeros(tasks, hidden))
+        self.out = nn.Parameter(torch.randn(tasks, hidden) * hidden**-0.5)
+        self.out_bias = nn.Parameter(torch.zeros(tasks))
 
-def _visible_span(query_timeline: Tensor, sequence: SequenceEvents, timelines: int) -> tuple[Tensor, Tensor]:
-    """First event that any query of a timeline sees, and how many from it to the last; [U] each."""
-    zeros = torch.zeros(timelines, dtype=torch.long, device=query_timeline.device)
-    last = zeros.scatter_reduce(0, query_timeline, sequence.end, "amax")
-    earliest = (sequence.end - sequence.length).clamp(min=0)
-    first = last.scatter_reduce(0, query_timeline, earliest, "amin")
-    return first, last - first
+    def first_layer(self, x_NBD: Tensor, heads: slice = ALL) -> Tensor:
+        """These heads' part of the first layer, without the bias: [B, K, H]."""
+        x_BX = self.norm.before(x_NBD, heads).transpose(0, 1).flatten(1)
+        return (x_BX @ self.weight[heads].flatten(0, 1).flatten(1)).unflatten(-1, self.bias.shape)
 
-
-def attend(q_BHD: Tensor, k_EHD: Tensor, v_EHD: Tensor, plan: list[AttentionGroup], bias_HA: Tensor | None) -> Tensor:
-    """Softmax attention of every query over what it sees; zero for a query that sees nothing (eq. 8).
-
-    Args:
-        bias_HA: relative-time bias per head and bucket of age, [H, TIME_BUCKETS], or None.
-
-    Returns:
-        [B, H, D].
-    """
-    out_BHD = torch.zeros_like(q_BHD)
-    for group in plan:
-        q = q_BHD[group.query].transpose(1, 2)  # [G, H, Q, D]
-        k = k_EHD[group.event].transpose(1, 2)  # [G, H, T, D]
-        v = v_EHD[group.event].transpose(1, 2)
-        mask = torch.zeros_like(group.visible, dtype=q.dtype).masked_fill_(~group.visible, torch.finfo(q.dtype).min)
-        mask = mask[:, None]  # [G, 1, Q, T]
-        if bias_HA is not None:
-            mask = mask + functional.embedding(group.age, bias_HA.T.to(q.dtype)).permute(0, 3, 1, 2)
-            mask = mask.clamp(min=torch.finfo(q.dtype).min)
-        z = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)  # [G, Q, H, D]
-        kept = group.query_valid & group.visible.any(-1)
-        out_BHD = out_BHD.index_put((group.query[kept],), z[kept])
-    return out_BHD
+    def forward(self, first_BKH: Tensor) -> Tensor:
+        """Logits [B, K] from the whole first layer."""
+        return (functional.silu(first_BKH + self.bias) * self.out).sum(-1) + self.out_bias

@@ -17,7 +17,7 @@ from features.reader import SampleSource
 from features.schema import Schema, Task
 from models.artifact import load_artifact
 from models.metrics import TaskMetrics, auc_difference_interval, task_metrics
-from models.mixformer import MixFormer
+from models.protocol import RankingModel
 from pipeline.training import probabilities
 
 IDENTITY = ("user_id", "request_id", "item_id", "ts")
@@ -41,7 +41,7 @@ class Scored:
 
 
 @cache
-def _loaded(artifact: str) -> MixFormer:
+def _loaded(artifact: str) -> RankingModel:
     """One model per worker process."""
     return load_artifact(artifact).model
 

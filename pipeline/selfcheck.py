@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow as pa
 
 from features.reader import SampleSource
-from models.mixformer import MixFormer
+from models.protocol import RankingModel
 from pipeline.evaluation import score_rows
 
 ROWS = 8
 
 
-def selfcheck_document(model: MixFormer, source: SampleSource) -> dict[str, Any]:
+def selfcheck_document(model: RankingModel, source: SampleSource) -> dict[str, Any]:
     """A few rows of the sample table and their probabilities, as JSON."""
     rows = next((rows for rows in map(source.read, source.files()) if rows.num_rows), None)
     if rows is None:
@@ -22,7 +22,7 @@ def selfcheck_document(model: MixFormer, source: SampleSource) -> dict[str, Any]
     return {"rows": rows.to_pylist(), "scores": score_rows(model, rows)["scores"].to_pylist()}
 
 
-def selfcheck_difference(model: MixFormer, document: dict[str, Any], layout: pa.Schema) -> float:
+def selfcheck_difference(model: RankingModel, document: dict[str, Any], layout: pa.Schema) -> float:
     """Largest difference between the stored scores and the model's scores of the same rows."""
     if not document["rows"]:
         return 0.0

@@ -30,7 +30,7 @@ from features.reader import READ_CPUS, SampleSource
 from features.schema import Schema
 from models.losses import task_losses
 from models.metrics import auc, task_metrics
-from models.mixformer import MixFormer
+from models.protocol import RankingModel
 from models.registry import build_model
 from pipeline.config import ModelConfig, TrainingConfig
 
@@ -60,7 +60,7 @@ class TrainingJob:
 class TrainingResult:
     """The best epoch's model and the metrics of every epoch."""
 
-    model: MixFormer
+    model: RankingModel
     history: list[dict[str, float]]
 
 
@@ -111,7 +111,7 @@ class _NumberSums:
         return pa.table(columns, schema=types)
 
 
-def initial_model(job: TrainingJob) -> MixFormer:
+def initial_model(job: TrainingJob) -> RankingModel:
     """The model before the first step: seeded, with the number statistics, or the warm start's weights."""
     torch.manual_seed(job.training.seed)
     overrides = job.model.model_dump(exclude={"name", "preset"}, exclude_none=True)
@@ -246,7 +246,7 @@ def _worker(config: dict[str, Any]) -> None:
             seen, loss_sum, steps = seen + count, loss_sum + float(loss.detach()), steps + 1
             if rank == 0 and steps % 10 == 0:
                 config["reports"].put({"epoch": epoch + 1, "candidates": seen})
-        published: MixFormer = averaged.module if averaged is not None else own
+        published: RankingModel = averaged.module if averaged is not None else own
         metrics = _validate(job, published, device) if rank == 0 else {}
         metrics = {"epoch": epoch + 1, "loss": loss_sum / max(steps, 1), "candidates": seen, **metrics}
         state["history"].append(metrics)
@@ -284,7 +284,7 @@ def _step(
     return (weights * loss / weight.clamp(min=1e-9)).sum(), 0 if empty else batch.candidates
 
 
-def split_parameters(model: MixFormer) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_parameters(model: RankingModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Dense parameters, and embedding tables (updated on touched rows only)."""
     tables = {id(parameter) for parameter in model.inputs.tables.parameters()}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in tables]
@@ -292,12 +292,12 @@ def split_parameters(model: MixFormer) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 @torch.inference_mode()
-def probabilities(model: MixFormer, batch: RequestBatch) -> np.ndarray:
+def probabilities(model: RankingModel, batch: RequestBatch) -> np.ndarray:
     """Predicted probabilities, [C, K]."""
     return model(batch).float().sigmoid().cpu().numpy()  # type: ignore[no-any-return]
 
 
-def _validate(job: TrainingJob, model: MixFormer, device: torch.device) -> dict[str, float]:
+def _validate(job: TrainingJob, model: RankingModel, device: torch.device) -> dict[str, float]:
     model.eval()
     labels, masks, scores, users, requests = [], [], [], [], []
     for rows in job.validation.batches(4 * job.training.batch_candidates, 4 * job.training.batch_events):

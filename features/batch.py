@@ -23,9 +23,8 @@ from features.schema import Feature, FieldSpec, Schema, Sequence, Task
 T = TypeVar("T")
 
 
-def structure() -> Any:
-    """A field of a dataclass that says where things lie: it stays on the host when the values move to a device."""
-    return field(metadata={"structure": True})
+STRUCTURE = {"structure": True}
+"""Metadata of a dataclass's field that says where things lie: it stays on the host when the values move."""
 
 
 @dataclass
@@ -50,8 +49,8 @@ class Timeline:
     """
 
     fields: dict[str, Values]
-    ts: Tensor = structure()
-    offsets: Tensor = structure()
+    ts: Tensor = field(metadata=STRUCTURE)
+    offsets: Tensor = field(metadata=STRUCTURE)
 
 
 @dataclass
@@ -66,9 +65,9 @@ class Users:
     """
 
     fields: dict[str, Values]
-    timeline: Tensor = structure()
-    end: dict[str, Tensor] = structure()
-    ts: Tensor = structure()
+    timeline: Tensor = field(metadata=STRUCTURE)
+    end: dict[str, Tensor] = field(metadata=STRUCTURE)
+    ts: Tensor = field(metadata=STRUCTURE)
 
 
 @dataclass
@@ -76,7 +75,7 @@ class Items:
     """The candidates: item features [C] and ``offsets`` [R + 1] of each request's candidates."""
 
     fields: dict[str, Values]
-    offsets: Tensor = structure()
+    offsets: Tensor = field(metadata=STRUCTURE)
 
     @property
     def request(self) -> Tensor:

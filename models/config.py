@@ -21,7 +21,9 @@ class MixFormerConfig(Declaration):
     head_dim: int = Field(32, ge=1, description="D, divisible by N (HeadMixing)")
     layers: int = Field(2, ge=1, description="L")
     user_heads: int | None = Field(
-        None, ge=0, description="N_U; 0 is MixFormer, left out is the rule of 3.4.1, clamped so that both sides have one"
+        None,
+        ge=0,
+        description="N_U; 0 is MixFormer, left out is the rule of 3.4.1, clamped so that both sides have one",
     )
     ffn: float = Field(2.0, gt=0, description="hidden width of the per-head FFNs ÷ D; the paper gives none")
     sequence_ffn: float = Field(2.0, gt=0, description="hidden width of the sequence FFN ÷ D; the paper gives none")
@@ -79,7 +81,9 @@ class HyFormerConfig(Declaration):
             if self.width % parts:
                 raise ValueError(f"width {self.width} must be divisible by the {parts} {what}")
         if self.query == "target_only" and self.tokenization == "auto":
-            raise ValueError("query: target_only needs tokenization: semantic; auto-split tells no target from the rest")
+            raise ValueError(
+                "query: target_only needs tokenization: semantic; auto-split tells no target from the rest"
+            )
         return self
 
 

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.batch import Items, Timeline, Users
-from features.schema import Feature, Schema, Sequence
+from features.schema import Schema
 from models.attention import Plan, Seen, attend, plan_attention
 from models.config import HyFormerConfig
 from models.inputs import TIME_WIDTH
-from models.layers import NORMS, HeadMixing, HeadSplit, Norm, PerHeadLinear, PerHeadSwiGLU, TaskTowers
-from models.protocol import EncodedEvents, RankingModel, TimelineState, gather_events
+from models.layers import NORMS, Dropout, HeadMixing, HeadSplit, Norm, PerHeadLinear, PerHeadSwiGLU, TaskTowers
+from models.protocol import RankingModel, TimelineState, gather_events
 from models.sequences import ENCODINGS, Encoding, MultiHeadAttention, make_window
+from models.tokens import query_tokens, sequence_streams, token_groups, width_of
 
 
 @dataclass
@@ -88,7 +89,7 @@ class QueryDecoding(nn.Module):
         super().__init__()
         self.norm: Norm = NORMS[config.norm](queries, config.width)
         self.attention = MultiHeadAttention(config.width, config.attention_heads, config.time_bias)
-        self.dropout, self.residual = nn.Dropout(config.dropout), config.attention_residual
+        self.dropout, self.residual = Dropout(config.dropout), config.attention_residual
 
     def forward(self, q_NCD: Tensor, keys_values: tuple[Tensor, ...], plan: Plan | None) -> Tensor:
         asked = self.norm.before(q_NCD).transpose(0, 1).flatten(0, 1)  # the tokens of a candidate side by side
@@ -111,7 +112,7 @@ class QueryBoosting(nn.Module):
         self.norm: Norm = NORMS[config.norm](T if config.norm == "pre_rms" else kept, D)
         self.mixing = HeadMixing(T, D, 0)
         self.ffn = PerHeadSwiGLU(kept, D, round(config.ffn * D))
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_TCD: Tensor) -> Tensor:
         mixed = self.mixing.exchange(self.norm.before(x_TCD), self.kept)
@@ -170,7 +171,7 @@ class HyFormer(RankingModel):
         self.split = nn.ModuleList(HeadSplit(group.width, group.tokens, D) for group in self.groups)
         self.align = nn.ModuleDict()
         for sequence in schema.sequences:
-            width = sum(field.dim for field in sequence.fields) + (TIME_WIDTH if config.event_time else 0)
+            width = width_of(sequence.fields) + (TIME_WIDTH if config.event_time else 0)
             self.align[sequence.name] = nn.Linear(width, D)
         user_width = {
             "full": (self.user_tokens + len(self.streams)) * D,
@@ -272,73 +273,3 @@ def mean_pool(s_ED: Tensor, seen: Seen) -> Tensor:
     plan = plan_attention(seen, None, s_ED.device)
     zero = s_ED.new_zeros(1, len(seen.ts), s_ED.shape[-1])
     return attend(zero, s_ED[None], s_ED[None], plan, None)[0]
-
-
-@dataclass(frozen=True)
-class TokenGroup:
-    """Features that become these tokens together (3.3.1)."""
-
-    features: tuple[Feature, ...]
-    tokens: int
-
-    @property
-    def width(self) -> int:
-        return sum(feature.dim for feature in self.features)
-
-    @property
-    def user_side(self) -> bool:
-        return all(feature.side in ("user", "context") for feature in self.features)
-
-
-def sequence_streams(schema: Schema, config: HyFormerConfig) -> list[tuple[Sequence, ...]]:
-    """What is encoded together: each sequence on its own, or all merged."""
-    if config.sequences == "merged" and schema.sequences:
-        return [schema.sequences]
-    return [(sequence,) for sequence in schema.sequences]
-
-
-def query_tokens(schema: Schema, config: HyFormerConfig) -> list[int]:
-    """Query tokens of each stream; a merged stream has those of all its sequences."""
-    names = [sequence.name for sequence in schema.sequences]
-    if isinstance(config.queries, int):
-        counts = dict.fromkeys(names, config.queries)
-    else:
-        counts = config.queries
-        if set(counts) != set(names):
-            raise ValueError(f"queries: {sorted(counts)} must name exactly the sequences {names}")
-    if any(count < 1 for count in counts.values()):
-        raise ValueError("queries: every sequence needs at least one")
-    if not names:
-        raise ValueError("hyformer decodes behaviour sequences, and the schema has none")
-    return [sum(counts[one.name] for one in stream) for stream in sequence_streams(schema, config)]
-
-
-def token_groups(schema: Schema, config: HyFormerConfig, tokens: int) -> list[TokenGroup]:
-    """Semantic groups, user-side ones first, sharing M tokens in proportion to their widths; each has at least one.
-
-    Raises:
-        ValueError: there are more groups than tokens, or the groups do not hold every feature once.
-    """
-    if config.tokenization == "auto":
-        groups = [schema.features]
-    elif config.groups is None:
-        sides = dict.fromkeys(feature.side for feature in schema.features)
-        groups = [schema.side(side) for side in sides]
-    else:
-        by_name = {feature.name: feature for feature in schema.features}
-        named = [name for group in config.groups.values() for name in group]
-        if sorted(named) != sorted(by_name) or not all(config.groups.values()):
-            raise ValueError(f"groups: {sorted(named)} must hold every feature once: {sorted(by_name)}")
-        groups = [tuple(by_name[name] for name in group) for group in config.groups.values()]
-    if len(groups) > tokens:
-        raise ValueError(
-            f"tokens {config.tokens} leave {tokens} for {len(groups)} groups of features; "
-            f"raise tokens to at least {config.tokens - tokens + len(groups)}"
-        )
-    widths = [sum(feature.dim for feature in group) for group in groups]
-    counts = [1] * len(groups)
-    for _ in range(tokens - len(groups)):  # each further token goes where the features per token are widest
-        widest = max(range(len(groups)), key=lambda i: widths[i] / counts[i])
-        counts[widest] += 1
-    both = [TokenGroup(group, count) for group, count in zip(groups, counts, strict=True)]
-    return sorted(both, key=lambda group: not group.user_side)

@@ -1,7 +1,7 @@
 """Layers shared by the models.
 
 Shape suffixes: N heads (or tokens), of them U user-side and G item-side; D their width; B rows (requests or
-candidates), R requests, C candidates; S slice width D / N; F hidden width of an FFN; K tasks; H hidden width of a tower.
+candidates), R requests, C candidates; S slice width D / N; K tasks; H hidden width of a tower; W, X other widths.
 Heads come first: a map of its own for every head is one batched matmul. ``heads`` tells which of the N heads the
 rows of x are.
 """
@@ -73,6 +73,30 @@ def _of_heads(parameter: Tensor, heads: slice) -> Tensor:
     return parameter[heads, None] if parameter.dim() == 2 else parameter
 
 
+# --- dropout ------------------------------------------------------------------------------------------
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask on a CPU takes 16 random bits per value, which are drawn seven times as fast as a float.
+
+    The rate is rounded to 1/65,536 and the scale made to fit, so that the expectation is exact.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.rate:
+            return x
+        if x.device.type != "cpu":
+            return functional.dropout(x, self.rate)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+        dropped = round(self.rate * 2**16)
+        return x * ((bits >= dropped - 2**15) * (2**16 / (2**16 - dropped)))
+
+
 # --- feed-forward networks ----------------------------------------------------------------------------
 
 
@@ -125,7 +149,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, norm: Norm, ffn: PerHeadSwiGLU | SwiGLU, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm, self.ffn, self.dropout = norm, ffn, nn.Dropout(dropout)
+        self.norm, self.ffn, self.dropout = norm, ffn, Dropout(dropout)
 
     def forward(self, x: Tensor, heads: slice = ALL) -> Tensor:
         changed = self.dropout(self.ffn(self.norm.before(x, heads), heads)) + x

@@ -29,6 +29,7 @@ from models.inputs import TIME_WIDTH
 from models.layers import (
     MIXINGS,
     NORMS,
+    Dropout,
     FeedForward,
     HeadSplit,
     NoFeedForward,
@@ -39,6 +40,7 @@ from models.layers import (
     TaskTowers,
 )
 from models.protocol import EncodedEvents, RankingModel, TimelineState, gather_events
+from models.tokens import decoupled_heads, width_of
 
 
 @dataclass
@@ -69,12 +71,14 @@ class MixFormerBlock(nn.Module):
         norm, dropout = NORMS[config.norm], config.dropout
         self.mix_norm = NoNorm() if config.mixing == "none" else norm(N, D)
         self.mixing = MIXINGS[config.mixing](N, D, user_heads)
-        self.query = FeedForward(norm(N, D), PerHeadSwiGLU(N, D, hidden), dropout) if config.query_ffn else NoFeedForward()
+        self.query = (
+            FeedForward(norm(N, D), PerHeadSwiGLU(N, D, hidden), dropout) if config.query_ffn else NoFeedForward()
+        )
         self.key, self.value = PerHeadLinear(N, D, D), PerHeadLinear(N, D, D)
         self.time_bias = nn.Parameter(torch.zeros(N, TIME_BUCKETS)) if config.time_bias else None
         fusion = PerHeadSwiGLU(N, D, hidden) if config.fusion_ffn_per_head else SwiGLU(D, hidden)
         self.fusion = FeedForward(norm(N, D), fusion, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def encode_events(self, h_NED: Tensor) -> tuple[Tensor, ...]:
         """Eq. 7: keys and values of the item heads, which many queries read, [G, E, D].
@@ -126,8 +130,8 @@ class MixFormer(RankingModel):
         super().__init__(schema, id_dropout)
         self.config = config
         N, D = config.heads, config.head_dim
-        user_width, item_width = _width(schema.user_side), _width(schema.item_side)
-        self.user_heads = decoupled_heads(config, user_width, item_width)
+        user_width, item_width = width_of(schema.user_side), width_of(schema.item_side)
+        self.user_heads = decoupled_heads(schema, config)
         self.user_side, self.item_side = slice(0, self.user_heads), slice(self.user_heads, N)
         if self.user_heads:
             self.user_split = HeadSplit(user_width, self.user_heads, D)
@@ -135,7 +139,9 @@ class MixFormer(RankingModel):
         else:
             self.item_split = HeadSplit(user_width + item_width, N, D)
         time = TIME_WIDTH if config.event_time else 0
-        self.align = nn.ModuleDict({one.name: nn.Linear(_width(one.fields) + time, N * D) for one in schema.sequences})
+        self.align = nn.ModuleDict(
+            {one.name: nn.Linear(width_of(one.fields) + time, N * D) for one in schema.sequences}
+        )
         self.sequence = nn.ModuleList(
             FeedForward(NORMS[config.norm](N * D), SwiGLU(N * D, round(config.sequence_ffn * D)))
             for _ in range(config.layers if config.sequence_ffn_per_layer else 1)
@@ -193,19 +199,3 @@ class MixFormer(RankingModel):
     def describe(self) -> dict[str, Any]:
         name = "ui-mixformer" if self.user_heads else "mixformer"
         return {"name": name} | self.config.model_dump() | {"user_heads": self.user_heads}
-
-
-def decoupled_heads(config: MixFormerConfig, user_width: int, item_width: int) -> int:
-    """N_U: as configured, else N − N_G with N_G = ⌊D_ns^G · N / D_ns⌋ (3.4.1), both sides having at least one."""
-    if config.user_heads is not None:
-        return config.user_heads
-    N = config.heads
-    if N < 2:
-        raise ValueError("a UI-MixFormer needs at least 2 heads, one for each side")
-    return N - min(max(item_width * N // (user_width + item_width), 1), N - 1)
-
-
-def _width(fields: tuple[Any, ...]) -> int:
-    return sum(field.dim for field in fields)
-
-

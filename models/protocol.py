@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from features.batch import Items, RequestBatch, Timeline, Users, structure
+from features.batch import STRUCTURE, Items, RequestBatch, Timeline, Users
 from features.schema import Schema, Sequence
 from models.attention import Seen
 from models.inputs import InputLayer
@@ -30,8 +30,8 @@ class EncodedEvents:
     """
 
     layers: list[tuple[Tensor, ...]]
-    ts: Tensor = structure()
-    offsets: Tensor = structure()
+    ts: Tensor = field(metadata=STRUCTURE)
+    offsets: Tensor = field(metadata=STRUCTURE)
 
     def append(self, later: EncodedEvents) -> EncodedEvents:
         """The state of the timelines with later events at their ends; equals computing it whole."""

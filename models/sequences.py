@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.attention import TIME_BUCKETS, Plan, Seen, attend, plan_attention
 from models.config import HyFormerConfig
-from models.layers import NORMS, FeedForward, Norm, SwiGLU
+from models.layers import NORMS, Dropout, FeedForward, Norm, SwiGLU
 
 
 class MultiHeadAttention(nn.Module):
@@ -120,7 +120,7 @@ class TransformerEncoding(nn.Module):
         self.attention = MultiHeadAttention(config.width, config.attention_heads, config.time_bias)
         ffn = SwiGLU(config.width, round(config.sequence_ffn * config.width))
         self.ffn = FeedForward(NORMS[config.norm](config.width), ffn, config.dropout)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, s_ED: Tensor, window: Window | None) -> Tensor:
         assert window is not None
@@ -139,7 +139,7 @@ class LongerEncoding(nn.Module):
         super().__init__()
         self.norm: Norm = NORMS[config.norm](config.width)
         self.attention = MultiHeadAttention(config.width, config.attention_heads, config.time_bias)
-        self.dropout, self.residual = nn.Dropout(config.dropout), config.attention_residual
+        self.dropout, self.residual = Dropout(config.dropout), config.attention_residual
 
     def forward(self, s_ED: Tensor, window: Window | None) -> Tensor:
         assert window is not None

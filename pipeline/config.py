@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from features.errors import ConfigError
 from features.lake import Table
 from features.records import digest
 from features.schema import Declaration, Feature, Grain, Name, Schema, Sequence, Task, partition_bounds
 from features.validation import ValidationRules
-from models.presets import PRESETS
+from models.config import MODELS, AnyConfig, model_config
+from models.tokens import check_fit
 
 ENVIRONMENT_PREFIX = "CORANK_"
 RESERVED_VARIABLES = {"CORANK_CONFIG"}
@@ -54,21 +55,30 @@ class SplitConfig(Declaration):
 
 
 class ModelConfig(Declaration):
-    """Which model, how large. Keys left out come from the preset."""
+    """Which model, how large. Any size or switch of the model's own config may stand beside; else the preset says."""
 
-    name: Literal["mixformer", "ui-mixformer"] = "ui-mixformer"
-    preset: Literal["tiny", "base"] = "tiny"
-    heads: int | None = Field(None, ge=2, description="N")
-    head_dim: int | None = Field(None, ge=2, description="D, divisible by N")
-    layers: int | None = Field(None, ge=1, description="L")
-    dropout: float | None = Field(None, ge=0, lt=1)
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Literal["mixformer", "ui-mixformer", "hyformer"] = "ui-mixformer"
+    preset: str = "tiny"
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The keys that differ from the preset."""
+        return dict(self.model_extra or {})
+
+    @property
+    def sizes(self) -> AnyConfig:
+        """The model's own config (models/config.py)."""
+        return model_config(self.name, self.preset, self.overrides)
 
     @model_validator(mode="after")
-    def _heads_divide_their_width(self) -> ModelConfig:
-        heads = self.heads or PRESETS[self.preset]["heads"]
-        width = self.head_dim or PRESETS[self.preset]["head_dim"]
-        if width % heads:
-            raise ValueError(f"head_dim {width} must be divisible by heads {heads} (HeadMixing)")
+    def _is_a_model(self) -> ModelConfig:
+        try:
+            _ = self.sizes
+        except ValidationError as error:
+            kind, _ = MODELS[self.name]
+            raise ValueError("; ".join(_explain(problem, kind) for problem in error.errors())) from None
         return self
 
 
@@ -156,6 +166,10 @@ class Config(Declaration):
                     f"sequences: {sequence.name} reads the events {sequence.events!r}, "
                     f"but tables has only {sorted(self.tables)}"
                 )
+        try:
+            check_fit(schema, self.model.sizes)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from None
         task = self.evaluation.task
         if task is not None and task not in [known.name for known in schema.tasks]:
             raise ValueError(f"evaluation.task {task!r} is none of the tasks {[t.name for t in schema.tasks]}")
@@ -226,7 +240,7 @@ def load_config(path: str | Path) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, Config) for problem in error.errors()]
         raise ConfigError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
@@ -250,19 +264,22 @@ def _override(content: dict[str, Any], variable: str, value: str) -> None:
         raise ConfigError(f"environment variable {variable}: {value!r} is not valid YAML") from None
 
 
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+def _explain(problem: Any, root: type[BaseModel]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"{key}: there is no such key. {_allowed(str(problem['loc'][-1]), _model_at(problem['loc'][:-1]))}"
+        return f"{key}: there is no such key. {_allowed(str(problem['loc'][-1]), _model_at(problem['loc'][:-1], root))}"
     if problem["type"] == "missing":
         return f"{key}: is missing"
+    if not key:
+        return message if root is not Config else f"(whole file): {message}"
     value = problem["input"]
     shown = "" if isinstance(value, (dict, list, tuple, BaseModel)) else f" is {value!r}:"
-    return f"{key}:{shown} {problem['msg'].removeprefix('Value error, ')}"
+    return f"{key}:{shown} {message}"
 
 
-def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = Config
+def _model_at(location: tuple[Any, ...], root: type[BaseModel]) -> type[BaseModel]:
+    model = root
     for part in location:
         if isinstance(part, str) and part in model.model_fields:
             found = _models_in(model.model_fields[part].annotation)

@@ -114,9 +114,9 @@ class _NumberSums:
 def initial_model(job: TrainingJob) -> RankingModel:
     """The model before the first step: seeded, with the number statistics, or the warm start's weights."""
     torch.manual_seed(job.training.seed)
-    overrides = job.model.model_dump(exclude={"name", "preset"}, exclude_none=True)
+    chosen = job.model
     try:
-        model = build_model(job.schema, job.model.name, job.model.preset, overrides, job.training.id_dropout)
+        model = build_model(job.schema, chosen.name, chosen.preset, chosen.overrides, job.training.id_dropout)
     except ValueError as error:
         raise CorankError(f"model: {error}") from None
     for name, (mean, deviation) in job.statistics.items():

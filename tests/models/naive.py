@@ -43,9 +43,7 @@ def samples(model: RankingModel, batch: RequestBatch, align: Any, event_time: bo
     schema = model.schema
     for r in range(batch.requests):
         users = {one.name: embed(model, one, batch.users.fields[one.name], r) for one in schema.user_side}
-        sequences = {
-            one.name: visible(model, batch, one, r, align, event_time) for one in schema.sequences
-        }
+        sequences = {one.name: visible(model, batch, one, r, align, event_time) for one in schema.sequences}
         for c in range(int(batch.items.offsets[r]), int(batch.items.offsets[r + 1])):
             items = {one.name: embed(model, one, batch.items.fields[one.name], c) for one in schema.item_side}
             yield Sample(users | items, int(batch.users.ts[r]), sequences)
@@ -138,9 +136,7 @@ def softmax_sum(q: Tensor, keys: list[Tensor], values: list[Tensor], biases: lis
     return sum(w * v for w, v in zip(weights / weights.sum(), values, strict=True))
 
 
-def multi_head(
-    module: Any, q: Tensor, q_ts: int, h: list[Tensor], h_ts: list[int]
-) -> Tensor:
+def multi_head(module: Any, q: Tensor, q_ts: int, h: list[Tensor], h_ts: list[int]) -> Tensor:
     """Standard multi-head attention of one query over h."""
     H = module.heads
     W = len(q) // H

@@ -61,9 +61,7 @@ def hyformer_logits(model: HyFormer, batch: RequestBatch) -> Tensor:
 def queries(model: HyFormer, info: Tensor) -> list[Tensor]:
     generate = model.generate
     weight = torch.cat([generate.user, generate.item], dim=1)  # the user's parts of Global Info come first
-    return [
-        silu(info @ weight[n] + generate.bias[n, 0]) @ generate.out.weight[n] for n in range(len(weight))
-    ]
+    return [silu(info @ weight[n] + generate.bias[n, 0]) @ generate.out.weight[n] for n in range(len(weight))]
 
 
 def encoding(model: HyFormer, layer: HyFormerLayer, stream: int, S: list[Event]) -> list[Event]:

@@ -53,7 +53,7 @@ def block_of(block: MixFormerBlock, X: list[Tensor], H: list[Event], ts: int, N_
     """Eq. 3–11 for one candidate."""
     N, D = len(X), len(X[0])
     mixed = mixing(block.mixing, [before(block.mix_norm, X[i], i) for i in range(N)], N_U)
-    O = []
+    fused = []
     for i in range(N):
         p = after(block.mix_norm, mixed[i] + X[i], i)  # eq. 3
         q = feed_forward(block.query, p, i)  # eq. 4
@@ -61,8 +61,8 @@ def block_of(block: MixFormerBlock, X: list[Tensor], H: list[Event], ts: int, N_
         keys, values = [one @ block.key.weight[i] for one in h], [one @ block.value.weight[i] for one in h]  # eq. 7
         bias = [0.0 if block.time_bias is None else block.time_bias[i, bucket(ts - event.ts)] for event in H]
         z = softmax_sum(q, keys, values, bias) + q  # eq. 8
-        O.append(feed_forward(block.fusion, z, i))  # eq. 9
-    return O
+        fused.append(feed_forward(block.fusion, z, i))  # eq. 9
+    return fused
 
 
 def mixing(module: HeadMixing | SelfAttentionMixing | NoMixing, X: list[Tensor], N_U: int) -> list[Tensor]:

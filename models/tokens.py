@@ -1,0 +1,110 @@
+"""How features and sequences become tokens and heads (3.3.1 and 3.7 of HyFormer, 3.4.1 of MixFormer).
+
+Needs no PyTorch: a config is checked against its schema before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from features.schema import Feature, FieldSpec, Schema, Sequence
+from models.config import AnyConfig, HyFormerConfig, MixFormerConfig
+
+
+def check_fit(schema: Schema, config: AnyConfig) -> None:
+    """Whether a model of these sizes can be built for a schema.
+
+    Raises:
+        ValueError: says what does not fit and what would.
+    """
+    if isinstance(config, MixFormerConfig):
+        decoupled_heads(schema, config)
+    else:
+        token_groups(schema, config, config.tokens - sum(query_tokens(schema, config)))
+
+
+def width_of(fields: Iterable[FieldSpec]) -> int:
+    """Embedding width of some fields side by side."""
+    return sum(field.dim for field in fields)
+
+
+def decoupled_heads(schema: Schema, config: MixFormerConfig) -> int:
+    """N_U: as configured, else N − N_G with N_G = ⌊D_ns^G · N / D_ns⌋ (3.4.1), both sides having at least one."""
+    if config.user_heads is not None:
+        return config.user_heads
+    N = config.heads
+    if N < 2:
+        raise ValueError("a ui-mixformer needs at least 2 heads, one for each side")
+    item_width = width_of(schema.item_side)
+    return N - min(max(item_width * N // width_of(schema.features), 1), N - 1)
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Features that become these tokens together (3.3.1)."""
+
+    features: tuple[Feature, ...]
+    tokens: int
+
+    @property
+    def width(self) -> int:
+        return width_of(self.features)
+
+    @property
+    def user_side(self) -> bool:
+        return all(feature.side in ("user", "context") for feature in self.features)
+
+
+def sequence_streams(schema: Schema, config: HyFormerConfig) -> list[tuple[Sequence, ...]]:
+    """What is encoded together: each sequence on its own, or all merged."""
+    if config.sequences == "merged" and schema.sequences:
+        return [schema.sequences]
+    return [(sequence,) for sequence in schema.sequences]
+
+
+def query_tokens(schema: Schema, config: HyFormerConfig) -> list[int]:
+    """Query tokens of each stream; a merged stream has those of all its sequences."""
+    names = [sequence.name for sequence in schema.sequences]
+    if isinstance(config.queries, int):
+        counts = dict.fromkeys(names, config.queries)
+    else:
+        counts = config.queries
+        if set(counts) != set(names):
+            raise ValueError(f"queries: {sorted(counts)} must name exactly the sequences {names}")
+    if any(count < 1 for count in counts.values()):
+        raise ValueError("queries: every sequence needs at least one")
+    if not names:
+        raise ValueError("hyformer decodes behaviour sequences, and the schema has none")
+    return [sum(counts[one.name] for one in stream) for stream in sequence_streams(schema, config)]
+
+
+def token_groups(schema: Schema, config: HyFormerConfig, tokens: int) -> list[TokenGroup]:
+    """Semantic groups, user-side ones first, sharing M tokens in proportion to their widths; each has at least one.
+
+    Raises:
+        ValueError: there are more groups than tokens, or the groups do not hold every feature once.
+    """
+    if config.tokenization == "auto":
+        groups = [schema.features]
+    elif config.groups is None:
+        sides = dict.fromkeys(feature.side for feature in schema.features)
+        groups = [schema.side(side) for side in sides]
+    else:
+        by_name = {feature.name: feature for feature in schema.features}
+        named = [name for group in config.groups.values() for name in group]
+        if sorted(named) != sorted(by_name) or not all(config.groups.values()):
+            raise ValueError(f"groups: {sorted(named)} must hold every feature once: {sorted(by_name)}")
+        groups = [tuple(by_name[name] for name in group) for group in config.groups.values()]
+    if len(groups) > tokens:
+        raise ValueError(
+            f"tokens {config.tokens} leave {tokens} for {len(groups)} groups of features; "
+            f"raise tokens to at least {config.tokens - tokens + len(groups)}"
+        )
+    widths = [width_of(group) for group in groups]
+    counts = [1] * len(groups)
+    for _ in range(tokens - len(groups)):  # each further token goes where the features per token are widest
+        widest = max(range(len(groups)), key=lambda i: widths[i] / counts[i])
+        counts[widest] += 1
+    both = [TokenGroup(group, count) for group, count in zip(groups, counts, strict=True)]
+    return sorted(both, key=lambda group: not group.user_side)

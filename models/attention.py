@@ -148,7 +148,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, table_HA: Tensor, code: Tensor) -> Tensor:
         ctx.save_for_backward(code)
         ctx.shape = table_HA.shape
-        return table_HA.index_select(1, code.flatten()).unflatten(1, code.shape)
+        return table_HA.index_select(1, code.flatten()).unflatten(1, code.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -257,8 +257,10 @@ def attend(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, plan: Plan | None, bias_
     table = bias_HA.to(q_HBD.dtype) if bias_HA is not None else q_HBD.new_zeros(1, TIME_BUCKETS)
     # The lowest number and not −∞: a query without any event has a softmax too, and is set to zero afterwards.
     table_HA = functional.pad(table, (0, 1), value=torch.finfo(q_HBD.dtype).min)
-    padded = zip(plan.groups, plan.queries.pad(q_HBD), plan.events.pad(k_HED), plan.events.pad(v_HED), strict=True)
-    return plan.queries.unpad([_attend_group(group, q, k, v, table_HA) for group, q, k, v in padded])
+    q, k = plan.queries.pad(q_HBD), plan.events.pad(k_HED)
+    v = k if v_HED is k_HED else plan.events.pad(v_HED)
+    groups = zip(plan.groups, q, k, v, strict=True)
+    return plan.queries.unpad([_attend_group(*one, table_HA) for one in groups])
 
 
 def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, table_HA: Tensor) -> Tensor:
@@ -266,14 +268,14 @@ def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, tab
     q_HGQD, k_HGTD, v_HGTD = (x.unflatten(1, (group.size, -1)) for x in (q_HPD, k_HPD, v_HPD))
     mask: Tensor = _Lookup.apply(table_HA, group.code)  # type: ignore[no-untyped-call]
     H, G, Q, _ = q_HGQD.shape
-    if not torch.is_grad_enabled():
+    if not mask.requires_grad:
         shape = (len(mask), G, Q, mask.shape[-1])
         out = functional.scaled_dot_product_attention(q_HGQD, k_HGTD, v_HGTD, attn_mask=mask.expand(shape))
         return out.flatten(1, 2)
     # A mask that learns is beyond the fused kernels; this is what they compute, without the fallback's extra passes.
     q, k, v = (x.flatten(0, 1) for x in (q_HGQD, k_HGTD, v_HGTD))
     logits = torch.baddbmm(mask.expand(H, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(logits.softmax(-1), v).unflatten(0, (H, G)).flatten(1, 2)
+    return torch.bmm(logits.softmax(-1), v).unflatten(0, (H, G)).flatten(1, 2)  # type: ignore[no-any-return]
 
 
 def attend_reference(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, sees_BE: Tensor, bias_HBE: Tensor | None) -> Tensor:
@@ -282,4 +284,4 @@ def attend_reference(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, sees_BE: Tenso
     if bias_HBE is not None:
         logits_HBE = logits_HBE + bias_HBE
     weights_HBE = logits_HBE.masked_fill(~sees_BE, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return weights_HBE @ v_HED
+    return weights_HBE @ v_HED  # type: ignore[no-any-return]

@@ -111,7 +111,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "ui-mixformer": _MIXFORMER,
     "hyformer": {
         "tiny": {"width": 64, "layers": 2, "tokens": 8, "tower": 64},
-        "base": {"width": 192, "layers": 4, "tokens": 16, "attention_heads": 4, "tower": 128},
+        "base": {"width": 160, "layers": 4, "tokens": 16, "attention_heads": 4, "tower": 128},
         # 13 non-sequential and 3 global tokens (4.1.4)
         "paper": _PAPER
         | {"width": 960, "layers": 4, "tokens": 16, "attention_heads": 16, "ffn": 4, "tower": 128}

@@ -183,7 +183,7 @@ class HeadMixing(nn.Module):
 
     def exchange(self, x_NBD: Tensor, receivers: slice = ALL) -> Tensor:
         """What ``receivers`` get from these heads, [receivers, B, N · S]."""
-        return x_NBD.unflatten(-1, (self.heads, -1))[:, :, receivers].permute(2, 1, 0, 3).flatten(2)
+        return x_NBD.unflatten(-1, (self.heads, -1))[:, :, receivers].permute(2, 1, 0, 3).flatten(2)  # type: ignore[no-any-return]
 
     def among_users(self, x_URD: Tensor) -> Tensor:
         """HeadMixing of the user heads under the mask of eq. 10, [U, R, D]."""
@@ -293,7 +293,7 @@ class TaskTowers(nn.Module):
     def first_layer(self, x_NBD: Tensor, heads: slice = ALL) -> Tensor:
         """These heads' part of the first layer, without the bias: [B, K, H]."""
         x_BX = self.norm.before(x_NBD, heads).transpose(0, 1).flatten(1)
-        return (x_BX @ self.weight[heads].flatten(0, 1).flatten(1)).unflatten(-1, self.bias.shape)
+        return (x_BX @ self.weight[heads].flatten(0, 1).flatten(1)).unflatten(-1, self.bias.shape)  # type: ignore[no-any-return]
 
     def forward(self, first_BKH: Tensor) -> Tensor:
         """Logits [B, K] from the whole first layer."""

@@ -85,10 +85,10 @@ class MixFormerBlock(nn.Module):
 
         User heads have one query per request: (q · W_k) · h costs less than q · (W_k h), so that their h is kept.
         """
-        h_GED = h_NED[self.item_side]
+        h_UED, h_GED = h_NED.tensor_split([self.user_side.stop])
         key_value = torch.cat([self.key.weight[self.item_side], self.value.weight[self.item_side]], dim=-1)
         k_GED, v_GED = torch.bmm(h_GED, key_value).chunk(2, dim=-1)
-        return h_NED[self.user_side], k_GED, v_GED
+        return h_UED, k_GED, v_GED
 
     def user_heads(self, x_URD: Tensor, events: tuple[Tensor, ...], plan: Plan | None) -> tuple[Tensor, Tensor]:
         """The block of the user heads, [U, R, D], and what the item heads receive from them in the mixing."""
@@ -191,7 +191,7 @@ class MixFormer(RankingModel):
         for block, sent, layer in zip(self._blocks(), received, user_state.events.layers, strict=True):
             x_GCD = block.item_heads(x_GCD, sent, layer, plan)
         first = self.towers.first_layer(x_GCD, self.item_side)
-        return self.towers(first if user_state.tower is None else first + user_state.tower[request])
+        return self.towers(first if user_state.tower is None else first + user_state.tower[request])  # type: ignore[no-any-return]
 
     def _blocks(self) -> list[MixFormerBlock]:
         return [block for block in self.blocks if isinstance(block, MixFormerBlock)]

@@ -36,7 +36,7 @@ class MultiHeadAttention(nn.Module):
         return out
 
     def _split(self, x_BD: Tensor) -> Tensor:
-        return x_BD.unflatten(-1, (self.heads, -1)).transpose(0, 1)
+        return x_BD.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # type: ignore[no-any-return]
 
 
 @dataclass

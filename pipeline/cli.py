@@ -24,7 +24,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped by a data-validation gate.",
 )
 import_app = typer.Typer(help="Write a data set as the Delta tables of a log.", no_args_is_help=True)
-models_app = typer.Typer(help="List, promote and roll back registered models.", no_args_is_help=True)
+models_app = typer.Typer(help="List, promote and roll back registered models; profile any.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 app.add_typer(models_app, name="models")
 
@@ -329,6 +329,28 @@ def models_rollback(config: ConfigOption, debug: DebugOption = False) -> None:
     with guarded(debug):
         back = _pipeline(_load(config)).registry.rollback()
         typer.echo(f"version {back.number} is champion again; restart `corank serve` to serve it")
+
+
+@models_app.command("profile")
+def models_profile(
+    preset: Annotated[
+        str, typer.Argument(help="E.g. mixformer-medium, ui-mixformer-base, hyformer, or tiny for ui-mixformer-tiny.")
+    ],
+    candidates: Annotated[int, typer.Option(min=1, help="Candidates of one request.")] = 500,
+    length: Annotated[int, typer.Option(min=1, help="Visible events of every sequence.")] = 512,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", "-c", help="Take features, sequences and tasks from here. Default: of the papers' kind."
+        ),
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Print a model's parameters, FLOPs per request on the user and the item side, and the bytes of its states."""
+    with guarded(debug):
+        from pipeline.profiling import print_profile
+
+        print_profile(preset, candidates, length, _load(config).schema_ if config is not None else None)
 
 
 # --- importers ----------------------------------------------------------------------------------------

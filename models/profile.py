@@ -1,0 +1,183 @@
+"""What a model costs: parameters, FLOPs of the user and of the item side, and the bytes of its states.
+
+Nothing is computed: the model and the values lie on PyTorch's meta device, and torch's FLOP counter follows the same
+three calls that train and serve. A FLOP is one multiplication or one addition of a matrix product; embeddings,
+norms, activations and softmax are not counted, as in the papers.
+
+Shape suffixes: C candidates, T events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from features.batch import Items, Jagged, RequestBatch, Timeline, Users, Values, nbytes
+from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+from models.protocol import RankingModel
+from models.registry import build_model
+
+T = TypeVar("T")
+
+PAPER_RATIO = 0.64
+"""FLOPs of UI-MixFormer ÷ MixFormer in table 1: 2,242 / 3,503 GFLOPs per batch."""
+
+DAY = 86_400_000_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one request with C candidates, and bytes of what it leaves behind.
+
+    Attributes:
+        timelines, users, items: FLOPs of ``encode_timelines``, ``encode_users`` and ``score``.
+        timeline_bytes, user_bytes: of ``TimelineState``, and of what ``UserState`` adds to it.
+    """
+
+    timelines: int
+    users: int
+    items: int
+    timeline_bytes: int
+    user_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.timelines + self.users + self.items
+
+    @property
+    def user_side(self) -> int:
+        return self.timelines + self.users
+
+
+def industrial_schema(sequences: int = 1, length: int = 512, tasks: int = 2) -> Schema:
+    """A schema of the papers' kind: over 300 non-sequential features, half of them item-side, and side information.
+
+    The sequences' embeddings are 64 wide, from 4 fields; the papers give no more than that (table 3 of HyFormer).
+    """
+
+    def features(side: str, count: int) -> list[Feature]:
+        return [Feature(name=f"{side}_{i}", side=side, buckets=1_000, dim=16) for i in range(count)]  # type: ignore[arg-type]
+
+    fields = tuple(FieldSpec(name=name, buckets=1_000, dim=16) for name in ("item", "author", "tag", "action"))
+    return Schema(
+        features=tuple(features("user", 120) + features("context", 30) + features("item", 150)),
+        sequences=tuple(
+            Sequence(name=f"sequence_{i}", events="events", length=length, fields=fields) for i in range(sequences)
+        ),
+        tasks=tuple(Task(name=name) for name in ("finish", "skip", "like", "comment")[:tasks]),
+    )
+
+
+def on_meta(schema: Schema, name: str, preset: str, **overrides: object) -> RankingModel:
+    """A model without memory, ready to be counted."""
+    with torch.device("meta"):
+        return build_model(schema, name, preset, overrides).eval()
+
+
+def dense_parameters(model: RankingModel) -> int:
+    """Parameters except the embedding tables, as the papers count them."""
+    tables = sum(parameter.numel() for parameter in model.inputs.tables.parameters())
+    return sum(parameter.numel() for parameter in model.parameters()) - tables
+
+
+def cost(model: RankingModel, candidates: int, length: int | None = None) -> Cost:
+    """Count one request.
+
+    Args:
+        model: from :func:`on_meta`.
+        candidates: C.
+        length: visible events of every sequence, at most its L; default: all L.
+    """
+    batch = one_request(model.schema, candidates, length)
+    with torch.no_grad():
+        timelines, timeline_state = _count(lambda: model.encode_timelines(batch.timelines))
+        users, user_state = _count(lambda: model.encode_users(batch.users, timeline_state))
+        items, _ = _count(lambda: model.score(user_state, batch.items))
+    kept = nbytes(timeline_state)
+    return Cost(timelines, users, items, kept, nbytes((timeline_state, user_state)) - kept)
+
+
+def _count(call: Callable[[], T]) -> tuple[int, T]:
+    # The fused kernels of a CPU are not in the counter's registry; the plain products they stand for are.
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with math, FlopCounterMode(display=False) as counter:
+        result = call()
+    return counter.get_total_flops(), result
+
+
+def one_request(schema: Schema, candidates: int, length: int | None = None) -> RequestBatch:
+    """One request on the meta device: its structure is real, its values have no memory."""
+    counts = {one.name: min(length, one.length) if length is not None else one.length for one in schema.sequences}
+    timelines = {
+        one.name: Timeline(
+            fields={field.name: _values(field, counts[one.name]) for field in one.fields},
+            ts=torch.arange(counts[one.name]) * DAY,
+            offsets=torch.tensor([0, counts[one.name]]),
+        )
+        for one in schema.sequences
+    }
+    users = Users(
+        fields={feature.name: _values(feature, 1) for feature in schema.user_side},
+        timeline=torch.tensor([0]),
+        end={name: torch.tensor([count]) for name, count in counts.items()},
+        ts=torch.tensor([max(counts.values(), default=0) * DAY]),
+    )
+    items = Items({one.name: _values(one, candidates) for one in schema.item_side}, torch.tensor([0, candidates]))
+    tasks = len(schema.tasks)
+    labels = torch.zeros(candidates, tasks, device="meta")
+    ids = np.zeros(candidates, dtype=object)
+    weight = torch.ones(candidates, device="meta")
+    return RequestBatch(timelines, users, items, labels, labels.bool(), weight, ids[:1], ids[:1], ids)
+
+
+def _values(field: FieldSpec, rows: int) -> Values:
+    if field.kind == "number":
+        return torch.zeros(rows, device="meta")
+    values = torch.zeros(rows, dtype=torch.long, device="meta")
+    if isinstance(field, Feature) and field.multi:
+        return Jagged(values, torch.zeros(rows + 1, dtype=torch.long, device="meta"))
+    return values
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """UI-MixFormer against MixFormer of the same size at C candidates per request.
+
+    Attributes:
+        batched: FLOP ratio, both with request-level batching.
+        unbatched: the ratio with MixFormer encoding request and sequence for every candidate anew.
+    """
+
+    candidates: int
+    batched: float
+    unbatched: float
+
+
+def decoupling_ratios(decoupled: RankingModel, full: RankingModel, candidates: list[int], length: int) -> list[Sharing]:
+    """FLOPs of a UI-MixFormer ÷ those of the MixFormer of its size."""
+    alone = cost(full, 1, length).total
+    rows = []
+    for count in candidates:
+        ours = cost(decoupled, count, length).total
+        rows.append(Sharing(count, ours / cost(full, count, length).total, ours / (alone * count)))
+    return rows
+
+
+def sharing_for(ratio: float, decoupled: RankingModel, full: RankingModel, length: int) -> tuple[float, float]:
+    """Candidates per request at which ``batched`` and ``unbatched`` come down to a ratio.
+
+    FLOPs are linear in C: a fixed part per request and one per candidate, which two counts determine.
+    """
+    (fixed, each), (full_fixed, full_each) = (_linear(model, length) for model in (decoupled, full))
+    batched = (fixed - ratio * full_fixed) / (ratio * full_each - each)
+    return batched, fixed / (ratio * (full_fixed + full_each) - each)
+
+
+def _linear(model: RankingModel, length: int) -> tuple[int, int]:
+    one, two = cost(model, 1, length).total, cost(model, 2, length).total
+    return 2 * one - two, two - one

@@ -1,0 +1,94 @@
+"""What ``corank models profile`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from features.errors import ConfigError
+from features.schema import Schema
+from models.config import find_preset
+from models.profile import (
+    PAPER_RATIO,
+    cost,
+    decoupling_ratios,
+    dense_parameters,
+    industrial_schema,
+    on_meta,
+    sharing_for,
+)
+
+SHARING = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
+"""Candidates per request of the decoupling table."""
+
+
+def print_profile(preset: str, candidates: int, length: int, schema: Schema | None) -> None:
+    """Print parameters, FLOPs and state sizes of a preset.
+
+    Args:
+        schema: features, sequences and tasks; default: of the papers' kind.
+
+    Raises:
+        ConfigError: there is no such preset, or it does not fit the schema.
+    """
+    try:
+        name, size = find_preset(preset)
+        given = schema or industrial_schema(sequences=3 if name == "hyformer" else 1)
+        sequences = [one.model_copy(update={"length": length}) for one in given.sequences]
+        given = given.model_copy(update={"sequences": tuple(sequences)})
+        model = on_meta(given, name, size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    console = Console()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    dense = dense_parameters(model)
+    origin = "schema of the papers' kind" if schema is None else "schema of the config"
+    console.print(
+        f"[bold]{name} {size}[/bold], {origin}: {dense / 1e6:,.1f}M dense parameters, "
+        f"{(total - dense) / 1e6:,.1f}M in embeddings"
+    )
+    ours, alone = cost(model, candidates), cost(model, 1)
+    table = Table(title=f"GFLOPs of one request: {candidates:,} candidates, {length:,} events per sequence")
+    for column, justify in (("", "left"), ("request-level batching", "right"), ("every candidate alone", "right")):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    rows: Iterable[tuple[str, int, int]] = (
+        ("user side: timelines", ours.timelines, alone.timelines * candidates),
+        ("user side: request", ours.users, alone.users * candidates),
+        ("item side: candidates", ours.items, alone.items * candidates),
+        ("total", ours.total, alone.total * candidates),
+    )
+    for label, shared, unshared in rows:
+        table.add_row(label, f"{shared / 1e9:,.2f}", f"{unshared / 1e9:,.2f}", end_section=label.startswith("item"))
+    console.print(table)
+    console.print(
+        f"states, fp32: TimelineState {ours.timeline_bytes:,} bytes, UserState {ours.user_bytes:,} bytes beside it"
+    )
+    if name != "hyformer":
+        _print_decoupling(console, given, size, length)
+
+
+def _print_decoupling(console: Console, schema: Schema, size: str, length: int) -> None:
+    decoupled, full = on_meta(schema, "ui-mixformer", size), on_meta(schema, "mixformer", size)
+    user_heads: Any = decoupled.user_heads
+    table = Table(
+        title=f"FLOPs of UI-MixFormer (N_U = {user_heads} of {full.config.heads}) ÷ MixFormer, {size}"  # type: ignore[union-attr]
+    )
+    for column in ("candidates per request", "both batched by request", "MixFormer not batched"):
+        table.add_column(column, justify="right")
+    batched, unbatched = sharing_for(PAPER_RATIO, decoupled, full, length)
+    lines = [
+        (one.candidates, f"{one.candidates:,}", f"{one.batched:.3f}", f"{one.unbatched:.4f}")
+        for one in decoupling_ratios(decoupled, full, list(SHARING), length)
+    ]
+    lines.append((batched, f"{batched:,.1f}", f"[bold]{PAPER_RATIO}[/bold] (the paper's)", ""))
+    lines.append((unbatched, f"{unbatched:,.2f}", "", f"[bold]{PAPER_RATIO}[/bold] (the paper's)"))
+    for _, *cells in sorted(lines):
+        table.add_row(*cells)
+    console.print(table)
+    console.print(
+        f"The paper's {PAPER_RATIO} (2,242 of 3,503 GFLOPs, table 1) is reached at {batched:,.0f} candidates "
+        f"per request when both are batched, at {unbatched:,.2f} when MixFormer is not."
+    )

@@ -14,6 +14,9 @@ from torch.nn import functional
 
 ALL = slice(None)
 
+NORM_EPSILON = 1e-6
+"""The same in every precision; PyTorch's default for a norm in bf16 is large enough to change a model."""
+
 
 # --- norms: where a sublayer is normalised ------------------------------------------------------------
 
@@ -26,7 +29,7 @@ class PreRMSNorm(nn.Module):
         self.scale = nn.Parameter(torch.ones(shape))
 
     def before(self, x: Tensor, heads: slice = ALL) -> Tensor:
-        return functional.rms_norm(x, x.shape[-1:]) * _of_heads(self.scale, heads)
+        return functional.rms_norm(x, x.shape[-1:], eps=NORM_EPSILON) * _of_heads(self.scale, heads)
 
     def after(self, x: Tensor, heads: slice = ALL) -> Tensor:
         return x
@@ -43,7 +46,7 @@ class PostLayerNorm(nn.Module):
         return x
 
     def after(self, x: Tensor, heads: slice = ALL) -> Tensor:
-        normed = functional.layer_norm(x, x.shape[-1:])
+        normed = functional.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON)
         return normed * _of_heads(self.scale, heads) + _of_heads(self.shift, heads)
 
 

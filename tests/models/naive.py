@@ -90,11 +90,11 @@ def silu(x: Tensor) -> Tensor:
 
 
 def rms(x: Tensor, scale: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).mean() + torch.finfo(x.dtype).eps) * scale
+    return x / torch.sqrt((x * x).mean() + 1e-6) * scale
 
 
 def layer_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + 1e-5) * scale + shift
+    return (x - x.mean()) / torch.sqrt(((x - x.mean()) ** 2).mean() + 1e-6) * scale + shift
 
 
 def before(norm: Any, x: Tensor, head: int | None = None) -> Tensor:

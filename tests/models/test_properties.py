@@ -1,0 +1,201 @@
+"""What serving and training rely on, for every model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from features.batch import Items, RequestBatch, Timeline, collate, cut, nbytes
+from models.mixformer import MixFormer
+from models.protocol import EncodedEvents, RankingModel
+from tests.models.batches import make_rows, make_schema
+from tests.models.unshared import take, unshared
+from tests.models.variants import MODELS_UNDER_TEST, make_model
+
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+SCHEMA = make_schema()
+
+every_model = pytest.mark.parametrize("variant", MODELS_UNDER_TEST)
+
+
+def batch_of(seed: int, timelines: int = 6) -> RequestBatch:
+    return collate(make_rows(SCHEMA, seed, timelines), SCHEMA)
+
+
+def one_request() -> RequestBatch:
+    """A single request with history and six candidates."""
+    parts = cut(make_rows(SCHEMA, 4, timelines=12), 1, 1)
+    batches = [batch for batch in (collate(part, SCHEMA) for part in parts) if batch.users.end["seen"].any()]
+    batch = max(batches, key=lambda one: one.candidates)
+    assert batch.requests == 1
+    assert batch.candidates == 6
+    return batch
+
+
+def pick(batch: RequestBatch, order: list[int]) -> Items:
+    """These candidates of the one request, in this order."""
+    fields = {name: take(values, torch.tensor(order)) for name, values in batch.items.fields.items()}
+    return Items(fields, torch.tensor([0, len(order)]))
+
+
+def user_state(model: RankingModel, batch: RequestBatch) -> object:
+    return model.encode_users(batch.users, model.encode_timelines(batch.timelines))
+
+
+@every_model
+def test_permuting_candidates_permutes_scores(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), one_request()
+    state = user_state(model, batch)
+    order = [3, 1, 5, 0, 2, 4]
+    scores = model.score(state, batch.items)
+    torch.testing.assert_close(model.score(state, pick(batch, order)), scores[order], **TIGHT)
+
+
+@every_model
+def test_changing_one_candidate_changes_no_other_score(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), one_request()
+    before = model(batch)
+    item = batch.items.fields["item_id"]
+    assert isinstance(item, Tensor)
+    item[2] = (item[2] + 1) % 50
+    after = model(batch)
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(after[others], before[others], **TIGHT)
+    assert not torch.allclose(after[2], before[2])
+
+
+@every_model
+def test_events_outside_of_the_visible_window_change_nothing(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(8)
+    before, touched = model(batch), 0
+    for sequence in SCHEMA.sequences:
+        packed = batch.timelines[sequence.name]
+        seen = torch.zeros(len(packed.ts), dtype=torch.bool)
+        for r in range(batch.requests):
+            first, end = packed.offsets[batch.users.timeline[r]], batch.users.end[sequence.name][r]
+            seen[first + max(0, int(end) - sequence.length) : first + end] = True
+        packed.fields["item_id"][~seen] = 7
+        packed.ts[~seen] += 10**9
+        touched += int((~seen).sum())
+    assert touched
+    torch.testing.assert_close(model(batch), before, **TIGHT)
+
+
+@every_model
+def test_a_visible_event_matters(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), one_request()
+    before = model(batch)
+    batch.timelines["seen"].fields["item_id"][int(batch.users.end["seen"][0]) - 1] += 1
+    assert not torch.allclose(model(batch), before)
+
+
+@every_model
+def test_a_request_scores_alone_as_in_any_batch(variant: str) -> None:
+    model, rows = make_model(SCHEMA, variant), make_rows(SCHEMA, 1, timelines=6)
+    alone = torch.cat([model(collate(part, SCHEMA)) for part in cut(rows, 1, 1)])
+    torch.testing.assert_close(model(collate(rows, SCHEMA)), alone, **TIGHT)
+
+
+@every_model
+def test_shared_timelines_score_as_unshared_ones(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(3, timelines=8)
+    alone = unshared(batch, SCHEMA)
+    assert len(alone.timelines["seen"].offsets) - 1 == batch.candidates > len(batch.timelines["seen"].offsets) - 1
+    torch.testing.assert_close(model(alone), model(batch), **TIGHT)
+
+
+@every_model
+def test_the_three_calls_are_the_forward_pass(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(5)
+    scores = model.score(user_state(model, batch), batch.items)
+    assert torch.equal(scores, model(batch))
+
+
+@every_model
+def test_a_batch_without_any_visible_event_has_finite_scores_that_no_event_moves(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(5)
+    for end in batch.users.end.values():
+        end.zero_()
+    without = model(batch)
+    for packed in batch.timelines.values():
+        packed.fields["item_id"].zero_()
+    assert torch.equal(model(batch), without)
+    assert without.isfinite().all()
+
+
+@every_model
+def test_appending_events_to_a_timeline_state_equals_computing_it_whole(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(9)
+    early, late = {}, {}
+    for name, packed in batch.timelines.items():
+        lengths = packed.offsets.diff()
+        kept = lengths // 2
+        place = torch.arange(len(packed.ts)) - torch.repeat_interleave(packed.offsets[:-1], lengths)
+        first = place < torch.repeat_interleave(kept, lengths)
+        for part, chosen, counts in ((early, first, kept), (late, ~first, lengths - kept)):
+            rows = torch.nonzero(chosen).flatten()
+            fields = {field: take(values, rows) for field, values in packed.fields.items()}
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            part[name] = Timeline(fields, packed.ts[rows], offsets)
+    whole = model.encode_timelines(batch.timelines)
+    appended = model.encode_timelines(early).append(model.encode_timelines(late))
+    for left, right in zip(appended.events, whole.events, strict=True):
+        assert isinstance(left, EncodedEvents)
+        assert torch.equal(left.offsets, right.offsets)
+        assert torch.equal(left.ts, right.ts)
+        for ours, theirs in zip(left.layers, right.layers, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a, b, **TIGHT)
+    scores = model.score(model.encode_users(batch.users, appended), batch.items)
+    torch.testing.assert_close(scores, model(batch), **TIGHT)
+
+
+def test_user_heads_are_decided_by_the_user_and_move_the_item_heads() -> None:
+    model, batch = make_model(SCHEMA, "ui-mixformer"), one_request()
+    assert isinstance(model, MixFormer)
+    state = user_state(model, batch)
+    assert state.features is None  # nothing of the user is left to compute per candidate
+    before = model.score(state, batch.items)
+    unmoved = user_state(model, RequestBatch(**(vars(batch) | {"items": pick(batch, [0, 1])})))
+    for ours, theirs in zip(state.received, unmoved.received, strict=True):
+        assert torch.equal(ours, theirs)
+    for layer in range(model.config.layers):
+        state.received[layer] = state.received[layer] + 1.0
+        assert not torch.allclose(before, model.score(state, batch.items))
+        state.received[layer] = state.received[layer] - 1.0
+
+
+def test_the_number_of_item_heads_follows_the_embedding_widths() -> None:
+    model = make_model(SCHEMA, "ui-mixformer")  # D_ns^G = 9 of D_ns = 19, N = 4: N_G = ⌊36 / 19⌋
+    assert isinstance(model, MixFormer)
+    assert model.user_heads == 3
+
+
+def test_training_mode_is_seeded_and_keeps_the_expectation_of_dropout() -> None:
+    from models.layers import Dropout
+
+    x = torch.ones(1_000_003)
+    dropout = Dropout(0.2)
+    torch.manual_seed(5)
+    once = dropout(x)
+    torch.manual_seed(5)
+    assert torch.equal(once, dropout(x))
+    assert float((once == 0).float().mean()) == pytest.approx(0.2, abs=0.005)
+    assert float(once.mean()) == pytest.approx(1.0, abs=0.005)
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_bytes_of_a_state_count_shared_memory_once() -> None:
+    x = torch.zeros(10, 4)
+    assert nbytes([x, x[:2], {"again": x}]) == 160
+
+
+def test_cut_keeps_every_candidate_once_and_in_order() -> None:
+    rows = make_rows(SCHEMA, 6, timelines=9)
+    whole = collate(rows, SCHEMA)
+    for budget in (1, 5, 17, 10_000):
+        parts = [collate(part, SCHEMA) for part in cut(rows, budget, 20)]
+        assert [item for part in parts for item in part.item_id] == list(whole.item_id)
+        assert [one for part in parts for one in part.request_id] == list(whole.request_id)
+        torch.testing.assert_close(torch.cat([part.labels for part in parts]), whole.labels)

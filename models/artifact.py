@@ -84,7 +84,7 @@ def load_artifact(directory: str | Path) -> Artifact:
     if description["schema_version"] > SCHEMA_VERSION:
         raise CorankError(f"model {directory}: written by a newer corank (layout {description['schema_version']})")
     if description["schema_version"] < SCHEMA_VERSION:
-        raise CorankError(f"model {directory}: written by an older corank; train again (`corank run`)")
+        raise CorankError(f"model {directory}: written by an older corank; train anew in another workspace")
     schema = Schema.model_validate(description["schema"])
     model = rebuild_model(schema, description["config"])
     model.load_state_dict(load_file(directory / "model.safetensors"))

@@ -94,5 +94,5 @@ class NumberEmbedding(nn.Module):
         self.register_buffer("deviation", torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        standard = ((x - self.mean) / self.deviation).nan_to_num(0.0).clamp(-10, 10)
+        standard = ((x - self.mean) / self.deviation).nan_to_num(0.0).clamp(-10, 10).to(self.direction.dtype)
         return standard[..., None] * self.direction + self.offset

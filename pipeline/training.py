@@ -123,7 +123,13 @@ def initial_model(job: TrainingJob) -> RankingModel:
         model.inputs.numbers[name].mean.fill_(mean)  # type: ignore[operator,union-attr]
         model.inputs.numbers[name].deviation.fill_(deviation)  # type: ignore[operator,union-attr]
     if job.warm_start is not None:
-        model.load_state_dict(dict(job.warm_start))
+        try:
+            model.load_state_dict(dict(job.warm_start))
+        except RuntimeError:
+            raise CorankError(
+                "retraining starts from a champion whose model or sizes differ from the config's `model:`; "
+                "train from scratch with `corank run`"
+            ) from None
     return model
 
 
@@ -141,6 +147,7 @@ def train(
     import ray.train.torch
     from ray.util.queue import Queue
 
+    initial_model(job)  # what cannot be built fails here, not in every worker
     options = job.training
     reports = Queue(actor_options={"num_cpus": 0})
     trainer = ray.train.torch.TorchTrainer(

@@ -54,7 +54,7 @@ def embed(model: RankingModel, field: FieldSpec, values: Values, index: int) -> 
     if field.kind == "number":
         number, x = model.inputs.numbers[field.embedding], values[index]
         standard = torch.zeros_like(x) if x.isnan() else (x - number.mean) / number.deviation
-        return standard.clamp(-10, 10) * number.direction + number.offset
+        return standard.clamp(-10, 10).to(number.direction.dtype) * number.direction + number.offset
     table = model.inputs.tables[field.embedding].weight
     if isinstance(values, Jagged):
         start, stop = int(values.offsets[index]), int(values.offsets[index + 1])

@@ -56,10 +56,6 @@ def test_bf16_errs_at_most_twice_as_much_as_eager_bf16(variant: str) -> None:
     exact, low = make_model(schema, variant, std=0.2), make_model(schema, variant, double=False, std=0.2).bfloat16()
     exact.load_state_dict({name: value.double() for name, value in low.state_dict().items()})  # the same weights
     batch = collate(make_rows(schema, 11, timelines=8), schema)
-    for fields in (batch.users.fields, batch.items.fields):
-        for name, values in fields.items():
-            if isinstance(values, torch.Tensor) and values.is_floating_point():
-                fields[name] = values.bfloat16()
     with torch.inference_mode():
         ours, eager = low(batch), reference_logits(low, batch)
         truth = exact(batch)

@@ -20,9 +20,9 @@ def take(values: Values, rows: Tensor) -> Values:
     return Jagged(values.values[torch.repeat_interleave(values.offsets[:-1][rows], lengths) + inside], offsets)
 
 
-def unshared(batch: RequestBatch, schema: Schema, candidates: slice = slice(None)) -> RequestBatch:
+def unshared(batch: RequestBatch, schema: Schema, chosen: Tensor | None = None) -> RequestBatch:
     """These candidates as requests of their own, each with a timeline of just what it sees: no padding, no sharing."""
-    chosen = torch.arange(batch.candidates)[candidates]
+    chosen = torch.arange(batch.candidates) if chosen is None else chosen.sort().values
     request = batch.items.request[chosen]
     one_each = torch.arange(len(chosen) + 1)
     timelines, ends = {}, {}

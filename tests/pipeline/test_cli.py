@@ -13,7 +13,18 @@ from pipeline.importers.synthetic import import_synthetic
 from tests.pipeline.workspaces import START, write_config
 
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
-COMMANDS = [[], ["run"], ["retrain"], ["validate"], ["serve"], ["query"], ["status"], ["models"], ["import"]]
+COMMANDS = [
+    [],
+    ["run"],
+    ["retrain"],
+    ["validate"],
+    ["serve"],
+    ["query"],
+    ["status"],
+    ["models"],
+    ["models", "profile"],
+    ["import"],
+]
 
 
 def corank(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -142,3 +153,20 @@ def test_asking_before_anything_runs_says_what_to_do(tmp_path: Path, data: Path)
     done = corank("status", "--config", str(path))
     assert done.returncode == 0, done.stderr
     assert "2 closed partitions" in done.stdout
+
+
+def test_models_profile_prints_sizes_and_where_the_papers_ratio_lies() -> None:
+    done = corank("models", "profile", "mixformer-medium", "--candidates", "200", "--length", "100")
+    assert done.returncode == 0, done.stderr
+    for part in ("dense parameters", "200 candidates, 100 events", "request-level batching", "0.64", "UserState"):
+        assert part in done.stdout
+    own = corank("models", "profile", "hyformer-tiny", "--config", "pipeline/examples/synthetic.yaml")
+    assert own.returncode == 0, own.stderr
+    assert "schema of the config" in own.stdout
+
+
+def test_an_unknown_preset_exits_2_and_lists_what_there_is() -> None:
+    done = corank("models", "profile", "mixformer-huge")
+    assert done.returncode == 2
+    assert "mixformer-medium" in done.stderr
+    assert "Traceback" not in done.stderr

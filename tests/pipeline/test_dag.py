@@ -256,3 +256,24 @@ def test_a_rejected_first_candidate_is_registered_but_not_served(config: Config,
     with pytest.raises(CorankError, match=r"not promoted.*no champion to serve"):
         pipeline.promote()
     assert [version.aliases for version in pipeline.registry.versions()] == [()]
+
+
+def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) -> None:
+    """Trained, judged and read back from its artifact; an encoding per request, several sequences."""
+    shutil.copytree(Path(config.table("users").uri).parent, tmp_path / "data")
+    shutil.copytree(config.local_path(), tmp_path / "work")
+    model = {"name": "hyformer", "layers": 1, "encoding": "longer", "short_length": 10, "queries": 2}
+    moved = load(tmp_path, tmp_path / "data", model=model)
+    pipeline = Pipeline(moved, Progress(), DAYS[1])
+    pipeline.validate(pipeline.stale_validation())
+    pipeline.build_samples(pipeline.stale_samples())
+    pipeline.train_candidate()
+    evaluation = pipeline.evaluate()
+    assert evaluation["passed"], evaluation
+    promoted = pipeline.promote()
+    champion = pipeline.registry.champion()
+    assert champion is not None, promoted
+    artifact = load_artifact(champion.artifact)
+    assert artifact.model.describe()["name"] == "hyformer"
+    assert artifact.model.describe()["queries"] == 2
+    assert artifact.metadata["selfcheck"]["scores"]

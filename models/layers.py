@@ -115,22 +115,17 @@ class PerHeadLinear(nn.Module):
         return torch.bmm(x_NBI, self.weight[heads])
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) ⊙ up of the two halves of the last dimension."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return functional.silu(gate) * up
-
-
 class SwiGLU(nn.Module):
     """SwiGLU feed-forward network shared by all rows and heads: W_out (silu(W_gate x) ⊙ W_up x)."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        # gate and up are maps of their own: halves of one would leave their rows scattered
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
         self.out = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, heads: slice = ALL) -> Tensor:
-        out: Tensor = self.out(swiglu(self.gate_up(x)))
+        out: Tensor = self.out(functional.silu(self.gate(x)) * self.up(x))
         return out
 
 
@@ -139,11 +134,11 @@ class PerHeadSwiGLU(nn.Module):
 
     def __init__(self, heads: int, width: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up = PerHeadLinear(heads, width, 2 * hidden)
+        self.gate, self.up = PerHeadLinear(heads, width, hidden), PerHeadLinear(heads, width, hidden)
         self.out = PerHeadLinear(heads, hidden, width)
 
     def forward(self, x_NBD: Tensor, heads: slice = ALL) -> Tensor:
-        out: Tensor = self.out(swiglu(self.gate_up(x_NBD, heads)), heads)
+        out: Tensor = self.out(functional.silu(self.gate(x_NBD, heads)) * self.up(x_NBD, heads), heads)
         return out
 
 

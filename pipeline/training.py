@@ -29,6 +29,7 @@ from features.errors import CorankError
 from features.reader import READ_CPUS, SampleSource
 from features.schema import Schema
 from models.losses import task_losses
+from models.memory import keep_freed_memory
 from models.metrics import auc, task_metrics
 from models.protocol import RankingModel
 from models.registry import build_model
@@ -209,6 +210,7 @@ def _worker(config: dict[str, Any]) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
     # Ray gives a worker as many threads as CPUs it reserves; the data tasks leave the others idle most of the time
+    keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     own = initial_model(job).to(device)
     model: nn.Module = ray.train.torch.prepare_model(own) if world > 1 else own

@@ -32,6 +32,7 @@ from features.errors import CorankError
 from features.schema import Schema
 from features.store.online import FeatureStoreSettings, OnlineReader
 from models.artifact import load_artifact
+from models.memory import keep_freed_memory
 from serving.rows import InvalidRequestError, RequestRow, build_row
 
 APPLICATION = "corank"
@@ -310,6 +311,7 @@ class Ranker:
     """The model, on merged batches of requests."""
 
     def __init__(self, settings: ServingSettings) -> None:
+        keep_freed_memory()
         torch.set_num_threads(settings.ranker_threads or max(1, (os.cpu_count() or 1) // settings.ranker_replicas))
         self._artifact = load_artifact(settings.artifact)
         self._max_candidates = settings.max_candidates

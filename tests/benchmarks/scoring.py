@@ -25,6 +25,7 @@ from features.batch import Items, RequestBatch, Timeline, Users, collate, concat
 from features.reader import SampleSource
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
 from models.losses import task_losses
+from models.memory import keep_freed_memory
 from models.profile import cost, on_meta
 from models.protocol import RankingModel
 from models.registry import build_model
@@ -174,11 +175,15 @@ def _against_impressions(
 
     tolerance = 1e-4 if name == "float32" else 0.1
     torch.testing.assert_close(run(parts[32]), ui(moved), rtol=tolerance, atol=tolerance)
+    # The impressions run for seconds; several requests in a row find the caches as a server does.
+    in_a_row = 10
+    calls: dict[str, Any] = {"request": lambda: [ui(moved) for _ in range(in_a_row)]}
     times = timed_together(
-        {"request": lambda: ui(moved)} | {str(count): lambda part=part: run(part) for count, part in parts.items()},  # type: ignore[misc]
+        calls | {str(count): lambda part=part: run(part) for count, part in parts.items()},  # type: ignore[misc]
         max(2, size.repeats // 4),
         device,
     )
+    times["request"] /= in_a_row
     fastest = min(UNSHARED_BATCHES, key=lambda count: float(np.median(times[str(count)])))
     speedup = ratio(times[str(fastest)], times["request"])
     flops = candidates * cost(ui_meta, 1).total / cost(ui_meta, candidates).total
@@ -289,6 +294,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="measure bf16 even where the processor emulates it")
     options = parser.parse_args()
+    keep_freed_memory()  # as the processes that train and serve do
     size, device = QUICK if options.quick else FULL, torch.device(options.device)
     table = Table("what", "time", "ratio", title=f"{size.preset}, T = {size.length}, {torch.get_num_threads()} threads")
     results: dict[str, float] = {}

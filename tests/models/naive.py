@@ -112,11 +112,8 @@ def after(norm: Any, x: Tensor, head: int | None = None) -> Tensor:
 def swiglu(ffn: SwiGLU | PerHeadSwiGLU, x: Tensor, head: int | None = None) -> Tensor:
     """W_out (silu(W_gate x) ⊙ W_up x)."""
     if isinstance(ffn, PerHeadSwiGLU):
-        both, out = x @ ffn.gate_up.weight[head], ffn.out.weight[head].T
-    else:
-        both, out = ffn.gate_up.weight @ x, ffn.out.weight
-    F = len(both) // 2
-    return out @ (silu(both[:F]) * both[F:])
+        return (silu(x @ ffn.gate.weight[head]) * (x @ ffn.up.weight[head])) @ ffn.out.weight[head]
+    return ffn.out.weight @ (silu(ffn.gate.weight @ x) * (ffn.up.weight @ x))
 
 
 def feed_forward(sublayer: FeedForward | NoFeedForward, x: Tensor, head: int | None = None) -> Tensor:

@@ -252,8 +252,9 @@ def attend(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, plan: Plan | None, bias_
     Returns:
         [H, B, D].
     """
-    if plan is None:
-        return q_HBD.new_zeros(*q_HBD.shape[:2], v_HED.shape[-1])
+    if plan is None:  # Everything still takes part: data-parallel training waits for every parameter's gradient.
+        nothing = sum((one.sum() for one in (q_HBD, k_HED, v_HED, bias_HA) if one is not None), q_HBD.new_zeros(())) * 0
+        return nothing.expand(*q_HBD.shape[:2], v_HED.shape[-1])
     table = bias_HA.to(q_HBD.dtype) if bias_HA is not None else q_HBD.new_zeros(1, TIME_BUCKETS)
     # The lowest number and not −∞: a query without any event has a softmax too, and is set to zero afterwards.
     table_HA = functional.pad(table, (0, 1), value=torch.finfo(q_HBD.dtype).min)

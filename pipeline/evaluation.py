@@ -16,6 +16,7 @@ from features.errors import CorankError
 from features.reader import SampleSource
 from features.schema import Schema, Task
 from models.artifact import load_artifact
+from models.memory import keep_freed_memory
 from models.metrics import TaskMetrics, auc_difference_interval, task_metrics
 from models.protocol import RankingModel
 from pipeline.training import probabilities
@@ -43,6 +44,7 @@ class Scored:
 @cache
 def _loaded(artifact: str) -> RankingModel:
     """One model per worker process."""
+    keep_freed_memory()
     return load_artifact(artifact).model
 
 

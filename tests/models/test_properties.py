@@ -11,7 +11,7 @@ from models.mixformer import MixFormer
 from models.protocol import EncodedEvents, RankingModel
 from tests.models.batches import make_rows, make_schema
 from tests.models.unshared import take, unshared
-from tests.models.variants import MODELS_UNDER_TEST, make_model
+from tests.models.variants import MODELS_UNDER_TEST, dense_parameters, make_model
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 SCHEMA = make_schema()
@@ -118,6 +118,9 @@ def test_a_batch_without_any_visible_event_has_finite_scores_that_no_event_moves
     for end in batch.users.end.values():
         end.zero_()
     without = model(batch)
+    without.sum().backward()
+    # data-parallel training waits for the gradient of every parameter, also where a worker's share has no event
+    assert [name for name, one in dense_parameters(model).items() if one.grad is None] == []
     for packed in batch.timelines.values():
         packed.fields["item_id"].zero_()
     assert torch.equal(model(batch), without)

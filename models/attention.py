@@ -175,6 +175,8 @@ def plan_attention(seen: Seen, queries: Tensor | None, device: torch.device) -> 
     Returns:
         the plan, or None when no query sees any event.
     """
+    if not bool((seen.last > seen.first).any()):
+        return None
     S, U, R = len(seen.first), seen.timelines, len(seen.timeline)
     queries = torch.ones_like(seen.timeline) if queries is None else queries
     requests_U = torch.bincount(seen.timeline, minlength=U)

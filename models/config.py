@@ -25,13 +25,18 @@ class MixFormerConfig(Declaration):
         ge=0,
         description="N_U; 0 is MixFormer, left out is the rule of 3.4.1, clamped so that both sides have one",
     )
-    ffn: float = Field(2.0, gt=0, description="hidden width of the per-head FFNs ÷ D; the paper gives none")
-    sequence_ffn: float = Field(2.0, gt=0, description="hidden width of the sequence FFN ÷ D; the paper gives none")
+    ffn: float = Field(
+        2.0, gt=0, allow_inf_nan=False, description="hidden width of the per-head FFNs ÷ D; the paper gives none"
+    )
+    sequence_ffn: float = Field(
+        2.0, gt=0, allow_inf_nan=False, description="hidden width of the sequence FFN ÷ D; the paper gives none"
+    )
     tower: int = Field(64, ge=1, description="hidden units of a task tower; the paper gives none")
     event_time: bool = Field(True, description="events carry their phase in day and week, beside their fields")
     time_bias: bool = Field(True, description="relative-time attention bias per head; off is the paper's eq. 8")
     dropout: float = Field(0.1, ge=0, lt=1)
     mixing: Literal["heads", "self_attention", "none"] = Field("heads", description="[QM] HeadMixing; HM→SA; wo HM")
+    mixing_heads: int = Field(1, ge=1, description="attention heads of HM→SA; the paper gives none")
     query_ffn: bool = Field(True, description="[QM] wo FFN when false")
     sequence_ffn_per_layer: bool = Field(True, description="[CA] PL-FFN→FFN when false: one for all layers")
     fusion_ffn_per_head: bool = Field(True, description="[OF] PFFN→FFN when false: one for all heads")
@@ -41,9 +46,18 @@ class MixFormerConfig(Declaration):
     def _sizes_fit(self) -> MixFormerConfig:
         if self.mixing == "heads" and self.head_dim % self.heads:
             raise ValueError(f"head_dim {self.head_dim} must be divisible by heads {self.heads} (HeadMixing, eq. 3)")
+        if self.mixing == "self_attention" and self.head_dim % self.mixing_heads:
+            raise ValueError(f"head_dim {self.head_dim} must be divisible by mixing_heads {self.mixing_heads}")
         if self.user_heads is not None and self.user_heads >= self.heads:
             raise ValueError(f"user_heads must lie in 0 … {self.heads - 1}, not {self.user_heads}")
+        _hidden_widths(self.head_dim, ffn=self.ffn, sequence_ffn=self.sequence_ffn)
         return self
+
+
+def _hidden_widths(width: int, **factors: float) -> None:
+    for name, factor in factors.items():
+        if round(factor * width) < 1:
+            raise ValueError(f"{name} {factor} leaves no hidden unit at width {width}")
 
 
 class HyFormerConfig(Declaration):
@@ -65,9 +79,15 @@ class HyFormerConfig(Declaration):
     short_length: int = Field(64, ge=1, description="L_H of the LONGER encoding: the newest events of the window")
     sequences: Literal["separate", "merged"] = Field("separate", description="merged: one stream, shared queries")
     attention_heads: int = Field(4, ge=1, description="heads of every attention; the paper gives none")
-    ffn: float = Field(2.0, gt=0, description="hidden width of the per-token FFNs ÷ D; the paper gives none")
-    query_ffn: float = Field(1.0, gt=0, description="hidden width of the query generation ÷ D; the paper gives none")
-    sequence_ffn: float = Field(1.0, gt=0, description="hidden width of encodings (i) and (iii) ÷ D")
+    ffn: float = Field(
+        2.0, gt=0, allow_inf_nan=False, description="hidden width of the per-token FFNs ÷ D; the paper gives none"
+    )
+    query_ffn: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="hidden width of the query generation ÷ D; the paper gives none"
+    )
+    sequence_ffn: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="hidden width of encodings (i) and (iii) ÷ D"
+    )
     tower: int = Field(64, ge=1, description="hidden units of a task tower; the paper gives none")
     norm: NormName = Field("pre_rms", description="norm of every sublayer; none: the equations as printed")
     attention_residual: bool = Field(True, description="q + CrossAttn(q, K, V), as in a Transformer; off: as printed")
@@ -80,6 +100,7 @@ class HyFormerConfig(Declaration):
         for parts, what in ((self.tokens, "tokens (token mixing, 3.5)"), (self.attention_heads, "attention_heads")):
             if self.width % parts:
                 raise ValueError(f"width {self.width} must be divisible by the {parts} {what}")
+        _hidden_widths(self.width, ffn=self.ffn, query_ffn=self.query_ffn, sequence_ffn=self.sequence_ffn)
         if self.query == "target_only" and self.tokenization == "auto":
             raise ValueError(
                 "query: target_only needs tokenization: semantic; auto-split tells no target from the rest"

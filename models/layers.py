@@ -201,9 +201,9 @@ class HeadMixing(nn.Module):
 class SelfAttentionMixing(nn.Module):
     """Self-attention over the heads instead of HeadMixing (figure 3): user heads attend to user heads only."""
 
-    def __init__(self, heads: int, width: int, user_heads: int) -> None:
+    def __init__(self, width: int, attention_heads: int) -> None:
         super().__init__()
-        self.attention_heads = max(1, width // 64)
+        self.attention_heads = attention_heads
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -233,9 +233,6 @@ class SelfAttentionMixing(nn.Module):
 class NoMixing(nn.Module):
     """Heads exchange nothing (figure 3): p = x."""
 
-    def __init__(self, heads: int, width: int, user_heads: int) -> None:
-        super().__init__()
-
     def among_users(self, x_URD: Tensor) -> Tensor:
         return torch.zeros_like(x_URD)
 
@@ -247,11 +244,6 @@ class NoMixing(nn.Module):
 
 
 Mixing = HeadMixing | SelfAttentionMixing | NoMixing
-MIXINGS: dict[str, type[HeadMixing | SelfAttentionMixing | NoMixing]] = {
-    "heads": HeadMixing,
-    "self_attention": SelfAttentionMixing,
-    "none": NoMixing,
-}
 
 
 # --- in and out ---------------------------------------------------------------------------------------

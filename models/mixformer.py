@@ -14,7 +14,7 @@ events share one softmax. Event time enters with the event (``event_time``) and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,18 @@ from models.attention import TIME_BUCKETS, Plan, Seen, attend, plan_attention
 from models.config import MixFormerConfig
 from models.inputs import TIME_WIDTH
 from models.layers import (
-    MIXINGS,
     NORMS,
     Dropout,
     FeedForward,
+    HeadMixing,
     HeadSplit,
+    Mixing,
     NoFeedForward,
+    NoMixing,
     NoNorm,
     PerHeadLinear,
     PerHeadSwiGLU,
+    SelfAttentionMixing,
     SwiGLU,
     TaskTowers,
 )
@@ -70,7 +73,12 @@ class MixFormerBlock(nn.Module):
         self.user_side, self.item_side = slice(0, user_heads), slice(user_heads, N)
         norm, dropout = NORMS[config.norm], config.dropout
         self.mix_norm = NoNorm() if config.mixing == "none" else norm(N, D)
-        self.mixing = MIXINGS[config.mixing](N, D, user_heads)
+        mixings: dict[str, Callable[[], Mixing]] = {
+            "heads": lambda: HeadMixing(N, D, user_heads),
+            "self_attention": lambda: SelfAttentionMixing(D, config.mixing_heads),
+            "none": NoMixing,
+        }
+        self.mixing = mixings[config.mixing]()
         self.query = (
             FeedForward(norm(N, D), PerHeadSwiGLU(N, D, hidden), dropout) if config.query_ffn else NoFeedForward()
         )

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from features.batch import Items, Jagged, RequestBatch, Timeline, Users, Values, nbytes
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+from models.layers import HeadSplit
 from models.protocol import RankingModel
 from models.registry import build_model
 
@@ -83,6 +84,11 @@ def dense_parameters(model: RankingModel) -> int:
     """Parameters except the embedding tables, as the papers count them."""
     tables = sum(parameter.numel() for parameter in model.inputs.tables.parameters())
     return sum(parameter.numel() for parameter in model.parameters()) - tables
+
+
+def paddings(model: RankingModel) -> dict[str, int]:
+    """Zeros that even splits into heads or tokens add to the concatenated features, by module."""
+    return {name: part.padding for name, part in model.named_modules() if isinstance(part, HeadSplit)}
 
 
 def cost(model: RankingModel, candidates: int, length: int | None = None) -> Cost:
@@ -168,14 +174,19 @@ def decoupling_ratios(decoupled: RankingModel, full: RankingModel, candidates: l
     return rows
 
 
-def sharing_for(ratio: float, decoupled: RankingModel, full: RankingModel, length: int) -> tuple[float, float]:
-    """Candidates per request at which ``batched`` and ``unbatched`` come down to a ratio.
+def sharing_for(
+    ratio: float, decoupled: RankingModel, full: RankingModel, length: int
+) -> tuple[float | None, float | None]:
+    """Candidates per request at which ``batched`` and ``unbatched`` come down to a ratio; None: they never do.
 
     FLOPs are linear in C: a fixed part per request and one per candidate, which two counts determine.
     """
     (fixed, each), (full_fixed, full_each) = (_linear(model, length) for model in (decoupled, full))
-    batched = (fixed - ratio * full_fixed) / (ratio * full_each - each)
-    return batched, fixed / (ratio * (full_fixed + full_each) - each)
+    batched, unbatched = ratio * full_each - each, ratio * (full_fixed + full_each) - each
+    return (
+        (fixed - ratio * full_fixed) / batched if batched > 0 else None,
+        fixed / unbatched if unbatched > 0 else None,
+    )
 
 
 def _linear(model: RankingModel, length: int) -> tuple[int, int]:

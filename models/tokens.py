@@ -96,6 +96,10 @@ def token_groups(schema: Schema, config: HyFormerConfig, tokens: int) -> list[To
         if sorted(named) != sorted(by_name) or not all(config.groups.values()):
             raise ValueError(f"groups: {sorted(named)} must hold every feature once: {sorted(by_name)}")
         groups = [tuple(by_name[name] for name in group) for group in config.groups.values()]
+    mixed = [group for group in groups if len({feature in schema.user_side for feature in group}) > 1]
+    if config.query == "target_only" and mixed:
+        names = [feature.name for feature in mixed[0]]
+        raise ValueError(f"query: target_only needs groups of one side each, and {names} mixes user and item features")
     if len(groups) > tokens:
         raise ValueError(
             f"tokens {config.tokens} leave {tokens} for {len(groups)} groups of features; "

@@ -18,6 +18,7 @@ from models.profile import (
     dense_parameters,
     industrial_schema,
     on_meta,
+    paddings,
     sharing_for,
 )
 
@@ -50,6 +51,9 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
         f"[bold]{name} {size}[/bold], {origin}: {dense / 1e6:,.1f}M dense parameters, "
         f"{(total - dense) / 1e6:,.1f}M in embeddings"
     )
+    for label, padding in paddings(model).items():
+        if padding:
+            console.print(f"{label}: padded by {padding} zeros to split evenly (eq. 2)")
     ours, alone = cost(model, candidates), cost(model, 1)
     table = Table(title=f"GFLOPs of one request: {candidates:,} candidates, {length:,} events per sequence")
     for column, justify in (("", "left"), ("request-level batching", "right"), ("every candidate alone", "right")):
@@ -79,16 +83,19 @@ def _print_decoupling(console: Console, schema: Schema, size: str, length: int) 
     for column in ("candidates per request", "both batched by request", "MixFormer not batched"):
         table.add_column(column, justify="right")
     batched, unbatched = sharing_for(PAPER_RATIO, decoupled, full, length)
-    lines = [
+    lines: list[tuple[float, str, str, str]] = [
         (one.candidates, f"{one.candidates:,}", f"{one.batched:.3f}", f"{one.unbatched:.4f}")
         for one in decoupling_ratios(decoupled, full, list(SHARING), length)
     ]
-    lines.append((batched, f"{batched:,.1f}", f"[bold]{PAPER_RATIO}[/bold] (the paper's)", ""))
-    lines.append((unbatched, f"{unbatched:,.2f}", "", f"[bold]{PAPER_RATIO}[/bold] (the paper's)"))
+    paper = f"[bold]{PAPER_RATIO}[/bold] (the paper's)"
+    lines += [(batched, f"{batched:,.1f}", paper, "")] if batched is not None else []
+    lines += [(unbatched, f"{unbatched:,.2f}", "", paper)] if unbatched is not None else []
     for _, *cells in sorted(lines):
         table.add_row(*cells)
     console.print(table)
+    together = f"at {batched:,.0f} candidates per request" if batched is not None else "at no number of candidates"
+    apart = f"at {unbatched:,.2f}" if unbatched is not None else "at none"
     console.print(
-        f"The paper's {PAPER_RATIO} (2,242 of 3,503 GFLOPs, table 1) is reached at {batched:,.0f} candidates "
-        f"per request when both are batched, at {unbatched:,.2f} when MixFormer is not."
+        f"The paper's {PAPER_RATIO} (2,242 of 3,503 GFLOPs, table 1) is reached {together} when both are batched, "
+        f"{apart} when MixFormer is not."
     )

@@ -317,12 +317,20 @@ class Pipeline:
             weights, low, statistics = None, cuts.train, None
             if champion is not None:
                 from models.artifact import load_artifact
+                from models.profile import on_meta
 
                 artifact = load_artifact(champion.artifact)
                 if artifact.schema != config.schema_:
                     raise CorankError(
                         f"retraining starts from model version {champion.number}, whose features differ from the "
                         "config's; train from scratch with `corank run`"
+                    )
+                own = on_meta(config.schema_, config.model.name, config.model.preset, **config.model.overrides)
+                same = [model.describe() | {"dropout": None} for model in (artifact.model, own)]
+                if same[0] != same[1]:
+                    raise CorankError(
+                        f"retraining starts from model version {champion.number}, whose model or sizes differ from "
+                        "the config's `model:`; train from scratch with `corank run`"
                     )
                 weights, statistics = artifact.model.state_dict(), {}
                 low = int(artifact.metadata["lineage"]["cuts"]["validation"])

@@ -124,13 +124,7 @@ def initial_model(job: TrainingJob) -> RankingModel:
         model.inputs.numbers[name].mean.fill_(mean)  # type: ignore[operator,union-attr]
         model.inputs.numbers[name].deviation.fill_(deviation)  # type: ignore[operator,union-attr]
     if job.warm_start is not None:
-        try:
-            model.load_state_dict(dict(job.warm_start))
-        except RuntimeError:
-            raise CorankError(
-                "retraining starts from a champion whose model or sizes differ from the config's `model:`; "
-                "train from scratch with `corank run`"
-            ) from None
+        model.load_state_dict(dict(job.warm_start))
     return model
 
 

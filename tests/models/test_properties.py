@@ -154,15 +154,25 @@ def test_appending_events_to_a_timeline_state_equals_computing_it_whole(variant:
     torch.testing.assert_close(scores, model(batch), **TIGHT)
 
 
-def test_user_heads_are_decided_by_the_user_and_move_the_item_heads() -> None:
+@every_model
+def test_an_empty_batch_has_no_scores(variant: str) -> None:
+    batch = collate(make_rows(SCHEMA, 1).slice(0, 0), SCHEMA)
+    assert make_model(SCHEMA, variant)(batch).shape == (0, 2)
+
+
+@pytest.mark.parametrize("variant", ["mixformer", "ui-mixformer"])
+def test_a_schema_without_sequences_is_scored(variant: str) -> None:
+    schema = SCHEMA.model_copy(update={"sequences": ()})
+    batch = collate(make_rows(schema, 1), schema)
+    assert make_model(schema, variant)(batch).isfinite().all()
+
+
+def test_what_user_heads_send_moves_the_item_heads_in_every_layer() -> None:
     model, batch = make_model(SCHEMA, "ui-mixformer"), one_request()
     assert isinstance(model, MixFormer)
     state = user_state(model, batch)
     assert state.features is None  # nothing of the user is left to compute per candidate
     before = model.score(state, batch.items)
-    unmoved = user_state(model, RequestBatch(**(vars(batch) | {"items": pick(batch, [0, 1])})))
-    for ours, theirs in zip(state.received, unmoved.received, strict=True):
-        assert torch.equal(ours, theirs)
     for layer in range(model.config.layers):
         state.received[layer] = state.received[layer] + 1.0
         assert not torch.allclose(before, model.score(state, batch.items))

@@ -15,11 +15,19 @@ TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=2, deadline=None)
-@given(seed=st.integers(0, 10_000), tasks=st.integers(1, 3), length=st.integers(1, 8))
-def test_logits_and_gradients_equal_the_reference(variant: str, seed: int, tasks: int, length: int) -> None:
+@settings(max_examples=4, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    tasks=st.integers(1, 3),
+    length=st.integers(1, 8),
+    layers=st.integers(1, 3),
+    slices=st.integers(1, 3),
+)
+def test_logits_and_gradients_equal_the_reference(
+    variant: str, seed: int, tasks: int, length: int, layers: int, slices: int
+) -> None:
     schema = make_schema(tasks, length)
-    model = make_model(schema, variant)
+    model = make_model(schema, variant, layers=layers, slices=slices)
     batch = collate(make_rows(schema, seed, timelines=2), schema)
     ours, theirs = model(batch), reference_logits(model, batch)
     torch.testing.assert_close(ours, theirs, **TIGHT)

@@ -38,8 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = MODELS_UNDER_TEST | {
     "ui-mixformer, no times": {"name": "ui-mixformer", "time_bias": False, "event_time": False},
     "without HeadMixing": {"name": "ui-mixformer", "mixing": "none"},
     "mixformer without HeadMixing": {"name": "mixformer", "user_heads": 0, "mixing": "none"},
-    "self-attention mixing": {"name": "mixformer", "user_heads": 0, "mixing": "self_attention"},
-    "self-attention mixing, decoupled": {"name": "ui-mixformer", "mixing": "self_attention"},
+    "self-attention mixing": {"name": "mixformer", "user_heads": 0, "mixing": "self_attention", "mixing_heads": 2},
+    "self-attention mixing, decoupled": {"name": "ui-mixformer", "mixing": "self_attention", "mixing_heads": 2},
     "without query FFN": {"name": "ui-mixformer", "query_ffn": False},
     "one sequence FFN": {"name": "ui-mixformer", "sequence_ffn_per_layer": False},
     "one fusion FFN": {"name": "ui-mixformer", "fusion_ffn_per_head": False},
@@ -61,11 +61,20 @@ VARIANTS: dict[str, dict[str, Any]] = MODELS_UNDER_TEST | {
 }
 
 
-def make_model(schema: Schema, variant: str, double: bool = True, std: float = 0.4) -> RankingModel:
-    """A seeded model in evaluation mode in which every parameter matters: no zero biases, no ones."""
+def make_model(
+    schema: Schema, variant: str, double: bool = True, std: float = 0.4, layers: int = 2, slices: int = 2
+) -> RankingModel:
+    """A seeded model in evaluation mode in which every parameter matters: no zero biases, no ones.
+
+    Args:
+        slices: width of the slices that heads or tokens exchange.
+    """
     torch.manual_seed(0)
     changes = VARIANTS[variant]
-    sizes = _HYFORMER if changes["name"] == "hyformer" else _MIXFORMER
+    sizes = (
+        _HYFORMER | {"width": 8 * slices} if changes["name"] == "hyformer" else _MIXFORMER | {"head_dim": 4 * slices}
+    )
+    sizes = sizes | {"layers": layers}
     kind, _ = MODELS[changes["name"]]
     model = rebuild_model(schema, {"name": changes["name"]} | kind(**_without_name(sizes | changes)).model_dump())
     model = model.double() if double else model

@@ -278,5 +278,5 @@ def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) ->
     assert artifact.model.describe()["queries"] == 2
     assert artifact.metadata["selfcheck"]["scores"]
     other = load(tmp_path, tmp_path / "data")
-    with pytest.raises(CorankError, match=r"champion whose model or sizes differ from the config's `model:`"):
+    with pytest.raises(CorankError, match=r"whose model or sizes differ from the config's `model:`"):
         Pipeline(other, Progress(), DAYS[1], warm_start=True).train_candidate()

@@ -262,7 +262,7 @@ def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) ->
     """Trained, judged and read back from its artifact; an encoding per request, several sequences."""
     shutil.copytree(Path(config.table("users").uri).parent, tmp_path / "data")
     shutil.copytree(config.local_path(), tmp_path / "work")
-    model = {"name": "hyformer", "layers": 1, "encoding": "longer", "short_length": 10, "queries": 2}
+    model = {"name": "hyformer", "layers": 1, "encoding": "longer", "short_length": 10, "queries": 2, "tokens": 16}
     moved = load(tmp_path, tmp_path / "data", model=model)
     pipeline = Pipeline(moved, Progress(), DAYS[1])
     pipeline.validate(pipeline.stale_validation())

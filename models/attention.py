@@ -94,13 +94,15 @@ class Rows:
         """[H, B, D] → [H, P_g, D] per group."""
         if self.index is None:
             return (x_HBD,)
-        return _Pad.apply(x_HBD, self)  # type: ignore[no-any-return, no-untyped-call]
+        padded: tuple[Tensor, ...] = _Pad.apply(x_HBD, self)  # type: ignore[no-untyped-call]
+        return padded
 
     def unpad(self, padded: list[Tensor]) -> Tensor:
         """[H, P_g, D] per group → [H, B, D]; zero for rows without a place."""
         if self.index is None:
             return padded[0] if self.placed is None else padded[0] * self.placed[:, None]
-        return _Unpad.apply(self, *padded)  # type: ignore[no-any-return, no-untyped-call]
+        packed: Tensor = _Unpad.apply(self, *padded)  # type: ignore[no-untyped-call]
+        return packed
 
     def gather(self, padded: tuple[Tensor, ...]) -> Tensor:
         packed = (padded[0] if len(padded) == 1 else torch.cat(padded, 1)).index_select(1, self.inverse)
@@ -148,7 +150,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, table_HA: Tensor, code: Tensor) -> Tensor:
         ctx.save_for_backward(code)
         ctx.shape = table_HA.shape
-        return table_HA.index_select(1, code.flatten()).unflatten(1, code.shape)  # type: ignore[no-any-return]
+        return table_HA.index_select(1, code.flatten()).view(-1, *code.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -278,13 +280,13 @@ def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, tab
     # A mask that learns is beyond the fused kernels; this is what they compute, without the fallback's extra passes.
     q, k, v = (x.flatten(0, 1) for x in (q_HGQD, k_HGTD, v_HGTD))
     logits = torch.baddbmm(mask.expand(H, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(logits.softmax(-1), v).unflatten(0, (H, G)).flatten(1, 2)  # type: ignore[no-any-return]
+    return torch.bmm(logits.softmax(-1), v).view(H, G * Q, -1)
 
 
 def attend_reference(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, sees_BE: Tensor, bias_HBE: Tensor | None) -> Tensor:
     """What :func:`attend` computes, over all events at once; ``sees_BE`` tells what each query sees."""
-    logits_HBE = q_HBD @ k_HED.transpose(1, 2) / q_HBD.shape[-1] ** 0.5
+    logits_HBE = torch.bmm(q_HBD, k_HED.transpose(1, 2)) / q_HBD.shape[-1] ** 0.5
     if bias_HBE is not None:
         logits_HBE = logits_HBE + bias_HBE
     weights_HBE = logits_HBE.masked_fill(~sees_BE, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return weights_HBE @ v_HED  # type: ignore[no-any-return]
+    return torch.bmm(weights_HBE, v_HED)

@@ -66,7 +66,7 @@ class HyFormerConfig(Declaration):
     width: int = Field(64, ge=1, description="D, divisible by the tokens (token mixing) and by attention_heads")
     layers: int = Field(2, ge=1, description="L")
     tokens: int = Field(8, ge=2, description="T = N + M: query tokens of all sequences + non-sequential tokens")
-    queries: int | dict[str, int] = Field(1, description="query tokens of each sequence, or of each by its name")
+    queries: int | dict[str, int] = Field(1, description="query tokens of each stream, or of each sequence by its name")
     tokenization: Literal["semantic", "auto"] = Field("semantic", description="3.3.1: semantic groups or auto-split")
     groups: dict[str, tuple[str, ...]] | None = Field(
         None, description="semantic groups: name → features; default: user, context, item (and cross)"

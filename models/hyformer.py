@@ -27,11 +27,10 @@ from features.batch import Items, Timeline, Users
 from features.schema import Schema
 from models.attention import Plan, Seen, attend, plan_attention
 from models.config import HyFormerConfig
-from models.inputs import TIME_WIDTH
 from models.layers import NORMS, Dropout, HeadMixing, HeadSplit, Norm, PerHeadLinear, PerHeadSwiGLU, TaskTowers
-from models.protocol import RankingModel, TimelineState, gather_events
-from models.sequences import ENCODINGS, Encoding, MultiHeadAttention, make_window
-from models.tokens import query_tokens, sequence_streams, token_groups, width_of
+from models.protocol import RankingModel, TimelineState
+from models.sequences import ENCODINGS, MultiHeadAttention, Window, make_window
+from models.tokens import query_tokens, sequence_streams, token_groups
 
 
 @dataclass
@@ -129,11 +128,11 @@ class HyFormerLayer(nn.Module):
         self.boost = QueryBoosting(kept, config)
         self.queries = queries
 
-    def keys_values(self, stream: int, s_ED: Tensor, window: Any) -> tuple[Tensor, Tensor]:
+    def keys_values(self, stream: int, s_ED: Tensor, window: Window | None) -> tuple[Tensor, Tensor]:
         """H = encoding of S; K = H W_K, V = H W_V (3.4.1), [H, E, W] each."""
-        h_ED = self.encode[stream](s_ED, window)
-        attention: MultiHeadAttention = self.decode[stream].attention  # type: ignore[assignment]
-        return attention.encode(h_ED)
+        decode = self.decode[stream]
+        assert isinstance(decode, QueryDecoding)
+        return decode.attention.encode(self.encode[stream](s_ED, window))
 
     def forward(
         self, q_NCD: Tensor, f_MCD: Tensor, keys_values: list[tuple[Tensor, ...]], plans: list[Plan | None]
@@ -160,19 +159,15 @@ class HyFormer(RankingModel):
     """
 
     def __init__(self, schema: Schema, config: HyFormerConfig, id_dropout: float = 0.01) -> None:
-        super().__init__(schema, id_dropout)
-        self.config = config
         D, tokens = config.width, config.tokens
+        super().__init__(schema, D, config.event_time, id_dropout)
+        self.config = config
         self.streams = sequence_streams(schema, config)
         self.queries = query_tokens(schema, config)
         N = sum(self.queries)
         self.groups = token_groups(schema, config, tokens - N)
         self.user_tokens = sum(group.tokens for group in self.groups if group.user_side)
         self.split = nn.ModuleList(HeadSplit(group.width, group.tokens, D) for group in self.groups)
-        self.align = nn.ModuleDict()
-        for sequence in schema.sequences:
-            width = width_of(sequence.fields) + (TIME_WIDTH if config.event_time else 0)
-            self.align[sequence.name] = nn.Linear(width, D)
         user_width = {
             "full": (self.user_tokens + len(self.streams)) * D,
             "no_pooling": self.user_tokens * D,
@@ -190,13 +185,9 @@ class HyFormer(RankingModel):
         """Aligned events S and, where the encoding is event by event, layer-wise keys and values."""
         states = []
         for stream, sequences in enumerate(self.streams):
-            embedded = {
-                one.name: self.align[one.name](self.inputs.events(one, timelines[one.name], self.config.event_time))
-                for one in sequences
-            }
-            events = gather_events([one.name for one in sequences], timelines, embedded, self.towers.norm.scale)
-            ((s_ED,),) = events.layers
-            if self._local(stream):
+            events = self.aligned_events(sequences, timelines)
+            if ENCODINGS[self.config.encoding].local:
+                ((s_ED,),) = events.layers
                 events.layers += [layer.keys_values(stream, s_ED, None) for layer in self._layers()]
             states.append(events)
         return TimelineState(states)
@@ -241,7 +232,8 @@ class HyFormer(RankingModel):
             x_TCD = layer(x_TCD[: len(q_NCD)], f_MCD, keys_values, plans)
             if self.config.ns_tokens == "carried":
                 f_MCD = x_TCD[len(q_NCD) :]
-        return self.towers(self.towers.first_layer(x_TCD))  # type: ignore[no-any-return]
+        logits: Tensor = self.towers(self.towers.first_layer(x_TCD))
+        return logits
 
     def _token(self, group: int, embedded: Mapping[str, Tensor]) -> Tensor:
         """Tokens of one group, [tokens, B, D]."""
@@ -251,15 +243,11 @@ class HyFormer(RankingModel):
 
     def _encode_windows(self, stream: int, s_ED: Tensor, seen: Seen) -> SequenceState:
         """Keys and values of every request's own window."""
-        rows, offsets = seen.rows()
-        window = make_window(seen, seen.event_ts[rows], offsets, self.config.short_length, s_ED.device)
-        s_windows = s_ED.index_select(0, rows.to(s_ED.device))
+        newest = self.config.short_length if self.config.encoding == "longer" else None
+        window = make_window(seen, newest, s_ED.device)
+        s_windows = s_ED.index_select(0, window.rows)
         layers: list[tuple[Tensor, ...]] = [layer.keys_values(stream, s_windows, window) for layer in self._layers()]
-        return SequenceState(layers, window.short_seen if self.config.encoding == "longer" else window.seen)
-
-    def _local(self, stream: int) -> bool:
-        encoding: Encoding = self._layers()[0].encode[stream]  # type: ignore[assignment]
-        return encoding.local
+        return SequenceState(layers, window.seen)
 
     def _layers(self) -> list[HyFormerLayer]:
         return [layer for layer in self.layers if isinstance(layer, HyFormerLayer)]

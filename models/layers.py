@@ -174,26 +174,22 @@ class HeadMixing(nn.Module):
 
     def __init__(self, heads: int, width: int, user_heads: int) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} must be divisible by the {heads} heads that mix")
         self.heads, self.width = heads, width
         self.user_side, self.item_side = slice(0, user_heads), slice(user_heads, heads)
 
     def exchange(self, x_NBD: Tensor, receivers: slice = ALL) -> Tensor:
         """What ``receivers`` get from these heads, [receivers, B, N · S]."""
-        return x_NBD.unflatten(-1, (self.heads, -1))[:, :, receivers].permute(2, 1, 0, 3).flatten(2)  # type: ignore[no-any-return]
+        x_NBNS = x_NBD.reshape(*x_NBD.shape[:2], self.heads, self.width // self.heads)
+        return x_NBNS[:, :, receivers].permute(2, 1, 0, 3).flatten(2)
 
-    def among_users(self, x_URD: Tensor) -> Tensor:
-        """HeadMixing of the user heads under the mask of eq. 10, [U, R, D]."""
+    def users(self, x_URD: Tensor) -> tuple[Tensor, Tensor]:
+        """HeadMixing of the user heads under the mask of eq. 10, [U, R, D], and what they send to the item heads:
+        [G, R, U · S]."""
         own = self.exchange(x_URD, self.user_side)
-        return functional.pad(own, (0, self.width - own.shape[-1]))
+        return functional.pad(own, (0, self.width - own.shape[-1])), self.exchange(x_URD, self.item_side)
 
-    def from_users(self, x_URD: Tensor) -> Tensor:
-        """What the item heads receive from the user heads, [G, R, U · S]."""
-        return self.exchange(x_URD, self.item_side)
-
-    def among_items(self, x_GCD: Tensor, received_GCX: Tensor | None) -> Tensor:
-        """HeadMixing of the item heads, [G, C, D]; ``received``: what ``from_users`` gave, per candidate."""
+    def items(self, x_GCD: Tensor, received_GCX: Tensor | None) -> Tensor:
+        """HeadMixing of the item heads, [G, C, D]; ``received``: what the users sent, per candidate."""
         own = self.exchange(x_GCD, self.item_side)
         return own if received_GCX is None else torch.cat([received_GCX, own], dim=-1)
 
@@ -208,15 +204,12 @@ class SelfAttentionMixing(nn.Module):
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def among_users(self, x_URD: Tensor) -> Tensor:
-        return self._attend(x_URD, self.key_value(x_URD))
+    def users(self, x_URD: Tensor) -> tuple[Tensor, Tensor]:
+        """Self-attention of the user heads, [U, R, D]; their keys and values, [U, R, 2 D]."""
+        key_value: Tensor = self.key_value(x_URD)
+        return self._attend(x_URD, key_value), key_value
 
-    def from_users(self, x_URD: Tensor) -> Tensor:
-        """Keys and values of the user heads, [U, R, 2 D]."""
-        sent: Tensor = self.key_value(x_URD)
-        return sent
-
-    def among_items(self, x_GCD: Tensor, received_UCX: Tensor | None) -> Tensor:
+    def items(self, x_GCD: Tensor, received_UCX: Tensor | None) -> Tensor:
         own = self.key_value(x_GCD)
         return self._attend(x_GCD, own if received_UCX is None else torch.cat([received_UCX, own]))
 
@@ -233,13 +226,10 @@ class SelfAttentionMixing(nn.Module):
 class NoMixing(nn.Module):
     """Heads exchange nothing (figure 3): p = x."""
 
-    def among_users(self, x_URD: Tensor) -> Tensor:
-        return torch.zeros_like(x_URD)
+    def users(self, x_URD: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(x_URD), x_URD[:0]
 
-    def from_users(self, x_URD: Tensor) -> Tensor:
-        return x_URD[:0]
-
-    def among_items(self, x_GCD: Tensor, received_GCX: Tensor | None) -> Tensor:
+    def items(self, x_GCD: Tensor, received: Tensor | None) -> Tensor:
         return torch.zeros_like(x_GCD)
 
 
@@ -283,7 +273,7 @@ class TaskTowers(nn.Module):
     def first_layer(self, x_NBD: Tensor, heads: slice = ALL) -> Tensor:
         """These heads' part of the first layer, without the bias: [B, K, H]."""
         x_BX = self.norm.before(x_NBD, heads).transpose(0, 1).flatten(1)
-        return (x_BX @ self.weight[heads].flatten(0, 1).flatten(1)).unflatten(-1, self.bias.shape)  # type: ignore[no-any-return]
+        return torch.mm(x_BX, self.weight[heads].flatten(0, 1).flatten(1)).view(-1, *self.bias.shape)
 
     def forward(self, first_BKH: Tensor) -> Tensor:
         """Logits [B, K] from the whole first layer."""

@@ -25,7 +25,6 @@ from features.batch import Items, Timeline, Users
 from features.schema import Schema
 from models.attention import TIME_BUCKETS, Plan, Seen, attend, plan_attention
 from models.config import MixFormerConfig
-from models.inputs import TIME_WIDTH
 from models.layers import (
     NORMS,
     Dropout,
@@ -42,7 +41,7 @@ from models.layers import (
     SwiGLU,
     TaskTowers,
 )
-from models.protocol import EncodedEvents, RankingModel, TimelineState, gather_events
+from models.protocol import EncodedEvents, RankingModel, TimelineState
 from models.tokens import decoupled_heads, width_of
 
 
@@ -94,26 +93,24 @@ class MixFormerBlock(nn.Module):
         User heads have one query per request: (q · W_k) · h costs less than q · (W_k h), so that their h is kept.
         """
         h_UED, h_GED = h_NED.tensor_split([self.user_side.stop])
-        key_value = torch.cat([self.key.weight[self.item_side], self.value.weight[self.item_side]], dim=-1)
-        k_GED, v_GED = torch.bmm(h_GED, key_value).chunk(2, dim=-1)
-        return h_UED, k_GED, v_GED
+        return h_UED, self.key(h_GED, self.item_side), self.value(h_GED, self.item_side)
 
     def user_heads(self, x_URD: Tensor, events: tuple[Tensor, ...], plan: Plan | None) -> tuple[Tensor, Tensor]:
         """The block of the user heads, [U, R, D], and what the item heads receive from them in the mixing."""
-        normed = self.mix_norm.before(x_URD, self.user_side)
-        p_URD = self.mix_norm.after(self.mixing.among_users(normed) + x_URD, self.user_side)  # eq. 3 under eq. 10
+        mixed, sent = self.mixing.users(self.mix_norm.before(x_URD, self.user_side))  # eq. 11
+        p_URD = self.mix_norm.after(mixed + x_URD, self.user_side)  # eq. 3
         q_URD = self.query(p_URD, self.user_side)  # eq. 4
         h_UED = events[0]
         asked = torch.bmm(q_URD, self.key.weight[self.user_side].transpose(1, 2))  # q · W_k
         summed = attend(asked, h_UED, h_UED, plan, self._bias(self.user_side))
         z_URD = self.dropout(self.value(summed, self.user_side)) + q_URD  # eq. 8
-        return self.fusion(z_URD, self.user_side), self.mixing.from_users(normed)  # eq. 9
+        return self.fusion(z_URD, self.user_side), sent  # eq. 9
 
     def item_heads(
         self, x_GCD: Tensor, received: Tensor | None, events: tuple[Tensor, ...], plan: Plan | None
     ) -> Tensor:
         """The block of the item heads, [G, C, D]; ``received``: from the user heads, per candidate."""
-        mixed = self.mixing.among_items(self.mix_norm.before(x_GCD, self.item_side), received)
+        mixed = self.mixing.items(self.mix_norm.before(x_GCD, self.item_side), received)
         p_GCD = self.mix_norm.after(mixed + x_GCD, self.item_side)  # eq. 3
         q_GCD = self.query(p_GCD, self.item_side)  # eq. 4
         _, k_GED, v_GED = events
@@ -135,9 +132,9 @@ class MixFormer(RankingModel):
     """
 
     def __init__(self, schema: Schema, config: MixFormerConfig, id_dropout: float = 0.01) -> None:
-        super().__init__(schema, id_dropout)
-        self.config = config
         N, D = config.heads, config.head_dim
+        super().__init__(schema, N * D, config.event_time, id_dropout)
+        self.config = config
         user_width, item_width = width_of(schema.user_side), width_of(schema.item_side)
         self.user_heads = decoupled_heads(schema, config)
         self.user_side, self.item_side = slice(0, self.user_heads), slice(self.user_heads, N)
@@ -146,10 +143,6 @@ class MixFormer(RankingModel):
             self.item_split = HeadSplit(item_width, N - self.user_heads, D)
         else:
             self.item_split = HeadSplit(user_width + item_width, N, D)
-        time = TIME_WIDTH if config.event_time else 0
-        self.align = nn.ModuleDict(
-            {one.name: nn.Linear(width_of(one.fields) + time, N * D) for one in schema.sequences}
-        )
         self.sequence = nn.ModuleList(
             FeedForward(NORMS[config.norm](N * D), SwiGLU(N * D, round(config.sequence_ffn * D)))
             for _ in range(config.layers if config.sequence_ffn_per_layer else 1)
@@ -159,17 +152,11 @@ class MixFormer(RankingModel):
 
     def encode_timelines(self, timelines: Mapping[str, Timeline]) -> TimelineState:
         """Layer-wise keys and values (eq. 5–7), shared by all requests of a timeline."""
-        sequences = self.schema.sequences
-        embedded = {
-            one.name: self.align[one.name](self.inputs.events(one, timelines[one.name], self.config.event_time))
-            for one in sequences
-        }
-        like = self.towers.norm.scale.view(1, -1)
-        gathered = gather_events([one.name for one in sequences], timelines, embedded, like)
-        ((s_EX,),) = gathered.layers
+        events = self.aligned_events(self.schema.sequences, timelines)
+        ((s_EX,),) = events.layers
         hidden = [ffn(s_EX).unflatten(-1, (self.config.heads, -1)).transpose(0, 1) for ffn in self.sequence]  # eq. 5, 6
         layers = [block.encode_events(hidden[i % len(hidden)]) for i, block in enumerate(self._blocks())]
-        return TimelineState([EncodedEvents(layers, gathered.ts, gathered.offsets)])
+        return TimelineState([EncodedEvents(layers, events.ts, events.offsets)])
 
     def encode_users(self, users: Users, timeline_state: TimelineState) -> UserState:
         """User-side heads through every layer, and what item heads receive from them (eq. 10, 11)."""
@@ -199,7 +186,8 @@ class MixFormer(RankingModel):
         for block, sent, layer in zip(self._blocks(), received, user_state.events.layers, strict=True):
             x_GCD = block.item_heads(x_GCD, sent, layer, plan)
         first = self.towers.first_layer(x_GCD, self.item_side)
-        return self.towers(first if user_state.tower is None else first + user_state.tower[request])  # type: ignore[no-any-return]
+        logits: Tensor = self.towers(first if user_state.tower is None else first + user_state.tower[request])
+        return logits
 
     def _blocks(self) -> list[MixFormerBlock]:
         return [block for block in self.blocks if isinstance(block, MixFormerBlock)]

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from features.batch import Items, Jagged, RequestBatch, Timeline, Users, Values, nbytes
-from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+from features.batch import Items, Jagged, Timeline, Users, Values, nbytes
+from features.schema import Feature, FieldSpec, Schema, Sequence, Side, Task
 from models.layers import HeadSplit
 from models.protocol import RankingModel
 from models.registry import build_model
@@ -61,8 +60,8 @@ def industrial_schema(sequences: int = 1, length: int = 512, tasks: int = 2) -> 
     The sequences' embeddings are 64 wide, from 4 fields; the papers give no more than that (table 3 of HyFormer).
     """
 
-    def features(side: str, count: int) -> list[Feature]:
-        return [Feature(name=f"{side}_{i}", side=side, buckets=1_000, dim=16) for i in range(count)]  # type: ignore[arg-type]
+    def features(side: Side, count: int) -> list[Feature]:
+        return [Feature(name=f"{side}_{i}", side=side, buckets=1_000, dim=16) for i in range(count)]
 
     fields = tuple(FieldSpec(name=name, buckets=1_000, dim=16) for name in ("item", "author", "tag", "action"))
     return Schema(
@@ -82,8 +81,7 @@ def on_meta(schema: Schema, name: str, preset: str, **overrides: object) -> Rank
 
 def dense_parameters(model: RankingModel) -> int:
     """Parameters except the embedding tables, as the papers count them."""
-    tables = sum(parameter.numel() for parameter in model.inputs.tables.parameters())
-    return sum(parameter.numel() for parameter in model.parameters()) - tables
+    return sum(parameter.numel() for parameter in model.dense_parameters())
 
 
 def paddings(model: RankingModel) -> dict[str, int]:
@@ -99,13 +97,13 @@ def cost(model: RankingModel, candidates: int, length: int | None = None) -> Cos
         candidates: C.
         length: visible events of every sequence, at most its L; default: all L.
     """
-    batch = one_request(model.schema, candidates, length)
+    timelines, users, items = one_request(model.schema, candidates, length)
     with torch.no_grad():
-        timelines, timeline_state = _count(lambda: model.encode_timelines(batch.timelines))
-        users, user_state = _count(lambda: model.encode_users(batch.users, timeline_state))
-        items, _ = _count(lambda: model.score(user_state, batch.items))
+        per_timeline, timeline_state = _count(lambda: model.encode_timelines(timelines))
+        per_request, user_state = _count(lambda: model.encode_users(users, timeline_state))
+        per_candidates, _ = _count(lambda: model.score(user_state, items))
     kept = nbytes(timeline_state)
-    return Cost(timelines, users, items, kept, nbytes((timeline_state, user_state)) - kept)
+    return Cost(per_timeline, per_request, per_candidates, kept, nbytes((timeline_state, user_state)) - kept)
 
 
 def _count(call: Callable[[], T]) -> tuple[int, T]:
@@ -116,7 +114,7 @@ def _count(call: Callable[[], T]) -> tuple[int, T]:
     return counter.get_total_flops(), result
 
 
-def one_request(schema: Schema, candidates: int, length: int | None = None) -> RequestBatch:
+def one_request(schema: Schema, candidates: int, length: int | None = None) -> tuple[dict[str, Timeline], Users, Items]:
     """One request on the meta device: its structure is real, its values have no memory."""
     counts = {one.name: min(length, one.length) if length is not None else one.length for one in schema.sequences}
     timelines = {
@@ -134,11 +132,7 @@ def one_request(schema: Schema, candidates: int, length: int | None = None) -> R
         ts=torch.tensor([max(counts.values(), default=0) * DAY]),
     )
     items = Items({one.name: _values(one, candidates) for one in schema.item_side}, torch.tensor([0, candidates]))
-    tasks = len(schema.tasks)
-    labels = torch.zeros(candidates, tasks, device="meta")
-    ids = np.zeros(candidates, dtype=object)
-    weight = torch.ones(candidates, device="meta")
-    return RequestBatch(timelines, users, items, labels, labels.bool(), weight, ids[:1], ids[:1], ids)
+    return timelines, users, items
 
 
 def _values(field: FieldSpec, rows: int) -> Values:

@@ -6,17 +6,19 @@ Shape suffixes: U timelines, E events, S sequences, R requests, C candidates, K 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from features.batch import STRUCTURE, Items, RequestBatch, Timeline, Users
 from features.schema import Schema, Sequence
 from models.attention import Seen
-from models.inputs import InputLayer
+from models.inputs import TIME_WIDTH, InputLayer
+from models.tokens import width_of
 
 
 @dataclass
@@ -45,16 +47,13 @@ class EncodedEvents:
         ]
         return EncodedEvents(layers, torch.cat([self.ts, later.ts])[order], _absolute(counts.sum(0)))
 
-    def seen(self, sequences: Iterable[Sequence], users: Users) -> Seen:
+    def seen(self, sequences: tuple[Sequence, ...], users: Users) -> Seen:
         """What each request sees of these events: ``timeline[max(0, end − L):end]`` of every sequence."""
-        sequences = list(sequences)
-        if not sequences:
-            nothing = users.ts.new_zeros(0, len(users.ts))
-            return Seen(users.timeline, users.ts, nothing, nothing, self.ts, self.offsets.shape[1] - 1)
-        end = torch.stack([users.end[sequence.name] for sequence in sequences])
-        length = torch.tensor([[sequence.length] for sequence in sequences])
-        start = self.offsets[:, users.timeline]
-        first = (end - length).clamp(min=0)
+        ends = [users.end[sequence.name] for sequence in sequences]
+        end = torch.stack(ends) if ends else users.ts.new_zeros(0, len(users.ts))
+        length = torch.tensor([sequence.length for sequence in sequences], dtype=torch.long)
+        start = self.offsets[:, users.timeline] if ends else end
+        first = (end - length[:, None]).clamp(min=0)
         return Seen(users.timeline, users.ts, start + first, start + end, self.ts, self.offsets.shape[1] - 1)
 
 
@@ -73,24 +72,11 @@ class TimelineState:
         return TimelineState([old.append(new) for old, new in zip(self.events, later.events, strict=True)])
 
 
-def gather_events(
-    names: list[str], timelines: Mapping[str, Timeline], embedded: Mapping[str, Tensor], like: Tensor
-) -> EncodedEvents:
-    """Embedded events [E, width] of these sequences, one sequence after the other.
-
-    Args:
-        like: a tensor of this width on the model's device; what there is when there is no sequence.
-    """
-    counts = torch.stack([timelines[name].offsets.diff() for name in names] or [torch.zeros(0, dtype=torch.long)])
-    ts = torch.cat([timelines[name].ts for name in names] or [torch.zeros(0, dtype=torch.long)])
-    values = torch.cat([embedded[name] for name in names] or [like.new_zeros(0, like.shape[-1])])
-    return EncodedEvents([(values,)], ts, _absolute(counts))
-
-
 def _absolute(counts_SU: Tensor) -> Tensor:
     """Offsets [S, U + 1] among all events from the number of events per timeline."""
-    ends = counts_SU.flatten().cumsum(0).view_as(counts_SU)
-    return torch.cat([ends[:, :1] - counts_SU[:, :1], ends], dim=1)
+    S, U = counts_SU.shape
+    ends = functional.pad(counts_SU.flatten().cumsum(0), (1, 0))
+    return ends[torch.arange(S)[:, None] * U + torch.arange(U + 1)]
 
 
 class RankingModel(nn.Module, ABC):
@@ -98,13 +84,35 @@ class RankingModel(nn.Module, ABC):
 
     Args:
         schema: features in the order of concatenation, sequences and tasks.
+        event_width: width to which a linear map of each sequence aligns its events.
+        event_time: whether events carry their time encoding.
         id_dropout: see :class:`models.inputs.InputLayer`.
     """
 
-    def __init__(self, schema: Schema, id_dropout: float) -> None:
+    def __init__(self, schema: Schema, event_width: int, event_time: bool, id_dropout: float) -> None:
         super().__init__()
-        self.schema = schema
+        self.schema, self.event_width, self.event_time = schema, event_width, event_time
         self.inputs = InputLayer(schema, id_dropout)
+        time = TIME_WIDTH if event_time else 0
+        self.align = nn.ModuleDict(
+            {one.name: nn.Linear(width_of(one.fields) + time, event_width) for one in schema.sequences}
+        )
+
+    def aligned_events(self, sequences: tuple[Sequence, ...], timelines: Mapping[str, Timeline]) -> EncodedEvents:
+        """Aligned events S of these sequences, [E, event_width], one sequence after the other."""
+        own = [(sequence, timelines[sequence.name]) for sequence in sequences]
+        s = [self.align[one.name](self.inputs.events(one, timeline, self.event_time)) for one, timeline in own]
+        ts = [timeline.ts for _, timeline in own]
+        if not own:  # a model of the request alone
+            nothing = next(self.parameters()).new_zeros(0, self.event_width)
+            return EncodedEvents([(nothing,)], torch.zeros(0, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long))
+        counts = torch.stack([timeline.offsets.diff() for _, timeline in own])
+        return EncodedEvents([(torch.cat(s),)], torch.cat(ts), _absolute(counts))
+
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """All parameters but the embedding tables, of which a step touches only some rows."""
+        tables = {id(table) for table in self.inputs.tables.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in tables]
 
     @abstractmethod
     def encode_timelines(self, timelines: Mapping[str, Timeline]) -> TimelineState:
@@ -125,4 +133,4 @@ class RankingModel(nn.Module, ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Name and sizes: what ``models.registry.build_model`` rebuilds this model from, beside its schema."""
+        """Name and sizes: what ``models.registry.rebuild_model`` builds this model from, beside its schema."""

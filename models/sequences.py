@@ -1,6 +1,6 @@
 """Sequence Representation Encoding of HyFormer (3.4.1): what a layer makes of a behaviour sequence.
 
-Shape suffixes: E events, D width, H attention heads, W width of one of them, B queries.
+Shape suffixes: E events, A of them that ask, D width, H attention heads, W width of one of them, B queries.
 """
 
 from __future__ import annotations
@@ -36,63 +36,56 @@ class MultiHeadAttention(nn.Module):
         return out
 
     def _split(self, x_BD: Tensor) -> Tensor:
-        return x_BD.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # type: ignore[no-any-return]
+        return x_BD.reshape(len(x_BD), self.heads, x_BD.shape[-1] // self.heads).transpose(0, 1)
 
 
 @dataclass
 class Window:
-    """Each request's own visible events, request after request, and what of them is attended to.
+    """Each request's own visible events, request after request.
 
     Attributes:
-        short: rows of the newest events of each window, the queries of the LONGER encoding.
-        every: plan by which each event attends to its window.
-        newest: plan by which the ``short`` events do.
-        seen: of all events; short_seen: of the short ones.
+        rows: positions of the windows' events among the events of the timelines, [E].
+        asking: of these rows, the newest of each window, which attend to all of it and become H, [A].
+        plan: by which they attend.
+        seen: H as events: each request sees its own.
     """
 
-    short: Tensor
-    every: Plan | None
-    newest: Plan | None
+    rows: Tensor
+    asking: Tensor
+    plan: Plan | None
     seen: Seen
-    short_seen: Seen
 
 
-def make_window(seen: Seen, event_ts: Tensor, offsets: Tensor, short_length: int, device: torch.device) -> Window:
-    """Windows packed by ``seen.rows()``.
-
-    Args:
-        event_ts: of the packed events; offsets: of the requests' windows, [R + 1].
-    """
-    counts = offsets.diff()
-    R = len(counts)
-    # the windows of several sequences lie side by side in a merged one: newest is by time, not by place
-    request = torch.repeat_interleave(torch.arange(R), counts)
-    by_time = torch.arange(len(event_ts))
-    if len(seen.first) > 1:
-        by_time = by_time[event_ts.argsort(stable=True)]
+def make_window(seen: Seen, newest: int | None, device: torch.device) -> Window:
+    """Windows of these requests; ``newest``: how many events of each become H, None: all."""
+    rows, offsets = seen.rows()
+    event_ts, counts = seen.event_ts[rows], offsets.diff()
+    request = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    asking, asking_counts = torch.arange(len(rows)), counts
+    if newest is not None:
+        # the windows of merged sequences lie side by side: newest is by time, not by place
+        by_time = event_ts.argsort(stable=True)
         by_time = by_time[request[by_time].argsort(stable=True)]
-    place = torch.arange(len(event_ts)) - offsets[request]
-    short = by_time[place >= (counts - short_length)[request]]
-    short_counts = counts.clamp(max=short_length)
-    alone = _windows(seen.ts, event_ts, offsets)
-    return Window(
-        short=short.to(device),
-        every=plan_attention(_events_ask(alone, event_ts, request), None, device),
-        newest=plan_attention(_events_ask(alone, event_ts[short], request[short]), None, device),
-        seen=alone,
-        short_seen=_windows(seen.ts, event_ts[short], torch.cat([offsets[:1], short_counts.cumsum(0)])),
+        asking = by_time[asking - offsets[request] >= (counts - newest)[request]]
+        asking_counts = counts.clamp(max=newest)
+    all_of_it = Seen(
+        timeline=request[asking],
+        ts=event_ts[asking],
+        first=offsets[None, request[asking]],
+        last=offsets[None, request[asking] + 1],
+        event_ts=event_ts,
+        timelines=len(counts),
     )
-
-
-def _windows(ts: Tensor, event_ts: Tensor, offsets: Tensor) -> Seen:
-    """Requests that see all of their own window."""
-    R = len(ts)
-    return Seen(torch.arange(R), ts, offsets[None, :-1], offsets[None, 1:], event_ts, R)
-
-
-def _events_ask(seen: Seen, ts: Tensor, request: Tensor) -> Seen:
-    """Events in the place of requests: each sees the whole window of its request."""
-    return Seen(request, ts, seen.first[:, request], seen.last[:, request], seen.event_ts, seen.timelines)
+    ends = asking_counts.cumsum(0)
+    own = Seen(
+        timeline=torch.arange(len(counts)),
+        ts=seen.ts,
+        first=(ends - asking_counts)[None],
+        last=ends[None],
+        event_ts=event_ts[asking],
+        timelines=len(counts),
+    )
+    return Window(rows.to(device), asking.to(device), plan_attention(all_of_it, None, device), own)
 
 
 class SwiGLUEncoding(nn.Module):
@@ -125,7 +118,7 @@ class TransformerEncoding(nn.Module):
     def forward(self, s_ED: Tensor, window: Window | None) -> Tensor:
         assert window is not None
         normed = self.norm.before(s_ED)
-        attended = self.attention(normed, *self.attention.encode(normed), window.every)
+        attended = self.attention(normed, *self.attention.encode(normed), window.plan)
         h_ED: Tensor = self.ffn(self.norm.after(self.dropout(attended) + s_ED))
         return h_ED
 
@@ -144,9 +137,9 @@ class LongerEncoding(nn.Module):
     def forward(self, s_ED: Tensor, window: Window | None) -> Tensor:
         assert window is not None
         normed = self.norm.before(s_ED)
-        short = normed.index_select(0, window.short)
-        attended = self.dropout(self.attention(short, *self.attention.encode(normed), window.newest))
-        return self.norm.after(attended + s_ED.index_select(0, window.short) if self.residual else attended)
+        short = normed.index_select(0, window.asking)
+        attended = self.dropout(self.attention(short, *self.attention.encode(normed), window.plan))
+        return self.norm.after(attended + s_ED.index_select(0, window.asking) if self.residual else attended)
 
 
 Encoding = SwiGLUEncoding | TransformerEncoding | LongerEncoding

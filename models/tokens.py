@@ -64,19 +64,20 @@ def sequence_streams(schema: Schema, config: HyFormerConfig) -> list[tuple[Seque
 
 
 def query_tokens(schema: Schema, config: HyFormerConfig) -> list[int]:
-    """Query tokens of each stream; a merged stream has those of all its sequences."""
-    names = [sequence.name for sequence in schema.sequences]
-    if isinstance(config.queries, int):
-        counts = dict.fromkeys(names, config.queries)
-    else:
-        counts = config.queries
-        if set(counts) != set(names):
-            raise ValueError(f"queries: {sorted(counts)} must name exactly the sequences {names}")
-    if any(count < 1 for count in counts.values()):
-        raise ValueError("queries: every sequence needs at least one")
-    if not names:
+    """Query tokens of each stream: a number is every stream's, numbers by name are added up in a merged one."""
+    streams = sequence_streams(schema, config)
+    if not streams:
         raise ValueError("hyformer decodes behaviour sequences, and the schema has none")
-    return [sum(counts[one.name] for one in stream) for stream in sequence_streams(schema, config)]
+    if isinstance(config.queries, int):
+        counts = [config.queries for _ in streams]
+    else:
+        names = [sequence.name for sequence in schema.sequences]
+        if set(config.queries) != set(names):
+            raise ValueError(f"queries: {sorted(config.queries)} must name exactly the sequences {names}")
+        counts = [sum(config.queries[one.name] for one in stream) for stream in streams]
+    if min(counts) < 1:
+        raise ValueError("queries: every stream needs at least one")
+    return counts
 
 
 def token_groups(schema: Schema, config: HyFormerConfig, tokens: int) -> list[TokenGroup]:

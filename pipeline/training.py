@@ -142,7 +142,7 @@ def train(
     import ray.train.torch
     from ray.util.queue import Queue
 
-    initial_model(job)  # what cannot be built fails here, not in every worker
+    model = initial_model(job)  # what cannot be built fails here, not in every worker
     options = job.training
     reports = Queue(actor_options={"num_cpus": 0})
     trainer = ray.train.torch.TorchTrainer(
@@ -177,7 +177,6 @@ def train(
         raise CorankError(f"training {job.name} ended without a checkpoint in {storage}; run again to continue it")
     with result.checkpoint.as_directory() as directory:
         state = torch.load(Path(directory) / "state.pt", weights_only=True)
-    model = initial_model(job)
     model.load_state_dict(state["best"])
     return TrainingResult(model.eval(), state["history"])
 
@@ -289,9 +288,7 @@ def _step(
 
 def split_parameters(model: RankingModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Dense parameters, and embedding tables (updated on touched rows only)."""
-    tables = {id(parameter) for parameter in model.inputs.tables.parameters()}
-    dense = [parameter for parameter in model.parameters() if id(parameter) not in tables]
-    return dense, list(model.inputs.tables.parameters())
+    return model.dense_parameters(), list(model.inputs.tables.parameters())
 
 
 @torch.inference_mode()

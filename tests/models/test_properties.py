@@ -167,11 +167,16 @@ def test_a_schema_without_sequences_is_scored(variant: str) -> None:
     assert make_model(schema, variant)(batch).isfinite().all()
 
 
-def test_what_user_heads_send_moves_the_item_heads_in_every_layer() -> None:
+def test_user_heads_hang_on_nothing_of_the_item_side_and_move_every_layers_item_heads() -> None:
     model, batch = make_model(SCHEMA, "ui-mixformer"), one_request()
     assert isinstance(model, MixFormer)
     state = user_state(model, batch)
     assert state.features is None  # nothing of the user is left to compute per candidate
+    of_items = [model.item_split.project.weight, model.inputs.tables["tags"].weight]
+    of_users = [model.user_split.project.weight, model.inputs.tables["user_id"].weight]
+    total = sum(one.sum() for one in state.received) + state.tower.sum()
+    gradients = torch.autograd.grad(total, [*of_items, *of_users], allow_unused=True, retain_graph=True)
+    assert [one is None for one in gradients] == [True, True, False, False]
     before = model.score(state, batch.items)
     for layer in range(model.config.layers):
         state.received[layer] = state.received[layer] + 1.0

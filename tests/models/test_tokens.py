@@ -50,6 +50,8 @@ def test_queries_are_counted_per_stream() -> None:
     per_sequence = HyFormerConfig(width=64, queries={"seen": 3, "bought": 1})
     assert query_tokens(SCHEMA, per_sequence) == [3, 1]
     assert query_tokens(SCHEMA, per_sequence.model_copy(update={"sequences": "merged"})) == [4]
+    assert query_tokens(SCHEMA, HyFormerConfig(width=64, queries=2)) == [2, 2]
+    assert query_tokens(SCHEMA, HyFormerConfig(width=64, queries=2, sequences="merged")) == [2]
 
 
 @pytest.mark.parametrize(("heads", "user_heads"), [(2, 1), (4, 3), (16, 9), (19, 10)])

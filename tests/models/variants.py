@@ -52,7 +52,12 @@ VARIANTS: dict[str, dict[str, Any]] = MODELS_UNDER_TEST | {
     "carried tokens": {"name": "hyformer", "ns_tokens": "carried"},
     "several queries per sequence": {"name": "hyformer", "queries": {"seen": 2, "bought": 1}},
     "merged sequences": {"name": "hyformer", "sequences": "merged"},
-    "merged sequences, LONGER": {"name": "hyformer", "sequences": "merged", "encoding": "longer"},
+    "merged sequences, LONGER": {
+        "name": "hyformer",
+        "sequences": "merged",
+        "encoding": "longer",
+        "queries": {"seen": 2, "bought": 1},
+    },
     "auto-split": {"name": "hyformer", "tokenization": "auto"},
     "named groups": {
         "name": "hyformer",

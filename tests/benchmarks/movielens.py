@@ -8,7 +8,6 @@ intervals over resampled users.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,8 +22,16 @@ from pipeline.importers.movielens import import_movielens
 from pipeline.progress import Progress
 from pipeline.runtime import quiet, stop_ray
 from pipeline.stages import Pipeline
+from tests.benchmarks.measure import print_results
 
 EXAMPLE = "pipeline/examples/movielens.yaml"
+
+
+def example_pipeline(folder: Path) -> Pipeline:
+    """The pipeline of the MovieLens example, on tables in ``folder/data`` and a workspace in ``folder/work``."""
+    config = load_config(EXAMPLE)
+    tables = {name: one.model_copy(update={"path": f"{folder}/data/{name}"}) for name, one in config.tables.items()}
+    return Pipeline(config.model_copy(update={"tables": tables, "workspace": f"{folder}/work"}), Progress())
 
 
 def main() -> None:
@@ -42,13 +49,7 @@ def main() -> None:
                 os.environ["CORANK_TRAINING__SEED"] = str(seed)
                 if quick:
                     os.environ["CORANK_TRAINING__EPOCHS"] = "1"
-                config = load_config(EXAMPLE)
-                tables = {
-                    name: one.model_copy(update={"path": f"{folder}/data/{name}"})
-                    for name, one in config.tables.items()
-                }
-                config = config.model_copy(update={"tables": tables, "workspace": f"{folder}/work"})
-                pipeline = Pipeline(config, Progress())
+                pipeline = example_pipeline(Path(folder))
                 if seed == 0:
                     pipeline.validate(pipeline.partitions)
                     pipeline.build_samples(pipeline.partitions)
@@ -75,11 +76,7 @@ def main() -> None:
             stop_ray()
     Console().print(table)
     goal = {"goal": "> 0", "value": round(lowest, 4), "holds": lowest > 0}
-    print(
-        json.dumps(
-            {"benchmark": "movielens", "results": results, "goals": {"lowest_lower_bound_of_auc_difference": goal}}
-        )
-    )
+    print_results("movielens", results, {"lowest_lower_bound_of_auc_difference": goal})
     sys.exit(0 if lowest > 0 or quick else 1)
 
 

@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from deltalake import DeltaTable
 from rich.console import Console
 from rich.table import Table
 
 from features.batch import Items, RequestBatch, Timeline, Users, collate, concatenate, cut
-from features.reader import SampleSource
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
 from models.losses import task_losses
 from models.memory import keep_freed_memory
@@ -200,26 +198,21 @@ def _against_impressions(
 
 def movielens_rows(folder: Path) -> tuple[pa.Table, Schema]:
     """The sample table of the MovieLens example, every row, shuffled."""
-    from pipeline.config import load_config
     from pipeline.importers.movielens import import_movielens
-    from pipeline.progress import Progress
     from pipeline.runtime import stop_ray
-    from pipeline.stages import Pipeline
+    from pipeline.stages import FOREVER
+    from tests.benchmarks.movielens import example_pipeline
 
     import_movielens(folder / "data")
-    config = load_config("pipeline/examples/movielens.yaml")
-    tables = {name: one.model_copy(update={"path": str(folder / "data" / name)}) for name, one in config.tables.items()}
-    pipeline = Pipeline(config.model_copy(update={"tables": tables, "workspace": str(folder / "work")}), Progress())
+    pipeline = example_pipeline(folder)
     try:
         pipeline.validate(pipeline.partitions)
         pipeline.build_samples(pipeline.partitions)
     finally:
         stop_ray()
-    root = str(folder / "work" / "tables" / "samples")
-    partitions = tuple(sorted({one["dt"] for one in DeltaTable(root).partitions()}))
-    source = SampleSource(root, config.schema_, partitions, 0, 2**62)
+    source = pipeline.source(0, FOREVER)
     rows = concatenate([source.read(file) for file in source.files()])
-    return rows.take(pa.array(np.random.default_rng(0).permutation(rows.num_rows))), config.schema_
+    return rows.take(pa.array(np.random.default_rng(0).permutation(rows.num_rows))), source.schema
 
 
 def measure_training(size: Size, quick: bool, device: torch.device, table: Table) -> dict[str, float]:

@@ -178,7 +178,7 @@ class MixFormer(RankingModel):
         e_C = self.inputs.concatenate(self.schema.item_side, items.fields)
         request = items.request.to(e_C.device)
         if user_state.features is not None:
-            e_C = torch.cat([user_state.features[request], e_C], dim=-1)
+            e_C = torch.cat([user_state.features.index_select(0, request), e_C], dim=-1)
         x_GCD = self.item_split(e_C)
         plan = plan_attention(user_state.seen, items.offsets.diff(), x_GCD.device)
         received: list[Tensor | None] = [one.index_select(1, request) for one in user_state.received]
@@ -186,7 +186,9 @@ class MixFormer(RankingModel):
         for block, sent, layer in zip(self._blocks(), received, user_state.events.layers, strict=True):
             x_GCD = block.item_heads(x_GCD, sent, layer, plan)
         first = self.towers.first_layer(x_GCD, self.item_side)
-        logits: Tensor = self.towers(first if user_state.tower is None else first + user_state.tower[request])
+        if user_state.tower is not None:
+            first = first + user_state.tower.index_select(0, request)
+        logits: Tensor = self.towers(first)
         return logits
 
     def _blocks(self) -> list[MixFormerBlock]:

@@ -155,6 +155,17 @@ def test_appending_events_to_a_timeline_state_equals_computing_it_whole(variant:
 
 
 @every_model
+def test_no_sum_of_a_training_step_depends_on_the_order_of_threads(variant: str) -> None:
+    """Indexing with a tensor adds its gradients up by atomics, in whatever order the threads come."""
+    model, batch = make_model(SCHEMA, variant).train(), batch_of(3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(batch).sum().backward()
+    names = {event.key.removeprefix("autograd::engine::evaluate_function: ") for event in profile.key_averages()}
+    assert "IndexSelectBackward0" in names
+    assert "IndexBackward0" not in names
+
+
+@every_model
 def test_an_empty_batch_has_no_scores(variant: str) -> None:
     batch = collate(make_rows(SCHEMA, 1).slice(0, 0), SCHEMA)
     assert make_model(SCHEMA, variant)(batch).shape == (0, 2)

@@ -48,7 +48,7 @@ UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. De
 def guarded(debug: bool) -> Iterator[None]:
     """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
     from features.errors import CorankError
-    from pipeline.runtime import quiet, stop_ray
+    from pipeline.runtime import insistent_interrupts, quiet, stop_ray
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -56,7 +56,8 @@ def guarded(debug: bool) -> Iterator[None]:
     quiet()
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        with insistent_interrupts():
+            yield
     except CorankError as error:
         _fail(str(error), error.exit_code, debug)
     except (typer.Exit, typer.Abort):

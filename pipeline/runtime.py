@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pipeline.config import RayConfig
 
@@ -25,6 +28,36 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def insistent_interrupts(every: float = 3.0) -> Iterator[None]:
+    """Repeat a SIGINT or SIGTERM that the main thread got, every few seconds, until the block has ended.
+
+    A handler raises its exception wherever the main thread happens to be. Inside a destructor or the callback of a
+    weak reference Python prints the exception and drops it, and the command would run on.
+    """
+    ended = threading.Event()
+    main = threading.main_thread().ident
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def insist() -> None:
+        while number := reader.recv(1):  # every signal writes its number; so does every repetition
+            if number[0] in (signal.SIGINT, signal.SIGTERM) and main is not None and not ended.wait(every):
+                signal.pthread_kill(main, number[0])
+
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=insist, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        writer.close()
+        watcher.join()
+        reader.close()
 
 
 def ensure_ray(config: RayConfig) -> None:

@@ -12,7 +12,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -160,25 +159,31 @@ def train(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    # fit() runs beside the main thread: there it would take over Ctrl-C and keep it
-    pool = ThreadPoolExecutor(max_workers=1)
-    running = pool.submit(trainer.fit)
+    running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(trainer)
     try:
-        while not running.done():
+        while not ray.wait([running], timeout=0)[0]:
             try:
                 progress(reports.get(timeout=0.5))
             except Empty:
                 continue
     finally:
-        pool.shutdown(wait=False)
         reports.shutdown(force=True)
-    result = running.result()
-    if result.checkpoint is None:
+    checkpoint = ray.get(running)
+    if checkpoint is None:
         raise CorankError(f"training {job.name} ended without a checkpoint in {storage}; run again to continue it")
-    with result.checkpoint.as_directory() as directory:
+    with checkpoint.as_directory() as directory:
         state = torch.load(Path(directory) / "state.pt", weights_only=True)
     model.load_state_dict(state["best"])
     return TrainingResult(model.eval(), state["history"])
+
+
+def _fit(trainer: Any) -> Any:
+    """Run the trainer in a Ray task, which ends with Ray.
+
+    In the driver's main thread it would take over Ctrl-C and keep it; in another thread of the driver it may reach
+    for Ray after an interrupt has stopped it, and Ray then starts anew and waits for ever.
+    """
+    return trainer.fit().checkpoint
 
 
 def _reserved_cpus(options: TrainingConfig, elastic: bool) -> float:

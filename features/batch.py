@@ -190,7 +190,7 @@ def sample_schema(schema: Schema) -> pa.Schema:
         [
             pa.field("item_id", pa.string()),
             pa.field("item_known", pa.bool_()),
-            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.side("item")],
+            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.item_side],
             *[pa.field(label_column(task), pa.int8()) for task in schema.tasks],
             pa.field("weight", pa.float32()),
         ]
@@ -201,7 +201,7 @@ def sample_schema(schema: Schema) -> pa.Schema:
             pa.field("ts", pa.int64()),
             pa.field("user_known", pa.bool_()),
             *[pa.field(end_column(sequence), pa.int32()) for sequence in schema.sequences],
-            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.side("user", "context")],
+            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.user_side],
             pa.field("candidates", pa.list_(candidate)),
         ]
     )
@@ -279,8 +279,7 @@ def collate(rows: pa.Table, schema: Schema) -> RequestBatch:
     }
     users = Users(
         fields={
-            feature.name: _values(feature, requests.field(feature_column(feature)))
-            for feature in schema.side("user", "context")
+            feature.name: _values(feature, requests.field(feature_column(feature))) for feature in schema.user_side
         },
         timeline=torch.from_numpy(np.repeat(np.arange(rows.num_rows), np.diff(_offsets(lists)))),
         end={sequence.name: _tensor(requests.field(end_column(sequence)), np.int64) for sequence in schema.sequences},
@@ -288,7 +287,7 @@ def collate(rows: pa.Table, schema: Schema) -> RequestBatch:
     )
     items = Items(
         fields={
-            feature.name: _values(feature, candidates.field(feature_column(feature))) for feature in schema.side("item")
+            feature.name: _values(feature, candidates.field(feature_column(feature))) for feature in schema.item_side
         },
         offsets=torch.from_numpy(_offsets(candidate_lists)),
     )

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Side = Literal["user", "item", "context"]
+Side = Literal["user", "item", "context", "cross"]
 Kind = Literal["id", "category", "number"]
 Grain = Literal["hour", "day", "week"]
 
@@ -53,6 +53,7 @@ class FieldSpec(Declaration):
     buckets: int = Field(65_536, ge=2, description="rows of an id's embedding table, row 0 included")
     vocabulary: tuple[str, ...] | None = Field(None, description="all values of a category")
     dim: int = Field(16, ge=1, description="embedding width of this feature")
+    scale: Literal["linear", "log"] = Field("linear", description="log: a number x ≥ 0 enters as log(1 + x)")
 
     @model_validator(mode="before")
     @classmethod
@@ -65,6 +66,8 @@ class FieldSpec(Declaration):
     def _kind_has_what_it_needs(self) -> FieldSpec:
         if (self.kind == "category") != (self.vocabulary is not None):
             raise ValueError("a category lists its vocabulary, and nothing else does")
+        if self.scale == "log" and self.kind != "number":
+            raise ValueError("scale: log is for numbers (kind: number)")
         return self
 
     @property
@@ -83,16 +86,63 @@ class FieldSpec(Declaration):
         return len(self.vocabulary) + 1 if self.vocabulary is not None else self.buckets
 
 
+class Aggregate(Declaration):
+    """What to count in the log, over how many partitions (DESIGN §2).
+
+    A feature of side ``user`` or ``item`` counts the rows of its user or item; one of side ``cross`` the rows of
+    its user and a ``key`` of the item, such as its genre. A request reads the counts as of the close of the newest
+    partition before it (and ``aggregates_delay_seconds`` after that), so nothing of its own partition leaks in.
+    """
+
+    of: str = Field("impressions", description="table whose rows are counted: impressions or an event table")
+    function: Literal["count", "sum", "mean", "rate"] = "count"
+    column: Name | None = Field(None, description="what to sum; for a rate a column of 0 and 1. Null is not counted")
+    where: str | None = Field(None, description="SQL condition that selects the rows")
+    window: int | None = Field(None, ge=1, description="newest partitions that count; default: all")
+    key: Name | None = Field(None, description="side cross: a column of items (one value or a list), or item_id")
+    prior: float | None = Field(None, description="a mean or rate starts here …")
+    prior_weight: float = Field(1.0, gt=0, description="… as if it had been seen in so many rows")
+
+    @model_validator(mode="after")
+    def _function_has_what_it_needs(self) -> Aggregate:
+        if (self.function == "count") != (self.column is None):
+            raise ValueError(f"{self.function} {'needs a' if self.column is None else 'takes no'} column")
+        if self.prior is not None and self.function not in ("mean", "rate"):
+            raise ValueError("prior: only a mean or a rate has one")
+        return self
+
+
 class Feature(FieldSpec):
-    """A non-sequential feature of the user, the item or the request's context."""
+    """A non-sequential feature of the user, the item, the request's context, or user and item together.
+
+    It is read from a column of the side's table, or counted in the log (``aggregate``).
+    """
 
     side: Side
     multi: bool = Field(False, description="a list of values per row, mean-pooled")
+    aggregate: Aggregate | None = Field(None, description="a windowed aggregate of the log instead of a column")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _aggregates_are_numbers(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("aggregate") is not None:
+            return {"kind": "number", **data}
+        return data
 
     @model_validator(mode="after")
-    def _numbers_are_single(self) -> Feature:
+    def _parts_fit_together(self) -> Feature:
         if self.multi and self.kind == "number":
             raise ValueError("a number has one value per row (multi: false)")
+        if self.aggregate is None:
+            if self.side == "cross":
+                raise ValueError("a feature of side cross is an aggregate")
+            return self
+        if self.kind != "number" or self.column is not None:
+            raise ValueError("an aggregate is a number of its own; leave kind and column out")
+        if self.side == "context":
+            raise ValueError("an aggregate has side user, item or cross")
+        if (self.side == "cross") != (self.aggregate.key is not None):
+            raise ValueError("aggregate.key names what is crossed with the user; side cross needs it, others have none")
         return self
 
 
@@ -150,13 +200,17 @@ class Schema(Declaration):
         return self
 
     def side(self, *sides: Side) -> tuple[Feature, ...]:
-        """The features of these sides, in order of declaration."""
-        return tuple(feature for feature in self.features if feature.side in sides)
+        """The features that are read from columns of these sides' tables, in order of declaration."""
+        return tuple(feature for feature in self.features if feature.side in sides and feature.aggregate is None)
+
+    def aggregates(self, *sides: Side) -> tuple[Feature, ...]:
+        """The features of these sides that are counted in the log, in order of declaration."""
+        return tuple(feature for feature in self.features if feature.side in sides and feature.aggregate is not None)
 
     @property
     def user_side(self) -> tuple[Feature, ...]:
         """Features that no candidate can change: those of the user and of the request's context."""
-        return self.side("user", "context")
+        return tuple(feature for feature in self.features if feature.side in ("user", "context"))
 
     @property
     def item_side(self) -> tuple[Feature, ...]:
@@ -168,6 +222,15 @@ class Schema(Declaration):
         yield from self.features
         for sequence in self.sequences:
             yield from sequence.fields
+
+
+def partition_number(partition: str, grain: Grain) -> int:
+    """How many partitions lie between the epoch and this one: consecutive partitions have consecutive numbers."""
+    anchor = EPOCH_MONDAY if grain == "week" else datetime(1970, 1, 1, tzinfo=UTC)
+    return int(
+        (partition_bounds(partition, grain)[0] - anchor.timestamp() * SECOND)
+        // (GRAIN_LENGTH[grain] // timedelta(microseconds=1))
+    )
 
 
 def partition_of(ts: int, grain: Grain) -> str:

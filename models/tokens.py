@@ -90,7 +90,7 @@ def token_groups(schema: Schema, config: HyFormerConfig, tokens: int) -> list[To
         groups = [schema.features]
     elif config.groups is None:
         sides = dict.fromkeys(feature.side for feature in schema.features)
-        groups = [schema.side(side) for side in sides]
+        groups = [tuple(feature for feature in schema.features if feature.side == side) for side in sides]
     else:
         by_name = {feature.name: feature for feature in schema.features}
         named = [name for group in config.groups.values() for name in group]

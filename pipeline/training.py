@@ -89,8 +89,8 @@ class _NumberSums:
         columns: dict[str, list[Any]] = {"field": [], "count": [], "sum": [], "squares": []}
         if rows.num_rows:
             batch = collate(rows, self.schema)
-            sources = [(feature, batch.users.fields) for feature in self.schema.side("user", "context")]
-            sources += [(feature, batch.items.fields) for feature in self.schema.side("item")]
+            sources = [(feature, batch.users.fields) for feature in self.schema.user_side]
+            sources += [(feature, batch.items.fields) for feature in self.schema.item_side]
             values = [(field.embedding, fields[field.name]) for field, fields in sources if field.kind == "number"]
             values += [
                 (field.embedding, batch.timelines[sequence.name].fields[field.name])

@@ -2,48 +2,115 @@
 
 from __future__ import annotations
 
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 
-from features.lake import Table
-from features.samples import SAMPLES, STATE, build_partitions, fold_bucket
+from features.batch import sample_schema
+from features.fold import (
+    ITEM_AGGREGATES,
+    SAMPLES,
+    STATE,
+    USER_AGGREGATES,
+    BuildSettings,
+    fold_bucket,
+    fold_items,
+    item_aggregates_schema,
+    item_deltas,
+    state_schema,
+    user_aggregates_schema,
+)
+from features.lake import DataFile, Table, replace_partition, write_file
+from features.samples import build_partitions
 from features.schema import SECOND
-from tests.features.worlds import DAYS, expected_rows, settings, write_world
+from tests.features.worlds import COUNTING, DAY, DAYS, expected_rows, settings, write_world
+
+GAPPED = ["2026-01-05", "2026-01-06", "2026-01-08", "2026-01-09", "2026-01-13"]
+"""Days with gaps; a snapshot of the states falls between them."""
 
 
-def built(path: Path, tables: dict[str, Table], log_delay: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """Rows by day and user, folded in this process."""
-    rows: dict[str, dict[str, dict[str, Any]]] = {day: {} for day in DAYS}
-    for bucket in range(2):
-        for table, day, content, _ in fold_bucket(settings(tables, path, log_delay), bucket, DAYS, []):
-            if table == SAMPLES:
-                for row in content.to_pylist():
-                    user = row.pop("user_id")
-                    assert user not in rows[day]
-                    rows[day][user] = row
-    return rows
+def fold_all(one: BuildSettings, days: list[str], earlier: list[str]) -> None:
+    """What :func:`build_partitions` does, in this process."""
+    parts = pl.concat([part for bucket in range(one.buckets) for part in item_deltas(one, bucket, days)])
+    schemas = {
+        ITEM_AGGREGATES: item_aggregates_schema(one.schema),
+        STATE: state_schema(one.schema),
+        USER_AGGREGATES: user_aggregates_schema(one.schema),
+        SAMPLES: sample_schema(one.schema),
+    }
+    files: dict[tuple[str, str], list[DataFile]] = {(table, day): [] for table in schemas for day in days}
+
+    def write(table: str, day: str, bucket: int, rows: pa.Table) -> None:
+        if rows.num_rows:
+            where = {"dt": day, "bucket": str(bucket)}
+            files[table, day].append(write_file(one.table_root(table), rows, where, {}))
+
+    for bucket in range(one.buckets):
+        for day, rows in fold_items(one, bucket, parts.filter(pl.col("bucket") == bucket), days, earlier):
+            write(ITEM_AGGREGATES, day, bucket, rows)
+    for day in days:
+        replace_partition(
+            one.table_root(ITEM_AGGREGATES), day, files[ITEM_AGGREGATES, day], schemas[ITEM_AGGREGATES], {}
+        )
+    for bucket in range(one.buckets):
+        for table, day, rows, _ in fold_bucket(one, bucket, days, earlier):
+            write(table, day, bucket, rows)
+    for table, day in files:
+        if table != ITEM_AGGREGATES:
+            replace_partition(one.table_root(table), day, files[table, day], schemas[table], {})
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("log_delay", [0, 3 * SECOND])
-def test_samples_equal_a_plain_python_reading_of_the_rules(tmp_path: Path, seed: int, log_delay: int) -> None:
-    tables = write_world(tmp_path, seed)
-    rows = built(tmp_path / "out", tables, log_delay)
-    for day in DAYS:
-        assert rows[day] == expected_rows(tables, day, log_delay)
+def sample_rows(one: BuildSettings, day: str) -> dict[str, dict[str, Any]]:
+    """Rows of a day by user."""
+    rows = Table(SAMPLES, one.table_root(SAMPLES)).scan([day]).collect().drop("dt", "bucket").to_dicts()
+    users = [row.pop("user_id") for row in rows]
+    assert len(set(users)) == len(users)
+    return dict(zip(users, rows, strict=True))
+
+
+@settings_of_hypothesis(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    log_delay=st.sampled_from([0, 3 * SECOND]),
+    aggregates_delay=st.sampled_from([0, 5 * SECOND, 2 * DAY]),
+    cuts=st.sets(st.integers(1, 4)),
+)
+def test_samples_equal_a_plain_python_reading_of_the_rules(
+    seed: int, log_delay: int, aggregates_delay: int, cuts: set[int]
+) -> None:
+    """In however many runs the partitions are built."""
+    with tempfile.TemporaryDirectory() as folder:
+        tables = write_world(Path(folder), seed, days=GAPPED)
+        one = settings(tables, Path(folder) / "out", log_delay, 2, COUNTING, aggregates_delay)
+        edges = [0, *sorted(cuts), len(GAPPED)]
+        for start, stop in pairwise(edges):
+            fold_all(one, GAPPED[start:stop], GAPPED[:start])
+        for day in tables["impressions"].partitions():
+            assert sample_rows(one, day) == expected_rows(tables, day, log_delay, COUNTING, aggregates_delay, GAPPED)
 
 
 def shown(tables: dict[str, Table]) -> dict[str, int]:
     return {day: tables["impressions"].scan([day]).collect().height for day in DAYS}
 
 
+OWNERS = {SAMPLES: "user_id", STATE: "user_id", USER_AGGREGATES: "user_id", ITEM_AGGREGATES: "item_id"}
+
+
 def test_a_request_never_sees_an_event_of_its_own_time(tmp_path: Path) -> None:
     tables = write_world(tmp_path, seed=3)
-    for users in built(tmp_path / "out", tables, 0).values():
-        for row in users.values():
+    one = settings(tables, tmp_path / "out")
+    fold_all(one, DAYS, [])
+    for day in DAYS:
+        for row in sample_rows(one, day).values():
             for request in row["requests"]:
                 visible = row["watched__ts"][: request["end__watched"]]
                 assert all(ts < request["ts"] for ts in visible)
@@ -53,15 +120,14 @@ def test_a_request_never_sees_an_event_of_its_own_time(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_day_by_day_builds_the_same_tables_as_all_at_once(tmp_path: Path, local_ray: None) -> None:
     tables = write_world(tmp_path, seed=1, users=12)
-    whole, steps = settings(tables, tmp_path / "whole"), settings(tables, tmp_path / "steps")
+    whole, steps = (settings(tables, tmp_path / name, schema=COUNTING) for name in ("whole", "steps"))
     counts = build_partitions(whole, DAYS, [], shown(tables), lambda *_: None)
     for index, day in enumerate(DAYS):
         counts_of_day = build_partitions(steps, [day], DAYS[:index], shown(tables), lambda *_: None)
         assert counts_of_day[day] == counts[day]
-    for name in (SAMPLES, STATE):
+    for name, owner in OWNERS.items():
         frames = [
-            Table(name, one.table_root(name)).scan().collect().sort("dt", "user_id").to_dicts()
-            for one in (whole, steps)
+            Table(name, one.table_root(name)).scan().collect().sort("dt", owner).to_dicts() for one in (whole, steps)
         ]
         assert frames[0] == frames[1]
         assert frames[0]

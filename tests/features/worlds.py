@@ -6,13 +6,25 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from features.batch import end_column, feature_column, label_column, timeline_column
 from features.encoding import bucket_of, hash_id
+from features.fold import BuildSettings
 from features.lake import Table
-from features.samples import BuildSettings
-from features.schema import SECOND, Feature, FieldSpec, Schema, Sequence, Task, partition_bounds, partition_of
+from features.schema import (
+    SECOND,
+    Aggregate,
+    Feature,
+    FieldSpec,
+    Schema,
+    Sequence,
+    Task,
+    partition_bounds,
+    partition_number,
+    partition_of,
+)
 
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]
 DAY = 86_400 * SECOND
@@ -48,12 +60,39 @@ SCHEMA = Schema(
     tasks=(Task(name="click"),),
 )
 
+COUNTING = SCHEMA.model_copy(
+    update={
+        "features": (
+            *SCHEMA.features,
+            Feature(name="clicked", side="item", aggregate=Aggregate(function="rate", column="click", window=2)),
+            Feature(name="shown", side="item", scale="log", aggregate=Aggregate()),
+            Feature(
+                name="watched_seconds",
+                side="user",
+                aggregate=Aggregate(of="events", function="sum", column="seconds", where="action = 'watch'", window=1),
+            ),
+            Feature(
+                name="mean_seconds",
+                side="user",
+                aggregate=Aggregate(of="events", function="mean", column="seconds", prior=2.0, prior_weight=3.0),
+            ),
+            Feature(
+                name="color_clicks",
+                side="cross",
+                aggregate=Aggregate(function="rate", column="click", key="colors", window=3),
+            ),
+            Feature(name="item_events", side="cross", aggregate=Aggregate(of="events", key="item_id", window=2)),
+        )
+    }
+)
+"""The same with windowed aggregates of every side and function."""
 
-def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2) -> dict[str, Table]:
-    """Three days of a log with ties in time, users and items without profile, and changing profiles."""
+
+def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2, days: list[str] = DAYS) -> dict[str, Table]:
+    """Some days of a log with ties in time, users and items without profile, and changing profiles."""
     rng = random.Random(seed)
-    opening = partition_bounds(DAYS[0], "day")[0]
-    moments = [opening + day * DAY + second * SECOND for day in range(3) for second in range(12)]
+    opening = partition_bounds(days[0], "day")[0]
+    moments = [partition_bounds(day, "day")[0] + second * SECOND for day in days for second in range(12)]
     impressions: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     for user in range(users):
@@ -119,12 +158,29 @@ def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2) -> dict
     return tables
 
 
-def settings(tables: dict[str, Table], root: Path, log_delay: int = 0, buckets: int = 2) -> BuildSettings:
-    return BuildSettings(tables, SCHEMA, "day", buckets, log_delay, str(root), now=2**60)
+def settings(
+    tables: dict[str, Table],
+    root: Path,
+    log_delay: int = 0,
+    buckets: int = 2,
+    schema: Schema = SCHEMA,
+    aggregates_delay: int = 0,
+) -> BuildSettings:
+    return BuildSettings(
+        tables, schema, "day", buckets, log_delay, str(root), now=2**60, aggregates_delay=aggregates_delay
+    )
 
 
-def expected_rows(tables: dict[str, Table], day: str, log_delay: int) -> dict[str, dict[str, Any]]:
+def expected_rows(
+    tables: dict[str, Table],
+    day: str,
+    log_delay: int,
+    schema: Schema = SCHEMA,
+    aggregates_delay: int = 0,
+    days: list[str] = DAYS,
+) -> dict[str, dict[str, Any]]:
     """Rows of one day by user, read off DESIGN §2 sentence by sentence."""
+    world = World(tables, days, aggregates_delay)
     impressions = tables["impressions"].scan().collect().to_dicts()
     events = tables["events"].scan().collect().to_dicts()
     result: dict[str, dict[str, Any]] = {}
@@ -152,15 +208,24 @@ def expected_rows(tables: dict[str, Table], day: str, log_delay: int) -> dict[st
                 row[timeline_column(sequence, field)] = values
         for index, (ts, request_id) in enumerate(sorted(requests)):
             profile = _as_of(tables["users"], "user_id", user, ts)
+            known = profile is not None or world.seen("user_id", user, ts)
+            counted = [one for one in schema.features if one.aggregate is not None]
             candidates = []
             for shown_row in sorted(requests[ts, request_id], key=lambda one: one["position"]):
-                item = _as_of(tables["items"], "item_id", str(shown_row["item_id"]), ts)
+                name = str(shown_row["item_id"])
+                item = _as_of(tables["items"], "item_id", name, ts)
+                item_known = item is not None or world.seen("item_id", name, ts)
                 candidates.append(
                     {
-                        "item_id": str(shown_row["item_id"]),
-                        "item_known": item is not None,
-                        "feature__item_id": hash_id(shown_row["item_id"]) if item else 0,
+                        "item_id": name,
+                        "item_known": item_known,
+                        "feature__item_id": hash_id(name) if item_known else 0,
                         "feature__colors": [COLORS.index(color) + 1 for color in item["colors"]] if item else [],
+                        **{
+                            feature_column(one): world.value(one, user, name, ts)
+                            for one in counted
+                            if one.side in ("item", "cross")
+                        },
                         label_column(SCHEMA.tasks[0]): shown_row["click"],
                         "weight": 1.0,
                     }
@@ -170,16 +235,77 @@ def expected_rows(tables: dict[str, Table], day: str, log_delay: int) -> dict[st
                 {
                     "request_id": request_id,
                     "ts": ts,
-                    "user_known": profile is not None,
+                    "user_known": known,
                     **{end_column(sequence): ends[sequence.name][index] for sequence in SCHEMA.sequences},
-                    feature_column(SCHEMA.features[0]): hash_id(user) if profile else 0,
+                    feature_column(SCHEMA.features[0]): hash_id(user) if known else 0,
                     feature_column(SCHEMA.features[1]): profile["age"] if profile else None,
                     feature_column(SCHEMA.features[2]): {"tv": 1, "phone": 2}.get(device, 0),
+                    **{feature_column(one): world.value(one, user, "", ts) for one in counted if one.side == "user"},
                     "candidates": candidates,
                 }
             )
         result[user] = row
     return result
+
+
+class World:
+    """Windowed aggregates of a log, counted row by row for every question."""
+
+    def __init__(self, tables: dict[str, Table], days: list[str], delay: int) -> None:
+        self.tables = tables
+        self.rows = {name: tables[name].scan().collect().to_dicts() for name in ("impressions", "events")}
+        self.days = days
+        self.delay = delay
+
+    def newest(self, ts: int) -> int | None:
+        """Number of the newest partition whose counts are known at ``ts``."""
+        closed = [day for day in self.days if partition_bounds(day, "day")[1] + self.delay <= ts]
+        return partition_number(closed[-1], "day") if closed else None
+
+    def seen(self, key: str, value: str, ts: int) -> bool:
+        newest = self.newest(ts)
+        return newest is not None and any(
+            str(row[key]) == value and partition_number(row["dt"], "day") <= newest
+            for rows in self.rows.values()
+            for row in rows
+            if row["dt"] in self.days
+        )
+
+    def value(self, feature: Feature, user: str, item: str, ts: int) -> float | None:
+        aggregate, newest = feature.aggregate, self.newest(ts)
+        assert aggregate is not None
+        if aggregate.key == "item_id":
+            keys: list[str] = [item]
+        else:
+            profile = _as_of(self.tables["items"], "item_id", item, ts) if aggregate.key else None
+            keys = profile["colors"] if profile else []
+        values: list[float] = []
+        for row in self.rows[aggregate.of] if newest is not None else []:
+            number = partition_number(row["dt"], "day")
+            if row["dt"] not in self.days or number > newest or number <= newest - (aggregate.window or 10**9):
+                continue
+            if aggregate.where is not None and row["action"] != "watch":
+                continue
+            value = 1.0 if aggregate.column is None else row[aggregate.column]
+            if value is None:
+                continue
+            if feature.side == "item":
+                values += [value] * (str(row["item_id"]) == item)
+            elif str(row["user_id"]) == user and feature.side == "user":
+                values.append(value)
+            elif str(row["user_id"]) == user and aggregate.key == "item_id":
+                values += [value] * (str(row["item_id"]) in keys)
+            elif str(row["user_id"]) == user:
+                then = _as_of(self.tables["items"], "item_id", str(row["item_id"]), row["ts"])
+                values += [value] * len(set(keys) & set(then["colors"] if then else []))
+        count, total = len(values), sum(values)
+        if aggregate.function == "count":
+            return float(np.log1p(count).astype(np.float32)) if feature.scale == "log" else float(count)
+        if aggregate.function == "sum":
+            return total
+        if aggregate.prior is not None:
+            count, total = count + aggregate.prior_weight, total + aggregate.prior * aggregate.prior_weight
+        return float(np.float32(total / count)) if count else None
 
 
 def _as_of(table: Table, key: str, value: str, ts: int) -> dict[str, Any] | None:

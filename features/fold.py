@@ -38,6 +38,7 @@ from features.batch import (
     candidate_counts,
     code_type,
     end_column,
+    event_id_column,
     feature_column,
     label_column,
     sample_schema,
@@ -54,7 +55,8 @@ SAMPLES, STATE, USER_AGGREGATES, ITEM_AGGREGATES = "samples", "state", "user_agg
 SNAPSHOT_EVERY = 16
 """A state table holds all its owners in one of so many partitions, so that reading it never goes back further."""
 
-EVENT_ID = "event_id"
+EVENT_ID = "__event_id"
+"""Hashed ids of events while a bucket is folded; no field of the user's own has this name."""
 
 
 @dataclass(frozen=True)
@@ -107,26 +109,29 @@ def state_schema(schema: Schema) -> pa.Schema:
         for sequence in schema.sequences
         for event_field, kind in _timeline_types(sequence)
     ]
-    return _partitioned([pa.field("user_id", pa.string()), pa.field("ts", pa.int64()), *lists])
+    ids = [pa.field(event_id_column(sequence), pa.list_(pa.int64())) for sequence in schema.sequences]
+    return partitioned([pa.field("user_id", pa.string()), pa.field("ts", pa.int64()), *lists, *ids])
 
 
 def user_aggregates_schema(schema: Schema) -> pa.Schema:
     """A user's counts in the window and, in lists, those per key; known from ``ts`` on. One row per change."""
     fields = state_fields(schema.aggregates("user"), schema.aggregates("cross"))
-    return _partitioned([pa.field("user_id", pa.string()), pa.field("ts", pa.int64()), *fields])
+    return partitioned([pa.field("user_id", pa.string()), pa.field("ts", pa.int64()), *fields])
 
 
 def item_aggregates_schema(schema: Schema) -> pa.Schema:
     """An item's counts in the window, known from ``ts`` on. One row per change."""
     fields = state_fields(schema.aggregates("item"))
-    return _partitioned([pa.field("item_id", pa.string()), pa.field("ts", pa.int64()), *fields])
+    return partitioned([pa.field("item_id", pa.string()), pa.field("ts", pa.int64()), *fields])
 
 
-def _partitioned(fields: list[pa.Field]) -> pa.Schema:
+def partitioned(fields: list[pa.Field]) -> pa.Schema:
+    """These columns, and dt and bucket."""
     return pa.schema([*fields, pa.field("dt", pa.string()), pa.field("bucket", pa.string())])
 
 
-def _unpartitioned(schema: pa.Schema) -> pa.Schema:
+def unpartitioned(schema: pa.Schema) -> pa.Schema:
+    """The columns of a Parquet file below dt=…/bucket=…"""
     return pa.schema([one for one in schema if one.name not in ("dt", "bucket")])
 
 
@@ -264,10 +269,11 @@ def _new_events(settings: BuildSettings, sequence: BehaviourSequence, events: pl
     """Encoded events of one partition, ordered by (user, ts, event_id)."""
     if sequence.where is not None:
         events = events.filter(pl.sql_expr(sequence.where))
-    return events.sort("user_id", "ts", EVENT_ID).select(
+    return events.sort("user_id", "ts", "event_id").select(
         "user_id",
         "ts",
         *[encode(event_field, pl.col(event_field.source)).alias(event_field.name) for event_field in sequence.fields],
+        hash_ids(pl.col("event_id")).alias(EVENT_ID),
     )
 
 
@@ -279,7 +285,8 @@ def _load_state(settings: BuildSettings, bucket: int, earlier: Sequence[str]) ->
     state = {}
     for sequence in schema.sequences:
         columns = [timeline_column(sequence, event_field) for event_field, _ in _timeline_types(sequence)]
-        names = ["ts", *(event_field.name for event_field in sequence.fields)]
+        columns.append(event_id_column(sequence))
+        names = ["ts", *(event_field.name for event_field in sequence.fields), EVENT_ID]
         filled = rows.filter(pl.col(columns[0]).list.len() > 0)
         state[sequence.name] = (
             filled.select("user_id", *columns).explode(columns).rename(dict(zip(columns, names, strict=True)))
@@ -407,7 +414,7 @@ def _advance_users(
     ).with_columns(pl.col(delta_column(column)).fill_null(0) for column in columns)
     for one in lists:
         result = result.join(one, on="user_id", how="left")
-    arrow = _unpartitioned(user_aggregates_schema(settings.schema))
+    arrow = unpartitioned(user_aggregates_schema(settings.schema))
     return _to_arrow(result.select(arrow.names).sort("user_id"), arrow)
 
 
@@ -446,7 +453,7 @@ def fold_items(
         parts: :func:`item_deltas` of all buckets of users for this bucket of items.
     """
     tally = item_tally(settings.schema)
-    arrow = _unpartitioned(item_aggregates_schema(settings.schema))
+    arrow = unpartitioned(item_aggregates_schema(settings.schema))
     columns = value_columns(tally.features)
     previous = earlier[-1] if earlier else None
     for index, partition in enumerate(partitions):
@@ -518,7 +525,7 @@ def _samples(
 ) -> pa.Table:
     """Rows of the sample table for one bucket and partition, ordered by user."""
     schema = settings.schema
-    arrow = _unpartitioned(sample_schema(schema))
+    arrow = unpartitioned(sample_schema(schema))
     if impressions.is_empty():
         return arrow.empty_table()
     weight = pl.col("weight").cast(pl.Float32).fill_null(1.0) if "weight" in impressions.columns else pl.lit(1.0)
@@ -643,13 +650,14 @@ def _state_rows(
 ) -> pa.Table:
     """State of the users with a row in ``owners``, ordered by user."""
     schema = settings.schema
-    arrow = _unpartitioned(state_schema(schema))
+    arrow = unpartitioned(state_schema(schema))
     if not owners:
         return arrow.empty_table()
     rows = pl.concat([events.select("user_id") for events in owners.values()]).unique().sort("user_id")
     rows = rows.with_columns(pl.lit(close, pl.Int64).alias("ts"))
     for sequence in schema.sequences:
-        lists = state[sequence.name].group_by("user_id", maintain_order=True).agg(_lists(sequence))
+        event_ids = pl.col(EVENT_ID).alias(event_id_column(sequence))
+        lists = state[sequence.name].group_by("user_id", maintain_order=True).agg(*_lists(sequence), event_ids)
         rows = rows.join(lists, on="user_id", how="left", maintain_order="left")
     return _to_arrow(rows.select(arrow.names), arrow)
 

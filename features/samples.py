@@ -1,5 +1,6 @@
 """The sample builder's plan on Ray Data: which bucket is folded where, and what becomes visible when.
 
+    log laid out otherwise ──► a copy by (dt, bucket), for as long as the build takes
     log ──► deltas of items, by bucket of users ──(shuffle)──► fold of items ──► item_aggregates
     log + item_aggregates ──► fold of users, by bucket ──► samples, state, user_aggregates
 
@@ -10,13 +11,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
+from pyarrow import fs
 
 from features.batch import sample_schema
+from features.encoding import bucket_column
 from features.errors import CorankError
 from features.fold import (
     ITEM_AGGREGATES,
@@ -28,10 +32,11 @@ from features.fold import (
     fold_items,
     item_aggregates_schema,
     item_deltas,
+    partitioned,
     state_schema,
     user_aggregates_schema,
 )
-from features.lake import DataFile, replace_partition, write_file
+from features.lake import DataFile, Table, replace_partition, write_file
 
 __all__ = [
     "ITEM_AGGREGATES",
@@ -42,6 +47,16 @@ __all__ = [
     "PartitionCounts",
     "build_partitions",
 ]
+
+
+LAID_OUT = "laid_out"
+"""Folder of the copies by (dt, bucket) of tables that their owner laid out otherwise."""
+
+WHOLE = "all"
+"""The one partition of a copied profile table."""
+
+SPREAD_ROWS = 1_000_000
+"""Rows that are copied at a time; bounds memory."""
 
 
 @dataclass
@@ -85,6 +100,19 @@ def build_partitions(
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    with _laid_out(settings, partitions, progress) as by_bucket:
+        return _build(by_bucket, partitions, earlier, impressions, progress)
+
+
+def _build(
+    settings: BuildSettings,
+    partitions: Sequence[str],
+    earlier: Sequence[str],
+    impressions: Mapping[str, int],
+    progress: Callable[[str, int, int], None],
+) -> dict[str, PartitionCounts]:
+    import ray.data
+
     arguments = (settings, tuple(partitions), tuple(earlier))
     buckets = ray.data.from_items(
         [{"bucket": bucket} for bucket in range(settings.buckets)], override_num_blocks=settings.buckets
@@ -108,6 +136,51 @@ def build_partitions(
     _commit(settings, USER_AGGREGATES, user_aggregates_schema(settings.schema), partitions, files)
     _commit(settings, SAMPLES, sample_schema(settings.schema), partitions, files)
     return counts
+
+
+@contextmanager
+def _laid_out(
+    settings: BuildSettings, partitions: Sequence[str], progress: Callable[[str, int, int], None]
+) -> Iterator[BuildSettings]:
+    """Settings whose tables are all laid out by (dt, bucket).
+
+    A user's own table that is not is read once, hashed by user, and written by bucket; else every bucket would have
+    to read it whole. The copies are deleted in the end; those of a killed build, when the next one begins.
+    """
+    import ray.data
+
+    local = "://" not in settings.root
+    store, path = (fs.LocalFileSystem(), settings.root) if local else fs.FileSystem.from_uri(settings.root)
+    folder = f"{path}/{LAID_OUT}"
+    if store.get_file_info(folder).type != fs.FileType.NotFound:
+        store.delete_dir(folder)
+    roles = [role for role in [*settings.logs, "users"] if not settings.tables[role].is_bucketed()]
+    if not roles:
+        yield settings
+        return
+    slices = [{"role": role, "dt": dt} for role in roles for dt in (partitions if role != "users" else [WHOLE])]
+    spread: Any = _spread  # Ray's type of a batch function does not know fn_args
+    plan = ray.data.from_items(slices, override_num_blocks=len(slices)).map_batches(
+        spread, batch_size=1, batch_format="pyarrow", fn_args=(settings,)
+    )
+    files: Files = {}
+    try:
+        blocks: Iterator[Any] = iter(plan.iter_batches(batch_size=None, batch_format="pyarrow"))
+        for done, block in enumerate(blocks, start=1):
+            for row in block.to_pylist():
+                files.setdefault((row["table"], row["partition"]), []).append(DataFile(**json.loads(row["file"])))
+            progress("slices of tables laid out by user", done, len(slices))
+        tables = dict(settings.tables)
+        for role in roles:
+            root = f"{settings.root}/{LAID_OUT}/{role}"
+            schema = partitioned(list(_layout(settings.tables[role])))
+            for dt in partitions if role != "users" else [WHOLE]:
+                replace_partition(root, dt, files.get((role, dt), []), schema, settings.storage_options)
+            tables[role] = Table(role, root, {}, settings.storage_options)
+        yield replace(settings, tables=tables)
+    finally:
+        if store.get_file_info(folder).type != fs.FileType.NotFound:
+            store.delete_dir(folder)
 
 
 Files = dict[tuple[str, str], list[DataFile]]
@@ -163,6 +236,27 @@ WRITTEN = pa.schema(
     ]
 )
 """What a folding task gives back per table and partition: the file it wrote, if any, and counts, as JSON."""
+
+
+def _layout(table: Table) -> pa.Schema:
+    """Columns of a table as :meth:`Table.scan` gives them, without the partition's."""
+    empty = pl.DataFrame(schema=table.scan().collect_schema())
+    layout: pa.Schema = empty.to_arrow(compat_level=pl.CompatLevel.oldest()).schema
+    return pa.schema([one for one in layout if one.name not in ("dt", "bucket")])
+
+
+def _spread(batch: pa.Table, settings: BuildSettings) -> pa.Table:
+    """Write one partition of a table by bucket of users, a portion of rows at a time."""
+    written = []
+    for role, dt in zip(batch["role"].to_pylist(), batch["dt"].to_pylist(), strict=True):
+        table = settings.tables[role]
+        names = _layout(table).names
+        for portion in table.scan(None if dt == WHOLE else [dt]).collect_batches(chunk_size=SPREAD_ROWS):
+            marked = portion.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
+            for (bucket,), part in marked.partition_by("bucket", as_dict=True).items():
+                content = part.select(names).to_arrow(compat_level=pl.CompatLevel.oldest())
+                written.append(_write(settings, f"{LAID_OUT}/{role}", dt, int(bucket), content, {}) | {"table": role})
+    return pa.Table.from_pylist(written, schema=WRITTEN)
 
 
 def _count_items(batch: pa.Table, settings: BuildSettings, partitions: Sequence[str]) -> pa.Table:

@@ -139,6 +139,9 @@ class Config(Declaration):
     grain: Grain = Field(description="length of one log partition")
     buckets: int = Field(4, ge=1, le=4096, description="user-hash buckets; memory is bounded by one of them")
     log_delay_seconds: float = Field(0.0, ge=0, description="a request sees events older than this")
+    aggregates_delay_seconds: float = Field(
+        0.0, ge=0, description="after a partition's close, until its aggregates are known"
+    )
     start: str | None = Field(None, description="first partition to use; default: the oldest")
     tables: dict[str, TableConfig] = Field(description="impressions, users, items and the event tables")
     features: tuple[Feature, ...]
@@ -160,6 +163,13 @@ class Config(Declaration):
         for role in ("impressions", "users", "items"):
             if role not in self.tables:
                 raise ValueError(f"tables: {role} is missing; there are {sorted(self.tables)}")
+        for feature in schema.aggregates("user", "item", "cross"):
+            of = feature.aggregate.of if feature.aggregate else ""
+            if of not in self.tables or of in ("users", "items"):
+                raise ValueError(
+                    f"features: {feature.name} counts the rows of {of!r}, "
+                    f"but tables has only the logs {sorted(set(self.tables) - {'users', 'items'})}"
+                )
         for sequence in schema.sequences:
             if sequence.events not in self.tables:
                 raise ValueError(
@@ -187,6 +197,11 @@ class Config(Declaration):
     def log_delay(self) -> int:
         """Microseconds."""
         return round(self.log_delay_seconds * 1e6)
+
+    @property
+    def aggregates_delay(self) -> int:
+        """Microseconds."""
+        return round(self.aggregates_delay_seconds * 1e6)
 
     @property
     def gate_task(self) -> str:

@@ -79,7 +79,7 @@ class Pipeline:
     @cached_property
     def sample_inputs(self) -> dict[str, str]:
         """Per partition the digest of all that its samples are made from, the partition before included."""
-        settings = self.config.digest_of(*DATA_SECTIONS, "buckets", "log_delay_seconds", "start")
+        settings = self.config.digest_of(*DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start")
         chain: dict[str, str] = {}
         previous = ""
         for partition in self.partitions:
@@ -247,6 +247,7 @@ class Pipeline:
                 log_delay=config.log_delay,
                 root=config.path("tables"),
                 now=self.log.now,
+                aggregates_delay=config.aggregates_delay,
             )
             stage.say(f"{len(partitions)} partitions, {config.buckets} buckets")
             shown = {partition: self._record("validated", partition)["rows"]["impressions"] for partition in partitions}

@@ -158,3 +158,22 @@ def test_another_number_of_buckets_than_the_layout_is_an_error(tmp_path: Path, l
     with pytest.raises(Exception, match="Set `buckets` in the config"):
         build_partitions(one, DAYS, [], shown(tables), lambda *_: None)
     assert not Table(SAMPLES, one.table_root(SAMPLES)).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_tables_laid_out_otherwise_give_the_same_samples(tmp_path: Path, local_ray: None) -> None:
+    tables = write_world(tmp_path, seed=4, users=8)
+    flat = dict(tables)
+    for role in ("impressions", "events"):
+        rows = tables[role].scan().collect().drop("bucket")
+        rows = rows.with_columns(pl.from_epoch("ts", time_unit="us").dt.replace_time_zone("UTC"))
+        root = str(tmp_path / "flat" / role)
+        rows.rename({"user_id": "member"}).write_delta(root, delta_write_options={"partition_by": ["dt"]})
+        flat[role] = Table(role, root, {"user_id": "member"})
+    one, other = settings(tables, tmp_path / "one"), settings(flat, tmp_path / "other", buckets=3)
+    build_partitions(one, DAYS, [], shown(tables), lambda *_: None)
+    build_partitions(other, DAYS, [], shown(tables), lambda *_: None)
+    for day in DAYS:
+        assert sample_rows(other, day) == sample_rows(one, day)
+    assert not (tmp_path / "other" / "laid_out").exists()

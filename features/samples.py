@@ -23,12 +23,13 @@ from features.batch import (
     candidate_counts,
     code_type,
     end_column,
+    event_id_column,
     feature_column,
     label_column,
     sample_schema,
     timeline_column,
 )
-from features.encoding import bucket_column, encode
+from features.encoding import bucket_column, encode, hash_ids
 from features.errors import CorankError
 from features.lake import DataFile, Table, replace_partition, write_file
 from features.schema import Feature, Grain, Schema, partition_bounds
@@ -36,6 +37,8 @@ from features.schema import Sequence as BehaviourSequence
 from features.validation import quarantine
 
 SAMPLES, STATE = "samples", "state"
+EVENT_ID = "__event_id"
+"""Hashed ids of events while a bucket is folded; no field of the user's own has this name."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def state_schema(schema: Schema) -> pa.Schema:
                 for sequence in schema.sequences
                 for event_field, kind in _timeline_types(sequence)
             ],
+            *[pa.field(event_id_column(sequence), pa.list_(pa.int64())) for sequence in schema.sequences],
             pa.field("dt", pa.string()),
             pa.field("bucket", pa.string()),
         ]
@@ -248,6 +252,7 @@ def _new_events(settings: BuildSettings, sequence: BehaviourSequence, partition:
         pl.col("user_id").cast(pl.String),
         "ts",
         *[encode(event_field, pl.col(event_field.source)).alias(event_field.name) for event_field in sequence.fields],
+        hash_ids(pl.col("event_id")).alias(EVENT_ID),
     )
 
 
@@ -269,7 +274,8 @@ def _load_state(settings: BuildSettings, bucket: int, earlier: Sequence[str]) ->
     state = {}
     for sequence in schema.sequences:
         columns = [timeline_column(sequence, event_field) for event_field, _ in _timeline_types(sequence)]
-        names = ["ts", *(event_field.name for event_field in sequence.fields)]
+        columns.append(event_id_column(sequence))
+        names = ["ts", *(event_field.name for event_field in sequence.fields), EVENT_ID]
         filled = rows.filter(pl.col(columns[0]).list.len() > 0)
         state[sequence.name] = (
             filled.select("user_id", *columns).explode(columns).rename(dict(zip(columns, names, strict=True)))
@@ -417,7 +423,8 @@ def _state_rows(
     rows = pl.concat([events.select("user_id") for events in new.values()]).unique().sort("user_id")
     rows = rows.with_columns(pl.lit(close, pl.Int64).alias("ts"))
     for sequence in schema.sequences:
-        lists = state[sequence.name].group_by("user_id", maintain_order=True).agg(_lists(sequence))
+        event_ids = pl.col(EVENT_ID).alias(event_id_column(sequence))
+        lists = state[sequence.name].group_by("user_id", maintain_order=True).agg(*_lists(sequence), event_ids)
         rows = rows.join(lists, on="user_id", how="left", maintain_order="left")
     return _to_arrow(rows.select(arrow.names), arrow)
 

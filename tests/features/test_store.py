@@ -54,7 +54,8 @@ USERS = {"uid": pl.String, "city": pl.String, "segment_id": pl.Int64, "age": pl.
     "updated_at": pl.Int64,
 }
 STATE = {"user_id": pl.String, "ts": pl.Int64, "clicks__ts": pl.List(pl.Int64), "clicks__item": pl.List(pl.Int64)} | {
-    "clicks__dwell": pl.List(pl.Float32)
+    "clicks__dwell": pl.List(pl.Float32),
+    "clicks__event_id": pl.List(pl.Int64),
 }
 
 
@@ -88,8 +89,16 @@ def settings(tmp_path: Path) -> FeatureStoreSettings:
             "clicks__ts": [DAY + one for one in long],
             "clicks__item": [hash_id(one) for one in long],
             "clicks__dwell": [None if one == 3 else one / 7 for one in long],
+            "clicks__event_id": [hash_id(f"e{one}") for one in long],
         },
-        {"user_id": "b", "ts": 2 * DAY, "clicks__ts": [], "clicks__item": [], "clicks__dwell": []},
+        {
+            "user_id": "b",
+            "ts": 2 * DAY,
+            "clicks__ts": [],
+            "clicks__item": [],
+            "clicks__dwell": [],
+            "clicks__event_id": [],
+        },
     ]
     write(tmp_path / "users", users, USERS)
     write(

@@ -321,8 +321,8 @@ def _query(
         source.clock,
         keys={key: key for key in keys},
         values={feature: feature for feature in features},
-        start=None if start is None else _microseconds(start),
-        end=None if end is None else _microseconds(end),
+        start=None if start is None else microseconds(start),
+        end=None if end is None else microseconds(end),
         latest=latest,
     )
 
@@ -335,6 +335,7 @@ def _slice_bytes(config: RepoConfig) -> int:
     return int(config.offline_store.slice_bytes)
 
 
-def _microseconds(time: datetime) -> int:
+def microseconds(time: datetime) -> int:
+    """The inverse of :func:`moment`; a time without a zone is UTC."""
     aware = time if time.tzinfo is not None else time.replace(tzinfo=UTC)
     return (aware - EPOCH) // timedelta(microseconds=1)

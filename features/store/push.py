@@ -7,8 +7,10 @@ materialisation brings the same events from the log; what it does not hold yet s
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Iterable
-from typing import Any
+from datetime import datetime
+from typing import Any, cast
 
 import polars as pl
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -20,6 +22,7 @@ from features.encoding import encode, hash_ids
 from features.errors import CorankError
 from features.schema import Sequence
 from features.store.definitions import sequence_view
+from features.store.delta import microseconds
 from features.store.online import (
     READ_ROWS,
     FeatureStoreSettings,
@@ -30,7 +33,9 @@ from features.store.online import (
 from features.store.query import TIME
 
 EVENT_ID = "__event_id"
-"""Hashed id of an event in a frame of events; no field of the user's own has this name."""
+"""Hashed id of an event in a frame of events; no field of the user's own has these names."""
+
+AS_OF, OLDEST = "__as_of", "__oldest"
 
 
 class OnlineWriter:
@@ -47,6 +52,7 @@ class OnlineWriter:
     """
 
     def __init__(self, settings: FeatureStoreSettings, log_delay: int = 0) -> None:
+        self.settings = settings
         self.schema = settings.schema
         self.log_delay = log_delay
         self._store = open_store(settings)
@@ -57,9 +63,10 @@ class OnlineWriter:
         """Append raw events to every sequence that reads this table.
 
         Each sequence takes the events that its ``where`` selects, coded like the log's. An event whose ``event_id``
-        the user's stored sequence has already is left out, so a push may be repeated. A sequence keeps its newest
-        L events before the user's newest event less ``log_delay`` and all after that. Order is by (ts, event_id)
-        within a push; an event as old as a stored one comes after it.
+        the user's stored sequence has already is left out, so a push may be repeated. As in the state table, a
+        sequence keeps the last L events that a request after the newest event (or after the materialised partition)
+        sees, and all after them; an event older than that is left out. Order is by (ts, event_id) within a push; an
+        event of the time of a stored one comes after it.
 
         Args:
             events: event_id, user_id, ts (microseconds UTC, or a timestamp) and the columns that the sequences read.
@@ -82,21 +89,31 @@ class OnlineWriter:
 
     def _append(self, sequence: Sequence, new: pl.DataFrame) -> int:
         """Write the sequences of users that get something new; returns how many events they got."""
-        users = new["user_id"].unique(maintain_order=True)
         added = 0
-        for portion in users.to_frame().iter_slices(READ_ROWS):
-            own = new.join(portion, on="user_id", how="semi", maintain_order="left")
-            stored = self._stored(sequence, portion["user_id"].to_list(), own.schema)
-            own = own.join(stored, on=["user_id", EVENT_ID], how="anti", maintain_order="left")
-            stored = stored.join(own, on="user_id", how="semi", maintain_order="left")
-            if own.height:
-                added += own.height
-                events = _bounded(pl.concat([stored, own]), sequence.length, self.log_delay)
-                self._write(sequence, events)
+        for users in new.select("user_id").unique(maintain_order=True).iter_slices(READ_ROWS):
+            stored, bounds = self._stored(sequence, users["user_id"].to_list(), new.schema)
+            fresh = (
+                new.join(users, on="user_id", how="semi", maintain_order="left")
+                .join(stored, on=["user_id", EVENT_ID], how="anti", maintain_order="left")
+                .join(bounds, on="user_id", how="left", maintain_order="left")
+                .filter(pl.col(OLDEST).is_null() | (pl.col("ts") > pl.col(OLDEST)))
+                .drop(OLDEST)
+            )
+            if fresh.height:
+                stored = stored.join(fresh, on="user_id", how="semi", maintain_order="left").join(
+                    bounds.drop(OLDEST), on="user_id", maintain_order="left"
+                )
+                self._write(sequence, _bounded(pl.concat([stored, fresh]), sequence.length, self.log_delay))
+                added += fresh.height
         return added
 
-    def _stored(self, sequence: Sequence, users: list[str], schema: pl.Schema) -> pl.DataFrame:
-        """Events of these users as the online store has them, one row per event, in their order."""
+    def _stored(self, sequence: Sequence, users: list[str], schema: pl.Schema) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """What the online store has of these users.
+
+        Returns:
+            events, one row each, in their order; and per user with events ``AS_OF``, the time its sequence was
+            written for, and ``OLDEST``, the time of its first event where older ones have been dropped or would be.
+        """
         view = self._views[sequence.name]
         columns = _columns(sequence)
         keys = python_values_to_proto_values(users, String.to_value_type())
@@ -107,7 +124,8 @@ class OnlineWriter:
             list(columns),
         )
         rows: list[dict[str, Any]] = []
-        for user_id, (_, values) in zip(users, found, strict=True):
+        bounds: list[tuple[str, int, int | None]] = []
+        for user_id, (written, values) in zip(users, found, strict=True):
             lists = {name: _list(values[column]) for column, name in columns.items() if values and column in values}
             if not lists.get("ts"):
                 continue
@@ -117,14 +135,20 @@ class OnlineWriter:
                     "event ids: another schema wrote it. Materialise the newest partition again (`corank run`)."
                 )
             rows.append({"user_id": user_id, **lists})
+            as_of = microseconds(cast(datetime, written))
+            full = bisect_left(lists["ts"], as_of - self.log_delay) >= sequence.length
+            bounds.append((user_id, as_of, lists["ts"][0] if full else None))
         kinds = {name: kind if name == "user_id" else pl.List(kind) for name, kind in schema.items()}
-        return pl.DataFrame(rows, schema=kinds).explode(list(columns.values())).select(schema.names())
+        events = pl.DataFrame(rows, schema=kinds).explode(list(columns.values())).select(schema.names())
+        types = {"user_id": pl.String, AS_OF: pl.Int64, OLDEST: pl.Int64}
+        return events, pl.DataFrame(bounds, schema=types, orient="row")
 
     def _write(self, sequence: Sequence, events: pl.DataFrame) -> None:
         view = self._views[sequence.name]
         columns = _columns(sequence)
         lists = events.group_by("user_id", maintain_order=True).agg(
-            pl.col("ts").max().alias(TIME), *[pl.col(name).alias(column) for column, name in columns.items()]
+            pl.max_horizontal(pl.col(AS_OF).max(), pl.col("ts").max()).alias(TIME),
+            *[pl.col(name).alias(column) for column, name in columns.items()],
         )
         self._store._get_provider().online_write_batch(self._store.config, view, entity_values(view, lists), None)
 
@@ -173,10 +197,11 @@ def _coded(events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame
 
 
 def _bounded(events: pl.DataFrame, length: int, log_delay: int) -> pl.DataFrame:
-    """Per user, in time order, the last L events that are old enough to be seen and all after them."""
+    """Per user, in time order, the last L events that any later request can see and all after them."""
     ordered = events.sort("user_id", "ts", maintain_order=True)
-    position = pl.int_range(pl.len()).over("user_id")
-    visible = (pl.col("ts") < pl.col("ts").max() - log_delay).sum().over("user_id").cast(pl.Int64)
+    position = pl.int_range(pl.len(), dtype=pl.Int64).over("user_id")
+    as_of = pl.max_horizontal(AS_OF, "ts").max().over("user_id")
+    visible = (pl.col("ts") < as_of - log_delay).cast(pl.Int64).sum().over("user_id")
     return ordered.filter(position >= visible - length)
 
 

@@ -10,6 +10,7 @@ one partition there is nothing to deal out: the same functions run here, on the 
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -42,11 +43,11 @@ class Slice(Table):
 
     Attributes:
         version: of the table.
-        files: positions in that version's list of files, ascending.
+        files: their paths as that version's log has them.
     """
 
     version: int = 0
-    files: tuple[int, ...] = ()
+    files: tuple[str, ...] = ()
 
     def delta(self) -> DeltaTable:
         return _SomeFiles(self)
@@ -57,14 +58,16 @@ class _SomeFiles(DeltaTable):
 
     def __init__(self, part: Slice) -> None:
         super().__init__(part.uri, version=part.version, storage_options=dict(part.storage_options))
-        self._part = part.files
+        # by path: another reader may list the files in another order, after a checkpoint for instance
+        order = {path: index for index, path in enumerate(pa.table(super().get_add_actions())["path"].to_pylist())}
+        self._positions = [order[path] for path in part.files]
 
     def file_uris(self, *args: Any, **options: Any) -> list[str]:
         every = super().file_uris(*args, **options)
-        return [every[index] for index in self._part]
+        return [every[index] for index in self._positions]
 
     def get_add_actions(self, flatten: bool = False) -> Any:
-        return pa.table(super().get_add_actions(flatten)).take(pa.array(self._part, pa.int64()))
+        return pa.table(super().get_add_actions(flatten)).take(pa.array(self._positions, pa.int64()))
 
 
 def dated(table: Table, clock: str) -> pl.LazyFrame:
@@ -127,7 +130,7 @@ class Query:
     def slices(self, slice_bytes: int) -> list[Slice]:
         """The table's newest version in slices of about ``slice_bytes`` of files that may hold wanted rows."""
         delta = self.table.delta()
-        files = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True))).with_row_index("index")
+        files = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
         column = self.table.columns.get(self.clock, self.clock)
         for bound, end in ((self.start, "max"), (self.end, "min")):
             name = f"{end}.{column}"
@@ -136,7 +139,7 @@ class Query:
                 outside = pl.col(name) < bound if end == "max" else pl.col(name) > bound
                 files = files.filter(outside.fill_null(False).not_())
         groups = (pl.col("size_bytes").cum_sum() - 1) // slice_bytes
-        parts = files.group_by(groups.alias("slice"), maintain_order=True).agg("index")["index"].to_list()
+        parts = files.group_by(groups.alias("slice"), maintain_order=True).agg("path")["path"].to_list()
         own = {one.name: getattr(self.table, one.name) for one in fields(Table)}
         return [Slice(**own, version=delta.version(), files=tuple(part)) for part in parts]
 
@@ -187,13 +190,15 @@ class Partitions:
             function: takes the pieces of one partition in the table's order (see :func:`together`).
             others: per partition what comes before its pieces.
         """
-        calls = others if others is not None else [() for _ in range(self.count)]
+        befores = others if others is not None else [() for _ in range(self.count)]
         if self.count == 1:
-            pieces = [(self.query.read(),)]
+            pieces = deque([(self.query.read(),)])
         else:
             read = _task(_read_and_deal, num_returns=self.count)
-            pieces = list(zip(*[read.remote(self.query, one, self.count) for one in self.slices], strict=True))
-        yield from each(function, [(*call, *own) for call, own in zip(calls, pieces, strict=True)], self.count > 1)
+            pieces = deque(zip(*[read.remote(self.query, one, self.count) for one in self.slices], strict=True))
+        # taken out one by one, so that a partition's pieces are freed when it is done
+        calls = ((*before, *pieces.popleft()) for before in befores)
+        yield from each(function, calls, self.count > 1)
 
 
 def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: bool) -> Iterator[T]:
@@ -222,8 +227,6 @@ def deal(frame: pl.DataFrame, keys: Iterable[str], count: int) -> list[pl.DataFr
 
 def ray_runs() -> bool:
     """Whether this process is connected to Ray; Ray is not started."""
-    import sys
-
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 

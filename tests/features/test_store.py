@@ -451,7 +451,7 @@ def test_a_slice_honours_deletion_vectors(tmp_path: Path) -> None:
     mark_deleted(tmp_path / "users", version=0, rows=[1, 3])
     query = Query(Table("users", str(tmp_path / "users"), {"user_id": "uid"}), "updated_at", {"user_id": "user_id"}, {})
     parts = query.slices(1)
-    assert sorted(part.files for part in parts) == [(0,), (1,)]
+    assert [len(part.files) for part in parts] == [1, 1]
     assert sorted(user for part in parts for user in query.read(part)["user_id"]) == ["a", "c", "e", "f"]
 
 

@@ -163,6 +163,11 @@ def timeline_column(sequence: Sequence, field: FieldSpec | None) -> str:
     return f"{sequence.name}__{field.name if field is not None else 'ts'}"
 
 
+def event_id_column(sequence: Sequence) -> str:
+    """Column of the hashed event ids of a sequence's stored events: state table and online store, not samples."""
+    return f"{sequence.name}__event_id"
+
+
 def end_column(sequence: Sequence) -> str:
     """Key of the request's end offset into a sequence's timeline."""
     return f"end__{sequence.name}"

@@ -13,7 +13,7 @@ import pyarrow as pa
 from feast import Entity, FeatureService, FeatureView, Field, ValueType
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.batch import timeline_column
+from features.batch import event_id_column, timeline_column
 from features.errors import ConfigError
 from features.lake import Table
 from features.schema import Schema, Sequence
@@ -21,6 +21,8 @@ from features.store.delta import DeltaSource
 
 USER_VIEW = "user_features"
 ITEM_VIEW = "item_features"
+SEQUENCE_VIEW = "user_sequences_"
+"""Prefix of the views that hold behaviour sequences."""
 SERVICE = "ranking"
 UPDATED_AT = "updated_at"
 """When a profile became true (microseconds UTC): a feature too, so that a reader can refuse the future."""
@@ -30,7 +32,7 @@ Definitions = list[Entity | FeatureView | FeatureService]
 
 def sequence_view(sequence: Sequence) -> str:
     """Name of the view that holds a behaviour sequence."""
-    return f"user_sequences_{sequence.name}"
+    return f"{SEQUENCE_VIEW}{sequence.name}"
 
 
 def view_names(schema: Schema) -> list[str]:
@@ -42,7 +44,8 @@ def definitions(schema: Schema, users: Table, items: Table, state: Table) -> Def
 
     Args:
         users, items: profile tables, with ``updated_at``.
-        state: user_id, ts and per sequence the list columns of :func:`features.batch.timeline_column`.
+        state: user_id, ts and per sequence the list columns of :func:`features.batch.timeline_column` and
+            :func:`features.batch.event_id_column`.
 
     Raises:
         ConfigError: a feature's column is missing in its table, or has a type that cannot be stored.
@@ -55,7 +58,10 @@ def definitions(schema: Schema, users: Table, items: Table, state: Table) -> Def
     ]
     state_source = DeltaSource(name=state.name, uri=state.uri, clock="ts", columns=state.columns)
     for sequence in schema.sequences:
-        fields = [Field(name=timeline_column(sequence, None), dtype=Array(Int64))]
+        fields = [
+            Field(name=timeline_column(sequence, None), dtype=Array(Int64)),
+            Field(name=event_id_column(sequence), dtype=Array(Int64)),
+        ]
         fields += [
             Field(
                 name=timeline_column(sequence, field), dtype=Array(Float32) if field.kind == "number" else Array(Int64)

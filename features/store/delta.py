@@ -7,8 +7,9 @@ read goes through :class:`features.lake.Table`, which follows the Delta log and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Literal, cast
 
 import pandas as pd
@@ -26,11 +27,14 @@ from pydantic import Field
 
 from features.errors import CorankError
 from features.lake import STAMP, Table
+from features.store.query import SLICE_BYTES, TIME, Partitions, Query, dated, deal, latest, together
 
 EVENT_TIMESTAMP = "event_timestamp"
 """The column Feast joins on, made of a table's int64 ``ts`` or ``updated_at``, which stays as it is."""
 
-JOIN_KEYS = ("user_id", "item_id")
+ORDER = "__order"
+"""Position of an entity row in what was asked."""
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -68,16 +72,10 @@ class DeltaSource(DataSource):
         Raises:
             CorankError: there is no such table, or it lacks the column that dates its rows.
         """
-        frame = self.table(config).scan()
-        present = frame.collect_schema().names()
-        if self.clock not in present:
-            raise CorankError(
-                f"table {self.name} at {self.uri} has no column {self.clock!r} (microseconds UTC); "
-                f"it has {present}. Map it under `tables.{self.name}.columns`."
-            )
-        return frame.with_columns(
-            *[pl.col(key).cast(pl.String) for key in JOIN_KEYS if key in present],
-            pl.col(self.clock).cast(pl.Int64).cast(STAMP).alias(EVENT_TIMESTAMP),
+        return (
+            dated(self.table(config), self.clock)
+            .with_columns(pl.col(TIME).cast(STAMP).alias(EVENT_TIMESTAMP))
+            .drop(TIME)
         )
 
     def source_type(self) -> DataSourceProto.SourceType.ValueType:
@@ -123,15 +121,24 @@ class DeltaOfflineStoreConfig(FeastConfigBaseModel):
     type: Literal["features.store.delta.DeltaOfflineStore"] = "features.store.delta.DeltaOfflineStore"
     storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Table address → what deltalake needs to read it."""
+    slice_bytes: int = Field(SLICE_BYTES, ge=1)
+    """Bytes of Delta files that one Ray task reads; smaller tables are read in this process."""
 
 
 class DeltaRetrievalJob(RetrievalJob):
     """A query that runs when its result is asked for."""
 
     def __init__(
-        self, frame: pl.LazyFrame, full_feature_names: bool = False, metadata: RetrievalMetadata | None = None
+        self,
+        portions: Callable[[], Iterable[pl.DataFrame]],
+        full_feature_names: bool = False,
+        metadata: RetrievalMetadata | None = None,
     ) -> None:
-        self.frame = frame
+        """
+        Args:
+            portions: gives the result in one or more data frames.
+        """
+        self.portions = portions
         self._full_feature_names = full_feature_names
         self._metadata = metadata
 
@@ -149,14 +156,17 @@ class DeltaRetrievalJob(RetrievalJob):
 
     def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
         # One chunk: Feast writes only the first batch of a table to the online store.
-        return self.frame.collect().to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
+        return pl.concat(list(self.portions())).to_arrow(compat_level=pl.CompatLevel.oldest()).combine_chunks()
 
     def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
         return cast(pd.DataFrame, self._to_arrow_internal(timeout).to_pandas())
 
 
 class DeltaOfflineStore(OfflineStore):
-    """Feast's offline store over Delta tables, by Polars."""
+    """Feast's offline store over Delta tables: Polars on slices of a table, in Ray tasks when it is large.
+
+    Where Ray does not run, or the table is small (``slice_bytes``), the same runs in this process.
+    """
 
     @staticmethod
     def pull_latest_from_table_or_query(
@@ -172,19 +182,15 @@ class DeltaOfflineStore(OfflineStore):
         """The newest row of every entity with start ≤ event timestamp ≤ end.
 
         Both bounds belong to the window, so consecutive windows share their border and lose nothing.
-        Of rows with one time the last in the table's order counts.
+        Of rows with one time the last in the table's order counts. Entities come in no fixed order.
         """
-        rows = DeltaOfflineStore.pull_all_from_table_or_query(
-            config,
-            data_source,
-            join_key_columns,
-            feature_name_columns,
-            timestamp_field,
-            start_date=start_date,
-            end_date=end_date,
-        ).frame
-        newest_last = rows.sort(timestamp_field, maintain_order=True)
-        return DeltaRetrievalJob(newest_last.unique(join_key_columns, keep="last", maintain_order=True))
+        query = _query(config, data_source, join_key_columns, feature_name_columns, start_date, end_date, latest=True)
+
+        def portions() -> Iterator[pl.DataFrame]:
+            for rows in Partitions(query, _slice_bytes(config)).map(partial(latest, query)):
+                yield _stamped(together([rows]), timestamp_field)
+
+        return DeltaRetrievalJob(portions)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -197,19 +203,14 @@ class DeltaOfflineStore(OfflineStore):
         start_date: datetime | None = None,
         end_date: datetime | None = None,
     ) -> DeltaRetrievalJob:
-        """Every row with start ≤ event timestamp ≤ end; rows without a key or a time are left out."""
-        source = _delta(data_source)
-        frame = source.scan(config)
-        clock = pl.col(source.clock)  # the stored column, so that files outside the window are skipped
-        if start_date is not None:
-            frame = frame.filter(clock >= _microseconds(start_date))
-        if end_date is not None:
-            frame = frame.filter(clock <= _microseconds(end_date))
-        return DeltaRetrievalJob(
-            frame.select([*join_key_columns, *feature_name_columns, timestamp_field]).drop_nulls(
-                [*join_key_columns, timestamp_field]
-            )
-        )
+        """Every row with start ≤ event timestamp ≤ end, in the table's order; not those without a key or a time."""
+        query = _query(config, data_source, join_key_columns, feature_name_columns, start_date, end_date)
+
+        def portions() -> Iterator[pl.DataFrame]:
+            for rows in Partitions(query, _slice_bytes(config)).rows():
+                yield _stamped(rows, timestamp_field)
+
+        return DeltaRetrievalJob(portions)
 
     @staticmethod
     def get_historical_features(
@@ -225,44 +226,69 @@ class DeltaOfflineStore(OfflineStore):
         """As-of join: every entity row exactly once, in its order, with the newest values known by its time.
 
         Raises:
-            CorankError: ``entity_df`` is no data frame or has no ``event_timestamp``.
+            CorankError: ``entity_df`` is no data frame, or lacks ``event_timestamp`` or a join key.
         """
         if not isinstance(entity_df, pd.DataFrame) or EVENT_TIMESTAMP not in entity_df.columns:
             raise CorankError(f"entity_df: pass a pandas data frame with the join keys and {EVENT_TIMESTAMP!r}")
-        time, order = "__time", "__order"
         stamps = pd.to_datetime(entity_df[EVENT_TIMESTAMP], utc=True).dt.as_unit("us").astype("int64")
         entities = pl.from_pandas(entity_df.reset_index(drop=True))
-        joined = (
-            entities.with_columns(pl.Series(time, stamps.to_numpy()))
-            .with_columns(pl.col(key).cast(pl.String) for key in JOIN_KEYS if key in entities.columns)
-            .with_row_index(order)
-            .lazy()
-            .sort(time)
-        )
-        for view in feature_views:
-            name = view.projection.name_alias or view.projection.name
-            wanted = [ref.split(":", 1)[1] for ref in feature_refs if ref.split(":", 1)[0] == name]
-            source = delta_source(view)
-            mapped = view.projection.join_key_map
-            keys = {column.name: mapped.get(column.name, column.name) for column in view.entity_columns}
-            values = {feature: f"{name}__{feature}" if full_feature_names else feature for feature in wanted}
-            rows = source.scan(config).select(
-                *[pl.col(key).alias(own) for key, own in keys.items()],
-                *[pl.col(feature).alias(shown) for feature, shown in values.items()],
-                pl.col(source.clock).cast(pl.Int64).alias(time),
-            )
-            joined = joined.join_asof(
-                rows.drop_nulls(time).sort(time, maintain_order=True),
-                on=time,
-                by=list(keys.values()),
-                strategy="backward",
-                tolerance=view.ttl // timedelta(microseconds=1) if view.ttl else None,
-                check_sortedness=False,  # both sides have just been sorted
-            )
+        times = pl.Series(TIME, stamps.to_numpy())
+
+        def portions() -> Iterator[pl.DataFrame]:
+            joined = entities
+            for view in feature_views:
+                name = view.projection.name_alias or view.projection.name
+                wanted = [ref.split(":", 1)[1] for ref in feature_refs if ref.split(":", 1)[0] == name]
+                mapped = view.projection.join_key_map
+                query = Query(
+                    delta_source(view).table(config),
+                    delta_source(view).clock,
+                    keys={mapped.get(column.name, column.name): column.name for column in view.entity_columns},
+                    values={f"{name}__{one}" if full_feature_names else one: one for one in wanted},
+                    end=cast(int | None, times.max()),
+                )
+                if missing := [key for key in query.keys if key not in entities.columns]:
+                    raise CorankError(f"entity_df lacks the join keys {missing} of the view {name}")
+                keys = entities.select(pl.col(key).cast(pl.String) for key in query.keys).with_columns(times)
+                joined = joined.hstack(_as_of(keys, query, view.ttl, _slice_bytes(config)))
+            yield joined
+
         metadata = RetrievalMetadata(
             features=feature_refs, keys=[column for column in entity_df.columns if column != EVENT_TIMESTAMP]
         )
-        return DeltaRetrievalJob(joined.sort(order).drop(order, time), full_feature_names, metadata)
+        return DeltaRetrievalJob(portions, full_feature_names, metadata)
+
+
+def _as_of(entities: pl.DataFrame, query: Query, ttl: timedelta | None, slice_bytes: int) -> pl.DataFrame:
+    """The query's values for every row of ``entities`` (keys, ``TIME``) [N], in their order.
+
+    Raises:
+        CorankError: the join did not give back every row once.
+    """
+    partitions = Partitions(query, slice_bytes, beside=int(entities.estimated_size()))
+    entities = entities.with_row_index(ORDER)
+    sides = deal(entities, query.keys, partitions.count) if partitions.count > 1 else [entities]
+    join = partial(_join, query, ttl // timedelta(microseconds=1) if ttl else None)
+    found = together(partitions.map(join, [(side,) for side in sides])).sort(ORDER)
+    if not found[ORDER].equals(entities[ORDER]):
+        raise CorankError(
+            f"point-in-time join with table {query.table.name}: {entities.height:,} entity rows gave {found.height:,} "
+            "rows. Please report this as a defect of corank."
+        )
+    return found.drop(ORDER)
+
+
+def _join(query: Query, tolerance: int | None, entities: pl.DataFrame, *pieces: pl.DataFrame) -> pl.DataFrame:
+    """One partition of the as-of join: ``ORDER`` of the entity rows and the values."""
+    joined = entities.sort(TIME).join_asof(
+        together(pieces).sort(TIME, maintain_order=True),
+        on=TIME,
+        by=list(query.keys),
+        strategy="backward",
+        tolerance=tolerance,
+        check_sortedness=False,  # both sides have just been sorted
+    )
+    return joined.select(ORDER, *query.values)
 
 
 def delta_source(view: FeatureView) -> DeltaSource:
@@ -280,6 +306,36 @@ def _delta(source: DataSource | None) -> DeltaSource:
     return source
 
 
-def _microseconds(time: datetime) -> int:
+def _query(
+    config: RepoConfig,
+    data_source: DataSource,
+    keys: list[str],
+    features: list[str],
+    start: datetime | None,
+    end: datetime | None,
+    latest: bool = False,
+) -> Query:
+    source = _delta(data_source)
+    return Query(
+        source.table(config),
+        source.clock,
+        keys={key: key for key in keys},
+        values={feature: feature for feature in features},
+        start=None if start is None else microseconds(start),
+        end=None if end is None else microseconds(end),
+        latest=latest,
+    )
+
+
+def _stamped(rows: pl.DataFrame, timestamp_field: str) -> pl.DataFrame:
+    return rows.with_columns(pl.col(TIME).cast(STAMP).alias(timestamp_field)).drop(TIME)
+
+
+def _slice_bytes(config: RepoConfig) -> int:
+    return int(config.offline_store.slice_bytes)
+
+
+def microseconds(time: datetime) -> int:
+    """The inverse of :func:`moment`; a time without a zone is UTC."""
     aware = time if time.tzinfo is not None else time.replace(tzinfo=UTC)
     return (aware - EPOCH) // timedelta(microseconds=1)

@@ -7,10 +7,13 @@ the sample builder (:mod:`features.encoding`), so that a value means the same of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -18,24 +21,30 @@ import pyarrow as pa
 from feast import FeatureStore, FeatureView, RepoConfig
 from feast.errors import FeatureViewNotFoundException
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RegistryConfig
 from feast.type_map import python_values_to_proto_values
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.batch import feature_column, timeline_column
+from features.batch import event_id_column, feature_column, timeline_column
 from features.encoding import encode
 from features.errors import CorankError
 from features.lake import Table
 from features.schema import Feature, Schema
 from features.store.definitions import (
     ITEM_VIEW,
+    SEQUENCE_VIEW,
     UPDATED_AT,
     USER_VIEW,
     definitions,
     sequence_view,
     view_names,
 )
-from features.store.delta import EVENT_TIMESTAMP, DeltaOfflineStore, DeltaOfflineStoreConfig, delta_source, moment
+from features.store.delta import DeltaOfflineStoreConfig, delta_source, moment
+from features.store.query import SLICE_BYTES, TIME, Partitions, Query, latest, together
+
+EntityValues = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
+"""What Feast writes: entity key, feature → value, event timestamp, time of creation."""
 
 Progress = Callable[[str, int], None]
 """Called with a view's name and how many of its rows have been written so far."""
@@ -71,6 +80,7 @@ class FeatureStoreSettings:
         state_uri: the state table of the sample builder; ``state_options`` are its storage options.
         sqlite_path: file of the online store, when ``online`` is sqlite.
         redis: ``host:port``, when ``online`` is redis.
+        slice_bytes: bytes of Delta files that one Ray task reads; smaller tables are read in the calling process.
         item_max_age_seconds: how long a reader uses an item's features before it reads them again.
         max_cached_items: a reader's in-memory table of items is emptied beyond this size.
     """
@@ -85,6 +95,7 @@ class FeatureStoreSettings:
     online: Literal["sqlite", "redis"] = "sqlite"
     sqlite_path: str = "online.db"
     redis: str = "localhost:6379"
+    slice_bytes: int = SLICE_BYTES
     item_max_age_seconds: float = 60.0
     max_cached_items: int = 1_000_000
 
@@ -97,9 +108,10 @@ def open_store(settings: FeatureStoreSettings) -> FeatureStore:
     """The feature store of these settings; nothing is read or written yet."""
     if settings.online == "sqlite":
         Path(settings.sqlite_path).parent.mkdir(parents=True, exist_ok=True)
-        online: dict[str, str] = {"type": "sqlite", "path": str(Path(settings.sqlite_path).absolute())}
+        online: dict[str, Any] = {"type": "sqlite", "path": str(Path(settings.sqlite_path).absolute())}
     else:
-        online = {"type": "redis", "connection_string": settings.redis}
+        # Without skip_dedup Feast drops rows of a time already stored, and with them a rebuilt partition.
+        online = {"type": "redis", "connection_string": settings.redis, "skip_dedup": True}
     if "://" not in settings.registry:
         Path(settings.registry).parent.mkdir(parents=True, exist_ok=True)
     tables = (settings.users, settings.items, settings.state)
@@ -110,7 +122,8 @@ def open_store(settings: FeatureStoreSettings) -> FeatureStore:
             registry=RegistryConfig(path=settings.registry),
             online_store=online,
             offline_store=DeltaOfflineStoreConfig(
-                storage_options={table.uri: dict(table.storage_options) for table in tables if table.storage_options}
+                storage_options={table.uri: dict(table.storage_options) for table in tables if table.storage_options},
+                slice_bytes=settings.slice_bytes,
             ).model_dump(),
             entity_key_serialization_version=3,
         )
@@ -137,11 +150,17 @@ def materialize(
     the window: consecutive windows lose nothing, and a row on their border is written twice with the same
     values. Run windows in the order of time: an older one run last would bring older values back.
 
-    Feast's own ``materialize`` reads every column through NumPy, where an integer column with nulls becomes
-    floating point and large ids change; so values are converted here, one by one, and written in portions.
+    Events pushed with ``end`` ≤ time (:mod:`features.store.push`) stay behind the stored events: the log does not
+    hold them yet. A push that runs at the same moment for the same user may be lost until its partition is built.
+
+    A large table is read by slices in Ray tasks, where Ray runs. Into Redis the tasks write themselves; SQLite has
+    one writer, this process, which takes the tasks' results as they come. Feast's own ``materialize`` reads every
+    column through NumPy, where an integer column with nulls becomes floating point and large ids change; so values
+    are converted here, one by one, and written in portions.
 
     Args:
         start, end: microseconds UTC.
+        progress: called after every portion (SQLite) or task (Redis) with the rows written so far.
 
     Returns:
         rows written per view.
@@ -152,11 +171,21 @@ def materialize(
     store = open_store(settings)
     written = {}
     for name in view_names(settings.schema):
-        view = _view(store, name)
+        view = registered_view(store, name)
+        source = delta_source(view)
+        query = Query(
+            source.table(store.config),
+            source.clock,
+            keys={column.name: column.name for column in view.entity_columns},
+            values={one.name: one.name for one in view.features},
+            start=start,
+            end=end,
+            latest=True,
+        )
+        partitions = Partitions(query, settings.slice_bytes)
         rows = 0
-        for portion in _newest(store, view, start, end).to_batches(max_chunksize=WRITE_ROWS):
-            store._get_provider().online_write_batch(store.config, view, _protos(view, portion), None)
-            rows += portion.num_rows
+        for count in _written(store, settings, view, partitions, end):
+            rows += count
             if progress is not None:
                 progress(name, rows)
         window = (moment(start), moment(end))
@@ -166,47 +195,77 @@ def materialize(
     return written
 
 
-def _newest(store: FeatureStore, view: FeatureView, start: int, end: int) -> pa.Table:
-    job = DeltaOfflineStore.pull_latest_from_table_or_query(
-        config=store.config,
-        data_source=delta_source(view),
-        join_key_columns=[column.name for column in view.entity_columns],
-        feature_name_columns=[feature.name for feature in view.features],
-        timestamp_field=EVENT_TIMESTAMP,
-        created_timestamp_column=None,
-        start_date=moment(start),
-        end_date=moment(end),
-    )
-    return job.to_arrow()
+def _written(
+    store: FeatureStore, settings: FeatureStoreSettings, view: FeatureView, partitions: Partitions, end: int
+) -> Iterator[int]:
+    """Write the newest rows of every partition; yields how many, portion by portion."""
+    query = partitions.query
+    if settings.online == "redis" and partitions.count > 1:
+        yield from filter(None, partitions.map(partial(_write_partition, settings, view.name, query, end)))
+    else:
+        for rows in partitions.map(partial(latest, query)):
+            yield from _write(store, view, together([rows]), end)
 
 
-def _protos(view: FeatureView, rows: pa.RecordBatch) -> list[Any]:
-    """Rows as Feast writes them: (entity key, feature → value, event timestamp, None)."""
+def _write_partition(
+    settings: FeatureStoreSettings, name: str, query: Query, end: int, *pieces: pl.DataFrame | pa.Table
+) -> int:
+    """What a task does with its partition, when several may write."""
+    store = open_store(settings)
+    return sum(_write(store, registered_view(store, name), latest(query, *pieces), end))
+
+
+def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, end: int) -> Iterator[int]:
+    provider = store._get_provider()
+    for portion in rows.iter_slices(WRITE_ROWS) if rows.height else ():
+        entries = entity_values(view, portion)
+        if view.name.startswith(SEQUENCE_VIEW):
+            stored = provider.online_read(store.config, view, [key for key, *_ in entries], None)
+            for (_, values, _, _), (_, before) in zip(entries, stored, strict=True):
+                _keep_pushed(view, values, before or {}, end)
+        provider.online_write_batch(store.config, view, entries, None)
+        yield portion.height
+
+
+def _keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any], end: int) -> None:
+    """Append to a state row's lists the stored events of ``end`` ≤ ts, which only a push can have brought."""
+    times = before.get(f"{view.name.removeprefix(SEQUENCE_VIEW)}__ts")
+    first = bisect_left(times.int64_list_val.val, end) if times is not None else 0
+    if times is None or first == len(times.int64_list_val.val):
+        return
+    kinds = {name: before[name].WhichOneof("val") if name in before else None for name in values}
+    if None in kinds.values():
+        return  # pushed before the sequence had this field; the log brings these events with the next partition
+    for name, kind in kinds.items():
+        getattr(values[name], str(kind)).val.extend(getattr(before[name], str(kind)).val[first:])
+
+
+def entity_values(view: FeatureView, rows: pl.DataFrame) -> list[EntityValues]:
+    """Rows of keys, features and ``TIME`` as Feast writes them."""
     values = {
         column.name: python_values_to_proto_values(
-            _storable(rows.column(column.name), column.dtype), column.dtype.to_value_type()
+            _storable(rows[column.name], column.dtype), column.dtype.to_value_type()
         )
         for column in [*view.entity_columns, *view.features]
     }
     keys = [column.name for column in view.entity_columns]
     features = [feature.name for feature in view.features]
-    times = rows.column(EVENT_TIMESTAMP).to_pylist()
     return [
         (
             EntityKey(join_keys=keys, entity_values=[values[key][row] for key in keys]),
             {feature: values[feature][row] for feature in features},
-            times[row],
+            moment(ts),
             None,
         )
-        for row in range(rows.num_rows)
+        for row, ts in enumerate(rows[TIME])
     ]
 
 
-def _storable(column: pa.Array, kind: FeastType) -> list[Any]:
+def _storable(column: pl.Series, kind: FeastType) -> list[Any]:
     """A column as Python values; a list in Feast cannot hold a null: a missing number is NaN, others go."""
-    values = column.to_pylist()
+    values = column.to_list()
     if not isinstance(kind, Array):
-        return cast(list[Any], values)
+        return values
     if kind.base_type == Float32:
         return [value and [float("nan") if one is None else one for one in value] for value in values]
     return [value and [one for one in value if one is not None] for value in values]
@@ -234,8 +293,8 @@ class OnlineReader:
         self._item = self._columns(ITEM_VIEW, "item_id", settings.schema.side("item"))
         for sequence in self.schema.sequences:
             _require(
-                _view(self._store, sequence_view(sequence)),
-                [timeline_column(sequence, one) for one in (None, *sequence.fields)],
+                registered_view(self._store, sequence_view(sequence)),
+                [*[timeline_column(sequence, one) for one in (None, *sequence.fields)], event_id_column(sequence)],
             )
         nothing = pl.DataFrame({name: [None] for name in self._item}, schema=self._item)
         self._items = ItemTable(
@@ -285,7 +344,7 @@ class OnlineReader:
 
     def _columns(self, name: str, key: str, features: Iterable[Feature]) -> dict[str, Any]:
         """Polars types of a profile's raw columns, its key included."""
-        view = _view(self._store, name)
+        view = registered_view(self._store, name)
         kinds = {one.name: POLARS_TYPES[one.dtype] for one in view.features}
         sources = dict.fromkeys([*[feature.source for feature in features if feature.source != key], UPDATED_AT])
         _require(view, sources)
@@ -380,7 +439,7 @@ def _require(view: FeatureView, columns: Iterable[str]) -> None:
         )
 
 
-def _view(store: FeatureStore, name: str) -> FeatureView:
+def registered_view(store: FeatureStore, name: str) -> FeatureView:
     try:
         return store.get_feature_view(name)
     except FeatureViewNotFoundException:

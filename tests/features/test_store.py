@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,9 @@ from features.encoding import encode, hash_id
 from features.errors import ConfigError, CorankError
 from features.lake import Table
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
-from features.store.delta import DeltaSource, moment
+from features.store.delta import DeltaOfflineStore, DeltaSource, delta_source, moment
 from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize, open_store
+from features.store.query import SLICE_BYTES, Partitions, Query
 
 DAY = 86_400_000_000
 BIG = 2**62 + 1  # changes when it passes through a float
@@ -54,7 +58,8 @@ USERS = {"uid": pl.String, "city": pl.String, "segment_id": pl.Int64, "age": pl.
     "updated_at": pl.Int64,
 }
 STATE = {"user_id": pl.String, "ts": pl.Int64, "clicks__ts": pl.List(pl.Int64), "clicks__item": pl.List(pl.Int64)} | {
-    "clicks__dwell": pl.List(pl.Float32)
+    "clicks__dwell": pl.List(pl.Float32),
+    "clicks__event_id": pl.List(pl.Int64),
 }
 
 
@@ -88,8 +93,16 @@ def settings(tmp_path: Path) -> FeatureStoreSettings:
             "clicks__ts": [DAY + one for one in long],
             "clicks__item": [hash_id(one) for one in long],
             "clicks__dwell": [None if one == 3 else one / 7 for one in long],
+            "clicks__event_id": [hash_id(f"e{one}") for one in long],
         },
-        {"user_id": "b", "ts": 2 * DAY, "clicks__ts": [], "clicks__item": [], "clicks__dwell": []},
+        {
+            "user_id": "b",
+            "ts": 2 * DAY,
+            "clicks__ts": [],
+            "clicks__item": [],
+            "clicks__dwell": [],
+            "clicks__event_id": [],
+        },
     ]
     write(tmp_path / "users", users, USERS)
     write(
@@ -281,6 +294,187 @@ def test_several_views_at_once(settings: FeatureStoreSettings) -> None:
     assert found["user_features__segment_id"].to_pylist() == [7, BIG]
     assert found["item_features__genre"].to_pylist() == [None, "drama"]
     assert [one and len(one) for one in found["user_sequences_clicks__clicks__ts"].to_pylist()] == [200, None]
+
+
+WHERE = [
+    pytest.param(False, id="in-process"),
+    pytest.param(True, id="on-ray", marks=[pytest.mark.slow, pytest.mark.timeout(120)]),
+]
+HEX = [f"{one:x}" for one in range(400)]
+
+
+@pytest.fixture
+def large(settings: FeatureStoreSettings, tmp_path: Path, request: pytest.FixtureRequest) -> FeatureStoreSettings:
+    """400 users with 12,000 profiles in 8 files, ties in time included, from which rows have been deleted.
+
+    The parameter says whether Ray reads them, in slices of a file or two.
+    """
+    rng = np.random.default_rng(7)
+    rows = 12_000
+    profiles = pl.DataFrame(
+        {
+            "uid": rng.choice(HEX, rows),
+            "city": rng.choice(["Köln", "Rom", "gone", None], rows),
+            "segment_id": rng.integers(0, 2**62, rows),
+            "updated_at": rng.integers(0, 40, rows) * DAY,
+        }
+    )
+    users = tmp_path / "large"
+    for part in profiles.iter_slices(rows // 8):
+        write_deltalake(
+            str(users), pl.concat([pl.DataFrame(schema=USERS), part], how="diagonal").to_arrow(), mode="append"
+        )
+    DeltaTable(str(users)).delete("city = 'gone'")
+    if request.param:
+        request.getfixturevalue("local_ray")
+    return replace(
+        settings,
+        users=Table("users", str(users), {"user_id": "uid"}),
+        slice_bytes=30_000 if request.param else settings.slice_bytes,
+    )
+
+
+def tables_of(large: FeatureStoreSettings) -> pd.DataFrame:
+    """The rows that the log holds, in the order of the table, oldest first."""
+    table: pl.DataFrame = large.users.scan().select("user_id", "city", "segment_id", "updated_at").collect()
+    assert table.height < 12_000
+    assert "gone" not in table["city"]
+    return table.to_pandas().sort_values("updated_at", kind="stable")
+
+
+@pytest.mark.parametrize("large", WHERE, indirect=True)
+def test_every_entity_row_comes_back_once_in_order_with_what_merge_asof_finds(large: FeatureStoreSettings) -> None:
+    apply(large)
+    rng = np.random.default_rng(1)
+    rows = 20_000
+    users = rng.choice([*HEX, *[f"nobody-{one}" for one in range(40)]], rows)
+    times = rng.integers(0, 42, rows) * DAY
+    items = rng.choice(["1", "2", "3"], rows)
+    entities = pd.DataFrame(
+        {"user_id": users, "n": range(rows), "event_timestamp": pd.to_datetime(times, unit="us", utc=True)}
+    )
+    entities["item_id"] = items
+    assert entities.duplicated(["user_id", "event_timestamp"]).sum() > 1_000
+    features = ["user_features:city", "user_features:segment_id", "item_features:price"]
+    found = open_store(large).get_historical_features(entities, features).to_arrow()
+    profiles = tables_of(large)
+    expected = pd.merge_asof(
+        pd.DataFrame({"user_id": users, "time": times, "n": range(rows)}).sort_values("time", kind="stable"),
+        profiles.assign(time=profiles["updated_at"], segment_id=profiles["segment_id"].astype("Int64")),
+        on="time",
+        by="user_id",
+    ).sort_values("n")
+    assert found["n"].to_pylist() == list(range(rows))
+    assert found["user_id"].to_pylist() == users.tolist()
+    assert found["city"].to_pylist() == [one if isinstance(one, str) else None for one in expected["city"]]
+    segments = [None if one is pd.NA else int(one) for one in expected["segment_id"]]
+    assert found["segment_id"].to_pylist() == segments
+    assert 1_000 < segments.count(None) < 5_000
+    assert found["price"].to_pylist() == [2.5 if item == "1" else None for item in items]
+
+
+@pytest.mark.parametrize("large", WHERE, indirect=True)
+def test_pulled_rows_are_those_of_the_log_within_the_window(large: FeatureStoreSettings) -> None:
+    apply(large)
+    view = open_store(large).get_feature_view("user_features")
+    columns = ["city", "segment_id", "updated_at"]
+    start, end = 10 * DAY, 35 * DAY
+    window = (moment(start), moment(end))
+    config = open_store(large).config
+    everything = DeltaOfflineStore.pull_all_from_table_or_query(
+        config, delta_source(view), ["user_id"], columns, "event_timestamp", None, *window
+    ).to_arrow()
+    newest = DeltaOfflineStore.pull_latest_from_table_or_query(
+        config, delta_source(view), ["user_id"], columns, "event_timestamp", None, *window
+    ).to_arrow()
+    assert everything.column_names == newest.column_names == ["user_id", *columns, "event_timestamp"]
+    table = large.users.scan().select("user_id", *columns).collect()
+    inside = table.filter(pl.col("updated_at").is_between(start, end))
+    assert inside.height < table.height
+    assert pl.DataFrame(pl.from_arrow(everything)).drop("event_timestamp").equals(inside)
+    assert everything["event_timestamp"].cast("int64").equals(everything["updated_at"])
+    ordered = tables_of(large)
+    ordered = ordered[ordered["updated_at"].between(start, end)]
+    last = ordered.drop_duplicates("user_id", keep="last")[["user_id", *columns]]
+    tied = ordered.duplicated(["user_id", "updated_at"], keep="first")
+    assert last.index.isin(ordered.index[tied]).sum() > 20
+    assert sorted(newest.drop(["event_timestamp"]).to_pylist(), key=str) == sorted(
+        [{**row, "city": row["city"] or None} for row in last.to_dict("records")], key=str
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("large", [True], indirect=True)
+def test_materialising_by_slices_on_ray_writes_what_one_process_writes(
+    large: FeatureStoreSettings, tmp_path: Path
+) -> None:
+    apply(large)
+    view = open_store(large).get_feature_view("user_features")
+    query = Query(
+        delta_source(view).table(open_store(large).config), "updated_at", {"user_id": "user_id"}, {}, 0, 50 * DAY
+    )
+    slices = Partitions(query, large.slice_bytes).slices
+    assert len(slices) > 2
+    assert sum(part.scan().collect().height for part in slices) == len(tables_of(large))
+    alone = replace(
+        large, slice_bytes=SLICE_BYTES, sqlite_path=str(tmp_path / "alone.db"), registry=str(tmp_path / "r.db")
+    )
+    apply(alone)
+    seen: list[tuple[str, int]] = []
+    rows = materialize(large, 0, 50 * DAY, lambda name, done: seen.append((name, done)))
+    assert rows == materialize(alone, 0, 50 * DAY)
+    assert rows["user_features"] == tables_of(large)["user_id"].nunique()
+    counts = [done for name, done in seen if name == "user_features"]
+    assert len(counts) > 2  # portion by portion
+    assert counts == sorted(counts)
+    readers = [OnlineReader(one) for one in (large, alone)]
+    for user in HEX:
+        assert readers[0].user(user) == readers[1].user(user)
+
+
+def test_a_window_reads_only_the_files_that_may_hold_its_rows(settings: FeatureStoreSettings, tmp_path: Path) -> None:
+    path = tmp_path / "days"
+    for day in range(6):
+        write(path, [user_row("a", day * DAY)], USERS)
+    query = Query(
+        Table("users", str(path), {"user_id": "uid"}), "updated_at", {"user_id": "user_id"}, {}, 2 * DAY, 3 * DAY
+    )
+    assert [one.scan().collect()["updated_at"].to_list() for one in query.slices(1)] == [[3 * DAY], [2 * DAY]]
+    assert len(query.slices(SLICE_BYTES)) == 1
+    assert replace(query, start=7 * DAY, end=None).slices(1) == []
+
+
+def test_a_slice_honours_deletion_vectors(tmp_path: Path) -> None:
+    for part in (["a", "b", "c", "d"], ["e", "f"]):
+        write(tmp_path / "users", [user_row(uid, 0) for uid in part], USERS)
+    mark_deleted(tmp_path / "users", version=0, rows=[1, 3])
+    query = Query(Table("users", str(tmp_path / "users"), {"user_id": "uid"}), "updated_at", {"user_id": "user_id"}, {})
+    parts = query.slices(1)
+    assert [len(part.files) for part in parts] == [1, 1]
+    assert sorted(user for part in parts for user in query.read(part)["user_id"]) == ["a", "c", "e", "f"]
+
+
+def mark_deleted(path: Path, version: int, rows: list[int]) -> None:
+    """Commit a deletion vector for an even number of rows of the file that a version added (Delta protocol)."""
+    log = path / "_delta_log"
+    entries = [json.loads(line) for line in (log / f"{version:020d}.json").read_text().splitlines()]
+    add = next(entry["add"] for entry in entries if "add" in entry)
+    # a RoaringBitmapArray of one bitmap with one array container
+    container = struct.pack("<IIHHI", 12346, 1, 0, len(rows) - 1, 16) + struct.pack(f"<{len(rows)}H", *rows)
+    bitmap = struct.pack("<IQI", 1681511377, 1, 0) + container
+    ours = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;<=>?@^_`{|}~"
+    z85 = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+    inline = base64.b85encode(bitmap).translate(bytes.maketrans(ours, z85)).decode()
+    vector = {"storageType": "i", "pathOrInlineDv": inline, "sizeInBytes": len(bitmap), "cardinality": len(rows)}
+    features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
+    commit = [
+        {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7, **features}},
+        {"remove": {"path": add["path"], "deletionTimestamp": 1, "dataChange": True}},
+        {"add": {**add, "deletionVector": vector}},
+    ]
+    newest = DeltaTable(str(path)).version()
+    (log / f"{newest + 1:020d}.json").write_text("\n".join(json.dumps(action) for action in commit))
 
 
 def test_errors_say_what_to_do(settings: FeatureStoreSettings) -> None:

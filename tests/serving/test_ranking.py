@@ -70,6 +70,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ServingSettings:
     items = {"item_id": [1, 2, 3], "price": [1.0, None, 3.0], "updated_at": [0, 0, 2 * NOW]}
     events = list(range(100, 110))
     state = {"user_id": ["7"], "ts": [500], "clicks__ts": [events], "clicks__item": [[hash_id(one) for one in events]]}
+    state["clicks__event_id"] = state["clicks__item"]
     for name, content in (("users", users), ("items", items), ("state", state)):
         write_deltalake(str(root / name), pl.DataFrame(content).to_arrow())
     store = FeatureStoreSettings(

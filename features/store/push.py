@@ -1,0 +1,216 @@
+"""New events straight into the online store: a request sees them before their log partition is built.
+
+A push reads the stored sequences of its users, adds what is new, and writes them back. The next partition's
+materialisation brings the same events from the log; what it does not hold yet stays (``materialize``).
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Any, cast
+
+import polars as pl
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.type_map import python_values_to_proto_values
+from feast.types import String
+
+from features.batch import event_id_column, timeline_column
+from features.encoding import encode, hash_ids
+from features.errors import CorankError
+from features.schema import Sequence
+from features.store.definitions import sequence_view
+from features.store.delta import microseconds
+from features.store.online import (
+    READ_ROWS,
+    FeatureStoreSettings,
+    entity_values,
+    open_store,
+    registered_view,
+)
+from features.store.query import TIME
+
+EVENT_ID = "__event_id"
+"""Hashed id of an event in a frame of events; no field of the user's own has these names."""
+
+AS_OF, OLDEST = "__as_of", "__oldest"
+
+
+class OnlineWriter:
+    """Appends new events to the online sequences. May be used by several threads.
+
+    A push reads and writes back: let one process push the events of one user, else one of two pushes at the same
+    moment is missing online until its partition is built from the log.
+
+    Args:
+        log_delay: microseconds; as in :class:`features.samples.BuildSettings`.
+
+    Raises (on creation):
+        CorankError: the registry lacks the view of a sequence.
+    """
+
+    def __init__(self, settings: FeatureStoreSettings, log_delay: int = 0) -> None:
+        self.settings = settings
+        self.schema = settings.schema
+        self.log_delay = log_delay
+        self._store = open_store(settings)
+        self._views = {one.name: registered_view(self._store, sequence_view(one)) for one in self.schema.sequences}
+        self._lock = threading.Lock()
+
+    def push(self, events: pl.DataFrame, table: str = "events") -> dict[str, int]:
+        """Append raw events to every sequence that reads this table.
+
+        Each sequence takes the events that its ``where`` selects, coded like the log's. An event whose ``event_id``
+        the user's stored sequence has already is left out, so a push may be repeated. As in the state table, a
+        sequence keeps the last L events that a request after the newest event (or after the materialised partition)
+        sees, and all after them; an event older than that is left out. Order is by (ts, event_id) within a push; an
+        event of the time of a stored one comes after it.
+
+        Args:
+            events: event_id, user_id, ts (microseconds UTC, or a timestamp) and the columns that the sequences read.
+            table: which event table of the config they belong to.
+
+        Returns:
+            events added per sequence of this table.
+
+        Raises:
+            CorankError: no sequence reads the table; a column is missing, or an event has no id, user or time.
+                Nothing is written then.
+        """
+        sequences = [sequence for sequence in self.schema.sequences if sequence.events == table]
+        if not sequences:
+            known = sorted({sequence.events for sequence in self.schema.sequences})
+            raise CorankError(f"push: no sequence reads the table {table!r}; tables of sequences are {known}")
+        coded = {sequence.name: _coded(_checked(events, table), sequence, table) for sequence in sequences}
+        with self._lock:
+            return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
+
+    def _append(self, sequence: Sequence, new: pl.DataFrame) -> int:
+        """Write the sequences of users that get something new; returns how many events they got."""
+        added = 0
+        for users in new.select("user_id").unique(maintain_order=True).iter_slices(READ_ROWS):
+            stored, bounds = self._stored(sequence, users["user_id"].to_list(), new.schema)
+            fresh = (
+                new.join(users, on="user_id", how="semi", maintain_order="left")
+                .join(stored, on=["user_id", EVENT_ID], how="anti", maintain_order="left")
+                .join(bounds, on="user_id", how="left", maintain_order="left")
+                .filter(pl.col(OLDEST).is_null() | (pl.col("ts") > pl.col(OLDEST)))
+                .drop(OLDEST)
+            )
+            if fresh.height:
+                stored = stored.join(fresh, on="user_id", how="semi", maintain_order="left").join(
+                    bounds.drop(OLDEST), on="user_id", maintain_order="left"
+                )
+                self._write(sequence, _bounded(pl.concat([stored, fresh]), sequence.length, self.log_delay))
+                added += fresh.height
+        return added
+
+    def _stored(self, sequence: Sequence, users: list[str], schema: pl.Schema) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """What the online store has of these users.
+
+        Returns:
+            events, one row each, in their order; and per user with events ``AS_OF``, the time its sequence was
+            written for, and ``OLDEST``, the time of its first event where older ones have been dropped or would be.
+        """
+        view = self._views[sequence.name]
+        columns = _columns(sequence)
+        keys = python_values_to_proto_values(users, String.to_value_type())
+        found = self._store._get_provider().online_read(
+            self._store.config,
+            view,
+            [EntityKey(join_keys=["user_id"], entity_values=[key]) for key in keys],
+            list(columns),
+        )
+        rows: list[dict[str, Any]] = []
+        bounds: list[tuple[str, int, int | None]] = []
+        for user_id, (written, values) in zip(users, found, strict=True):
+            lists = {name: _list(values[column]) for column, name in columns.items() if values and column in values}
+            if not lists.get("ts"):
+                continue
+            if any(len(lists.get(name, ())) != len(lists["ts"]) for name in columns.values()):
+                raise CorankError(
+                    f"push: the online sequence {sequence.name} of user {user_id} lacks a field of the schema or its "
+                    "event ids: another schema wrote it. Materialise the newest partition again (`corank run`)."
+                )
+            rows.append({"user_id": user_id, **lists})
+            as_of = microseconds(cast(datetime, written))
+            full = bisect_left(lists["ts"], as_of - self.log_delay) >= sequence.length
+            bounds.append((user_id, as_of, lists["ts"][0] if full else None))
+        kinds = {name: kind if name == "user_id" else pl.List(kind) for name, kind in schema.items()}
+        events = pl.DataFrame(rows, schema=kinds).explode(list(columns.values())).select(schema.names())
+        types = {"user_id": pl.String, AS_OF: pl.Int64, OLDEST: pl.Int64}
+        return events, pl.DataFrame(bounds, schema=types, orient="row")
+
+    def _write(self, sequence: Sequence, events: pl.DataFrame) -> None:
+        view = self._views[sequence.name]
+        columns = _columns(sequence)
+        lists = events.group_by("user_id", maintain_order=True).agg(
+            pl.max_horizontal(pl.col(AS_OF).max(), pl.col("ts").max()).alias(TIME),
+            *[pl.col(name).alias(column) for column, name in columns.items()],
+        )
+        self._store._get_provider().online_write_batch(self._store.config, view, entity_values(view, lists), None)
+
+
+def _columns(sequence: Sequence) -> dict[str, str]:
+    """Feature of the sequence's view → its name in a frame of events."""
+    return {
+        timeline_column(sequence, None): "ts",
+        **{timeline_column(sequence, one): one.name for one in sequence.fields},
+        event_id_column(sequence): EVENT_ID,
+    }
+
+
+def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
+    """Events with ``ts`` in microseconds, all of them with an id, a user and a time."""
+    _require(events, ("event_id", "user_id", "ts"), table)
+    if isinstance(events.schema["ts"], pl.Datetime):
+        events = events.with_columns(pl.col("ts").dt.cast_time_unit("us").dt.timestamp("us"))
+    for column in ("event_id", "user_id", "ts"):
+        if missing := events[column].null_count():
+            raise CorankError(f"push to {table}: {missing:,} of {events.height:,} events have no {column}")
+    return events
+
+
+def _coded(events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
+    """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
+    _require(events, [one.source for one in sequence.fields], table)
+    if sequence.where is not None:
+        try:
+            events = events.filter(pl.sql_expr(sequence.where))
+        except pl.exceptions.ColumnNotFoundError as failure:
+            raise CorankError(
+                f"push to {table}: the sequence {sequence.name} selects {sequence.where!r}, but the events have only "
+                f"the columns {events.columns}"
+            ) from failure
+    return (
+        events.sort("user_id", "ts", "event_id")
+        .select(
+            pl.col("user_id").cast(pl.String),
+            pl.col("ts").cast(pl.Int64),
+            *[encode(one, pl.col(one.source)).alias(one.name) for one in sequence.fields],
+            hash_ids(pl.col("event_id")).alias(EVENT_ID),
+        )
+        .unique(["user_id", EVENT_ID], keep="first", maintain_order=True)
+    )
+
+
+def _bounded(events: pl.DataFrame, length: int, log_delay: int) -> pl.DataFrame:
+    """Per user, in time order, the last L events that any later request can see and all after them."""
+    ordered = events.sort("user_id", "ts", maintain_order=True)
+    position = pl.int_range(pl.len(), dtype=pl.Int64).over("user_id")
+    as_of = pl.max_horizontal(AS_OF, "ts").max().over("user_id")
+    visible = (pl.col("ts") < as_of - log_delay).cast(pl.Int64).sum().over("user_id")
+    return ordered.filter(position >= visible - length)
+
+
+def _require(events: pl.DataFrame, columns: Iterable[str], table: str) -> None:
+    if missing := [column for column in columns if column not in events.columns]:
+        raise CorankError(f"push to {table}: the events lack the columns {missing}; they have {events.columns}")
+
+
+def _list(value: Any) -> list[Any]:
+    """The items of a stored list; empty when there is none."""
+    kind = value.WhichOneof("val")
+    return list(getattr(value, kind).val) if kind is not None else []

@@ -1,0 +1,169 @@
+"""New events pushed into the online store, against the sample builder reading the same log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from features.batch import end_column, timeline_column
+from features.encoding import hash_id
+from features.errors import CorankError
+from features.schema import SECOND, partition_bounds
+from features.store.online import OnlineReader, apply, materialize
+from features.store.push import OnlineWriter
+from tests.features.stores import build_state, online_content, store_settings
+from tests.features.worlds import DAY, DAYS, SCHEMA, write_world
+
+CLOSES = [partition_bounds(day, "day")[1] for day in DAYS]
+USERS = 4
+
+
+def events_of(tables: dict[str, Any], *days: str) -> pl.DataFrame:
+    frame: pl.DataFrame = tables["events"].scan(days).collect()
+    return frame.sort("ts", "event_id")
+
+
+def event(ts: int, event_id: str, item: int = 1, **other: Any) -> dict[str, Any]:
+    row = {"event_id": event_id, "user_id": 1, "item_id": item, "action": "buy", "seconds": None, "ts": ts}
+    return row | other
+
+
+def bought(reader: OnlineReader, user_id: str = "1") -> list[tuple[int, int]]:
+    history = reader.sequences(user_id)["bought"]
+    return list(zip(history.ts.tolist(), history.fields["item_id"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+@pytest.mark.parametrize("log_delay", [0, 3 * SECOND])
+def test_a_request_after_pushes_sees_what_the_sample_builder_shows_it(
+    tmp_path: Path, seed: int, log_delay: int
+) -> None:
+    tables = write_world(tmp_path, seed, users=USERS)
+    samples = build_state(tables, tmp_path, log_delay)
+    settings = store_settings(tables, tmp_path, "replay")
+    apply(settings)
+    materialize(settings, 0, CLOSES[0])
+    writer, reader = OnlineWriter(settings, log_delay), OnlineReader(settings)
+    compared = 0
+    for day in DAYS[1:]:
+        events = events_of(tables, day)
+        requests = [
+            (request["ts"], user, row, request) for user, row in samples[day].items() for request in row["requests"]
+        ]
+        pushed = partition_bounds(day, "day")[0]
+        for ts, user, row, request in sorted(requests, key=lambda one: one[0]):
+            fresh = events.filter(pl.col("ts").is_between(pushed, ts, closed="left"))
+            if fresh.height:
+                writer.push(fresh)
+            pushed = ts
+            for sequence in SCHEMA.sequences:
+                history = reader.sequences(user)[sequence.name]
+                seen = slice(None, int((history.ts < ts - log_delay).sum()))
+                end = request[end_column(sequence)]
+                start = max(0, end - sequence.length)
+                assert history.ts[seen][-sequence.length :].tolist() == row[timeline_column(sequence, None)][start:end]
+                for field in sequence.fields:
+                    expected = np.array(row[timeline_column(sequence, field)][start:end], float)
+                    np.testing.assert_array_equal(history.fields[field.name][seen][-sequence.length :], expected)
+                compared += end > start
+        writer.push(events)
+    assert compared > 10
+
+
+def test_pushing_again_adds_nothing(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=5, users=USERS)
+    build_state(tables, tmp_path, 0)
+    settings = store_settings(tables, tmp_path, "again")
+    apply(settings)
+    materialize(settings, 0, CLOSES[1])
+    writer = OnlineWriter(settings)
+    materialised = online_content(settings, USERS, CLOSES[2])
+    # events that the log has brought already: the state keeps L of them, older ones do not come back either
+    assert events_of(tables, *DAYS[:2]).height > 10
+    assert writer.push(events_of(tables, *DAYS[:2])) == {"watched": 0, "bought": 0}
+    np.testing.assert_equal(online_content(settings, USERS, CLOSES[2]), materialised)
+    events = events_of(tables, DAYS[2])
+    added = writer.push(pl.concat([events, events]))
+    assert added == {
+        "watched": events.filter(pl.col("action") == "watch").height,
+        "bought": events.filter(pl.col("action") == "buy").height,
+    }
+    pushed = online_content(settings, USERS, CLOSES[2])
+    assert pushed != materialised
+    assert writer.push(events) == {"watched": 0, "bought": 0}
+    np.testing.assert_equal(online_content(settings, USERS, CLOSES[2]), pushed)
+
+
+def test_materialising_a_partition_keeps_pushed_events_that_its_log_does_not_hold(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=5, users=USERS)
+    build_state(tables, tmp_path, 0)
+    live, rested = (store_settings(tables, tmp_path, name) for name in ("live", "rested"))
+    for settings in (live, rested):
+        apply(settings)
+    materialize(live, 0, CLOSES[0])
+    OnlineWriter(live).push(events_of(tables, *DAYS[1:]))
+    materialize(live, CLOSES[0], CLOSES[1])  # knows days 1 and 2; day 3 was only pushed
+    materialize(rested, 0, CLOSES[1])
+    before = online_content(rested, USERS, CLOSES[2])
+    OnlineWriter(rested).push(events_of(tables, DAYS[2]))
+    after = online_content(rested, USERS, CLOSES[2])
+    assert after != before
+    newest = {name: sequence.length for name, sequence in zip(("watched", "bought"), SCHEMA.sequences, strict=True)}
+    kept = online_content(live, USERS, CLOSES[2])
+    for user_id in map(str, range(USERS + 1)):
+        for name, length in newest.items():
+            for key, values in after[user_id][name].items():
+                np.testing.assert_array_equal(kept[user_id][name][key][-length:], values[-length:])
+    materialize(live, CLOSES[1], CLOSES[2])
+    materialize(rested, CLOSES[1], CLOSES[2])
+    np.testing.assert_equal(online_content(live, USERS, CLOSES[2]), online_content(rested, USERS, CLOSES[2]))
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> OnlineWriter:
+    tables = write_world(tmp_path, seed=0, users=USERS)
+    build_state(tables, tmp_path, 0)
+    settings = store_settings(tables, tmp_path, "small")
+    apply(settings)  # nothing is materialised
+    return OnlineWriter(settings, log_delay=10)
+
+
+@pytest.fixture
+def reader(writer: OnlineWriter) -> OnlineReader:
+    return OnlineReader(writer.settings)
+
+
+def test_the_newest_events_and_those_within_the_log_delay_stay(writer: OnlineWriter, reader: OnlineReader) -> None:
+    assert bought(reader) == []
+    writer.push(pl.DataFrame([event(DAY + one, f"e{one}", item=one) for one in (3, 1, 2)]))
+    assert [ts - DAY for ts, _ in bought(reader)] == [1, 2, 3]  # 2 of them are L, all are within the delay
+    writer.push(pl.DataFrame([event(DAY + 12, "e12"), event(DAY + 20, "e20")]))
+    assert [ts - DAY for ts, _ in bought(reader)] == [2, 3, 12, 20]  # a request sees ts < 20 − 10 at least: 2 and 3
+    writer.push(pl.DataFrame([event(DAY + 11, "late", item=7), event(DAY + 1, "e1", item=1)]))
+    assert bought(reader)[2] == (DAY + 11, hash_id(7))
+    assert [ts - DAY for ts, _ in bought(reader)] == [2, 3, 11, 12, 20]  # e1 had been dropped and stays so
+
+
+def test_a_push_takes_timestamps_and_text_ids_like_the_log(writer: OnlineWriter, reader: OnlineReader) -> None:
+    rows = pl.DataFrame([event(DAY, "b", item=2), event(DAY, "a", item=1)])
+    typed = rows.with_columns(pl.col("ts").cast(pl.Datetime("us", "UTC")), pl.col("user_id", "item_id").cast(pl.String))
+    assert writer.push(typed) == {"watched": 0, "bought": 2}
+    assert bought(reader) == [(DAY, hash_id(1)), (DAY, hash_id(2))]
+    assert writer.push(rows) == {"watched": 0, "bought": 0}
+
+
+def test_a_push_that_cannot_be_read_writes_nothing_and_says_why(writer: OnlineWriter, reader: OnlineReader) -> None:
+    good = pl.DataFrame([event(DAY, "a"), event(DAY, "b")])
+    with pytest.raises(CorankError, match=r"no sequence reads the table 'clicks'.*'events'"):
+        writer.push(good, table="clicks")
+    with pytest.raises(CorankError, match=r"events: the events lack the columns \['seconds'\]"):
+        writer.push(good.drop("seconds"))
+    with pytest.raises(CorankError, match="selects \"action = 'watch'\""):
+        writer.push(good.drop("action"))
+    with pytest.raises(CorankError, match="1 of 2 events have no event_id"):
+        writer.push(good.with_columns(pl.Series("event_id", ["a", None])))
+    assert bought(reader) == []

@@ -39,6 +39,11 @@ def key_column(feature: Feature) -> str:
     return f"{KEY}__{feature.name}"
 
 
+def cross_column(key: str) -> str:
+    """A column of items that features cross with the user, as text, beside the encoded ones."""
+    return f"cross__{key}"
+
+
 def delta_column(column: str) -> str:
     """What the partition itself adds to a count or sum."""
     return f"delta_{column}"

@@ -24,6 +24,7 @@ from features.aggregates import (
     aggregate_of,
     aggregate_value,
     count_column,
+    cross_column,
     delta_column,
     deltas,
     item_tally,
@@ -249,8 +250,10 @@ def _profiles(
     crossed = dict.fromkeys(str(aggregate_of(one).key) for one in settings.schema.aggregates("cross"))
     texts = []
     for column in crossed if role == "items" else ():
+        if column == "item_id":
+            continue
         kind = pl.List(pl.String) if isinstance(frame.schema[column], pl.List) else pl.String
-        texts.append(pl.col(column).cast(kind).alias(_cross_column(column)))
+        texts.append(pl.col(column).cast(kind).alias(cross_column(column)))
     return frame.select(
         pl.col(key).cast(pl.String),
         "updated_at",
@@ -258,11 +261,6 @@ def _profiles(
         *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in features],
         *texts,
     ).sort("updated_at", maintain_order=True)
-
-
-def _cross_column(key: str) -> str:
-    """Name of a raw item column beside the encoded ones."""
-    return f"cross__{key}"
 
 
 def _new_events(settings: BuildSettings, sequence: BehaviourSequence, events: pl.DataFrame) -> pl.DataFrame:
@@ -422,7 +420,7 @@ def _crossed(rows: pl.DataFrame, items: pl.DataFrame, key: str) -> pl.DataFrame:
     """Rows of a log with the ``key`` of their item as of their own time; one row per key when it has several."""
     if key == "item_id":
         return rows.with_columns(pl.col("item_id").alias(KEY)).drop_nulls(KEY)
-    profiles = items.select("item_id", "updated_at", pl.col(_cross_column(key)).alias(KEY))
+    profiles = items.select("item_id", "updated_at", pl.col(cross_column(key)).alias(KEY))
     joined = _join_as_of(rows.drop(KEY, strict=False), profiles, "item_id")
     return (
         joined.explode(KEY, empty_as_null=True, keep_nulls=True) if isinstance(joined.schema[KEY], pl.List) else joined
@@ -628,7 +626,7 @@ def _crossed_values(candidates: pl.DataFrame, tally: Tally) -> pl.Series:
     """A cross feature of every candidate: the user's counts of all the keys that the item has, added up."""
     (feature,) = tally.features
     key = str(aggregate_of(feature).key)
-    column = pl.col("item_id") if key == "item_id" else pl.col(_cross_column(key))
+    column = pl.col("item_id") if key == "item_id" else pl.col(cross_column(key))
     keyed = candidates.select("user_id", "ts", column.alias(KEY)).with_row_index("candidate")
     if isinstance(keyed.schema[KEY], pl.List):
         keyed = keyed.explode(KEY, empty_as_null=True, keep_nulls=True)

@@ -25,6 +25,7 @@ from pipeline.runtime import ensure_ray, quiet
 from pipeline.version import code_version
 
 if TYPE_CHECKING:
+    from features.fold import BuildSettings
     from features.reader import SampleSource
     from features.store.online import FeatureStoreSettings
     from pipeline.registry import ModelRegistry, ModelVersion
@@ -79,7 +80,9 @@ class Pipeline:
     @cached_property
     def sample_inputs(self) -> dict[str, str]:
         """Per partition the digest of all that its samples are made from, the partition before included."""
-        settings = self.config.digest_of(*DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start")
+        settings = self.config.digest_of(
+            *DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start"
+        )
         chain: dict[str, str] = {}
         previous = ""
         for partition in self.partitions:
@@ -231,7 +234,7 @@ class Pipeline:
         Raises:
             CorankError: a partition has no passing validation record.
         """
-        from features.samples import BuildSettings, build_partitions
+        from features.samples import build_partitions
 
         self._require_validated()
         config = self.config
@@ -239,16 +242,7 @@ class Pipeline:
         with self.progress.stage("samples") as stage:
             stage.say("starting Ray")
             ensure_ray(config.ray)
-            settings = BuildSettings(
-                tables={role: config.table(role) for role in config.tables},
-                schema=config.schema_,
-                grain=config.grain,
-                buckets=config.buckets,
-                log_delay=config.log_delay,
-                root=config.path("tables"),
-                now=self.log.now,
-                aggregates_delay=config.aggregates_delay,
-            )
+            settings = self.build_settings()
             stage.say(f"{len(partitions)} partitions, {config.buckets} buckets")
             shown = {partition: self._record("validated", partition)["rows"]["impressions"] for partition in partitions}
             counts = build_partitions(
@@ -286,7 +280,10 @@ class Pipeline:
             apply(settings)
             first = self.partitions.index(partitions[0]) == 0
             start = 0 if first else self.log.bounds(partitions[0])[0]
-            end = self.log.bounds(partitions[-1])[1]
+            # counts become known some time after the close, by then or by now
+            end = max(
+                close := self.log.bounds(partitions[-1])[1], min(close + self.config.aggregates_delay, self.log.now)
+            )
             rows = materialize(settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"))
             self.records.put(
                 "feature_store",
@@ -522,10 +519,9 @@ class Pipeline:
             ensure_ray(config.ray)
             url = start(self.serving_settings(champion), config.serving.host, config.serving.port)
             stage.say("comparing its answers with offline scores")
-            newest = self._newest_samples()
-            verified = verify_endpoint(
-                url, champion.artifact, newest, config.table("impressions"), self.store_settings(), config.log_delay
-            )
+            stored = self._record("feature_store", "online")
+            built = [partition for partition in self.partitions if partition in stored["partitions"]]
+            verified = verify_endpoint(url, champion.artifact, self.build_settings(), built, int(stored["close"]))
             record = {
                 "inputs": self.deployment_inputs(champion),
                 "number": champion.number,
@@ -593,17 +589,28 @@ class Pipeline:
         )
         return SampleSource(self.config.path("tables", "samples"), self.config.schema_, chosen, low, high)
 
-    def _newest_samples(self) -> SampleSource:
-        stored = self._record("feature_store", "online")
-        newest = max(stored["partitions"])
-        return self.source(0, FOREVER, (newest,))
-
     def store_close(self) -> int | None:
         """Up to when the online store knows the log, microseconds UTC; None while it is empty."""
         record = self.records.get("feature_store", "online")
         return int(record["close"]) if record else None
 
+    def build_settings(self) -> BuildSettings:
+        from features.fold import BuildSettings
+
+        config = self.config
+        return BuildSettings(
+            tables={role: config.table(role) for role in config.tables},
+            schema=config.schema_,
+            grain=config.grain,
+            buckets=config.buckets,
+            log_delay=config.log_delay,
+            root=config.path("tables"),
+            now=self.log.now,
+            aggregates_delay=config.aggregates_delay,
+        )
+
     def store_settings(self) -> FeatureStoreSettings:
+        from features.lake import Table
         from features.store.online import FeatureStoreSettings
 
         config = self.config
@@ -614,6 +621,8 @@ class Pipeline:
             users=config.table("users"),
             items=config.table("items"),
             state_uri=config.path("tables", "state"),
+            user_aggregates=Table("user_aggregates", config.path("tables", "user_aggregates")),
+            item_aggregates=Table("item_aggregates", config.path("tables", "item_aggregates")),
             online=config.feast.online,
             sqlite_path=str(config.local_path("feast", "online.db")),
             redis=config.feast.redis,

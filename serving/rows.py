@@ -60,8 +60,7 @@ def build_row(
     """
     schema = reader.schema
     context_codes = encode_context(schema, context)
-    user_known, user_codes = reader.encoded_user(user_id, ts)
-    items = reader.items(item_ids, ts)
+    user_known, user_codes, items = reader.request(user_id, item_ids, ts)
     timelines = {
         name: visible(history, ts - log_delay, length)
         for (name, history), length in zip(

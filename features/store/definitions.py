@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Literal
 
 import pyarrow as pa
 from feast import Entity, FeatureService, FeatureView, Field, ValueType
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
+from features.aggregates import count_column, key_column, sum_column
 from features.batch import event_id_column, timeline_column
 from features.errors import ConfigError
 from features.lake import Table
@@ -23,6 +25,8 @@ USER_VIEW = "user_features"
 ITEM_VIEW = "item_features"
 SEQUENCE_VIEW = "user_sequences_"
 """Prefix of the views that hold behaviour sequences."""
+USER_AGGREGATES_VIEW = "user_aggregates"
+ITEM_AGGREGATES_VIEW = "item_aggregates"
 SERVICE = "ranking"
 UPDATED_AT = "updated_at"
 """When a profile became true (microseconds UTC): a feature too, so that a reader can refuse the future."""
@@ -35,17 +39,21 @@ def sequence_view(sequence: Sequence) -> str:
     return f"{SEQUENCE_VIEW}{sequence.name}"
 
 
-def view_names(schema: Schema) -> list[str]:
-    return [USER_VIEW, ITEM_VIEW, *[sequence_view(sequence) for sequence in schema.sequences]]
-
-
-def definitions(schema: Schema, users: Table, items: Table, state: Table) -> Definitions:
+def definitions(
+    schema: Schema,
+    users: Table,
+    items: Table,
+    state: Table,
+    user_aggregates: Table | None = None,
+    item_aggregates: Table | None = None,
+) -> Definitions:
     """All Feast objects of a schema.
 
     Args:
         users, items: profile tables, with ``updated_at``.
         state: user_id, ts and per sequence the list columns of :func:`features.batch.timeline_column` and
             :func:`features.batch.event_id_column`.
+        user_aggregates, item_aggregates: the counts of :mod:`features.aggregates`, with ``ts``; None: no views.
 
     Raises:
         ConfigError: a feature's column is missing in its table, or has a type that cannot be stored.
@@ -69,7 +77,29 @@ def definitions(schema: Schema, users: Table, items: Table, state: Table) -> Def
             for field in sequence.fields
         ]
         views.append(_view(sequence_view(sequence), user, state_source, fields))
+    counted: list[tuple[str, Entity, Table | None, Literal["user", "item"]]] = [
+        (USER_AGGREGATES_VIEW, user, user_aggregates, "user"),
+        (ITEM_AGGREGATES_VIEW, item, item_aggregates, "item"),
+    ]
+    for name, entity, table, side in counted:
+        if table is not None:
+            source = DeltaSource(name=table.name, uri=table.uri, clock="ts", columns=table.columns)
+            views.append(_view(name, entity, source, aggregate_fields(schema, side)))
     return [user, item, *views, FeatureService(name=SERVICE, features=list(views))]
+
+
+def aggregate_fields(schema: Schema, side: Literal["user", "item"]) -> list[Field]:
+    """What is stored of a user's or item's counts: ``ts``, when they became known, counts and sums; lists per key."""
+    fields = [Field(name="ts", dtype=Int64)]
+    for feature in schema.aggregates(side):
+        fields += [Field(name=count_column(feature), dtype=Int64), Field(name=sum_column(feature), dtype=Float64)]
+    for feature in schema.aggregates("cross") if side == "user" else ():
+        fields += [
+            Field(name=key_column(feature), dtype=Array(String)),
+            Field(name=count_column(feature), dtype=Array(Int64)),
+            Field(name=sum_column(feature), dtype=Array(Float64)),
+        ]
+    return fields
 
 
 def _profile_view(name: str, entity: Entity, table: Table, sources: Iterable[str]) -> FeatureView:

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from features.lake import Table
+from features.samples import STATE
 from features.schema import partition_bounds
 from features.store.online import apply, materialize
 from features.store.push import OnlineWriter
+from features.store.query import Query
 from tests.features.stores import build_state, online_content, store_settings
 from tests.features.worlds import DAYS, write_world
 
@@ -67,6 +70,8 @@ def test_redis_gives_what_sqlite_gives(
     if on_ray:
         request.getfixturevalue("local_ray")
         options = {"slice_bytes": 2_000}  # the state table is read by several tasks, which write themselves
+        state = Query(Table(STATE, str(tmp_path / STATE)), "ts", {"user_id": "user_id"}, {}, 0, CLOSES[1])
+        assert len(state.slices(2_000)) > 1
     sqlite = store_settings(tables, tmp_path, f"files_{on_ray}")
     redis = store_settings(tables, tmp_path, f"redis_{on_ray}", online="redis", redis=redis_address, **options)
     events = tables["events"].scan([DAYS[2]]).collect()

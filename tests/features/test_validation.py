@@ -276,7 +276,7 @@ def test_a_quarantine_that_was_not_committed_is_not_seen(
     changed = {**tables, "impressions": rewrite(tables["impressions"], BAD_IMPRESSIONS["label_click"][0])}
     written = Table("quarantine", str(tmp_path / "quarantine"))
     with monkeypatch.context() as patch:
-        patch.setattr("features.validation.replace_partition", lambda *_: pytest.fail("killed before the commit"))
+        patch.setattr("features.validation.gate.replace_partition", lambda *_: pytest.fail("killed before the commit"))
         with pytest.raises(pytest.fail.Exception):
             gate(tmp_path, changed)
     assert list((tmp_path / "quarantine").rglob("*.parquet"))

@@ -17,7 +17,7 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
-from features.errors import ConfigError
+from features.errors import ConfigError, UnreadableError
 from features.lake import Table, replace_partition, write_file
 from features.schema import SECOND, Grain, Schema, partition_bounds
 from features.validation.layout import layout_checks, roles
@@ -37,6 +37,9 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 ROWS = "_rows"
 """Metric that every suite's row of metrics has: the number of rows it was computed over."""
+
+UNREADABLE = Rule("unreadable_files", pl.lit(0), "cannot be read")
+"""Files that are missing, damaged or of another type than the table (:meth:`Table.check_files`)."""
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,9 @@ def validate_partitions(
     for role in PROFILE_KEYS:
         if role in readable:
             own = profile_rules(role, schema, rules)
-            metrics = _metrics(tables[role].scan(), own)
-            profile_rows[role] = rows = int(metrics.pop(ROWS))
-            failed = gate.judge(role, role, newest, metrics, own)
-            broken += [rule.finding(role, "", value, rows) for rule, value in failed]
+            rows, failed = _judge(gate, readable[role], "", newest, own)
+            profile_rows[role] = rows
+            broken += [finding for _, finding in failed]
             checks += len(own)
     shared = PartitionValidation("", profile_rows, 0, checks, tuple(broken), tuple(broken))
     results = []
@@ -204,55 +206,87 @@ def _validate_partition(
         own = (
             impression_rules(schema, partition, grain, rules, now)
             if impressions
-            else event_rules(partition, grain, now)
+            else event_rules(role, schema, partition, grain, now)
         )
-        metrics = _metrics(table.scan([partition]), own)
-        rows[role] = int(metrics.pop(ROWS))
-        failed = gate.judge(role, f"{role} {partition}", partition_bounds(partition, grain)[0], metrics, own)
-        named = [rule.finding(role, partition, value, rows[role]) for rule, value in failed]
-        findings += named
+        moment = partition_bounds(partition, grain)[0]
+        rows[role], failed = _judge(gate, table, partition, moment, own)
+        findings += [finding for _, finding in failed]
         overfull = any(rule.name == "quarantined_share" for rule, _ in failed)
         # beyond the limit the single row rules say what is wrong
-        failures += [one for one, (rule, _) in zip(named, failed, strict=True) if rule.gate or overfull]
+        failures += [finding for rule, finding in failed if rule.gate or overfull]
         checks += len(own)
-        if impressions:
-            quarantined = round(metrics["quarantined_share"] * rows[role])
-            _write_quarantine(table, schema, partition, grain, now, quarantine_root, quarantined)
+        if impressions and UNREADABLE not in [rule for rule, _ in failed]:
+            bad = any(not rule.gate for rule, _ in failed)
+            try:
+                rejected = _rejected(table, schema, partition, grain, now) if bad else None
+            except UnreadableError as error:  # a damaged page of a column that no rule reads
+                failures.append(_unreadable(role, partition, error))
+                findings.append(failures[-1])
+            else:
+                quarantined = _write_quarantine(rejected, partition, quarantine_root)
     return PartitionValidation(partition, rows, quarantined, checks, tuple(findings), tuple(failures))
 
 
-def _metrics(frame: pl.LazyFrame, rules: Sequence[Rule]) -> dict[str, float]:
-    """Every rule's metric, and the number of rows under ``ROWS``; reads only the columns of the rules."""
-    metrics = [rule.metric.fill_null(0).alias(rule.name) for rule in rules]
-    row = frame.select(pl.len().alias(ROWS), *metrics).collect().row(0, named=True)
-    return {name: float(value) for name, value in row.items()}
+def _judge(
+    gate: Gate, table: Table, partition: str, moment: int, rules: Sequence[Rule]
+) -> tuple[int, list[tuple[Rule, Finding]]]:
+    """The number of rows, and the rules that a table's partition broke (``""``: the whole table's).
+
+    Of a table that cannot be read nothing else is known.
+    """
+    partitions, run = ([partition], f"{table.name} {partition}") if partition else (None, table.name)
+    rules = [UNREADABLE, *rules]
+    frame = table.scan(partitions)
+    try:
+        table.check_files(partitions)
+        # only the columns of the rules are read
+        metrics = [rule.metric.fill_null(0).cast(pl.Float64).alias(rule.name) for rule in rules]
+        values = table.collect(frame.select(pl.len().alias(ROWS), *metrics), partitions).row(0, named=True)
+        rows = int(values.pop(ROWS))
+        failed = gate.judge(table.name, run, moment, values, rules)
+        shown = [rule.example.alias(rule.name) for rule, _ in failed if rule.example is not None]
+        examples = table.collect(frame.select(*shown), partitions).to_dicts()[0] if shown else {}
+    except UnreadableError as error:
+        values = {rule.name: float("nan") for rule in rules} | {UNREADABLE.name: 1.0}
+        gate.judge(table.name, run, moment, values, rules)
+        return 0, [(UNREADABLE, _unreadable(table.name, partition, error))]
+    return rows, [
+        (rule, rule.finding(table.name, partition, value, rows, examples.get(rule.name))) for rule, value in failed
+    ]
 
 
-def _write_quarantine(
-    impressions: Table, schema: Schema, partition: str, grain: Grain, now: int, root: str, count: int
-) -> None:
-    """Write the ``count`` bad rows of a partition, or clear those of an earlier validation, in one commit."""
-    if not count:
-        table = Table("quarantine", root)
-        if table.exists() and partition in table.partitions():
-            replace_partition(root, partition, [], QUARANTINE_SCHEMA, {})
-        return
-    scanned = impressions.scan([partition])
+def _unreadable(table: str, partition: str, error: UnreadableError) -> Finding:
+    return Finding(table, partition, UNREADABLE.name, 1, 0, str(error))
+
+
+def _rejected(impressions: Table, schema: Schema, partition: str, grain: Grain, now: int) -> pl.DataFrame:
+    """The bad rows of a partition, whole, each with the first rule that it broke."""
     whole_row = pl.struct(
         ~cs.by_name("rule", "dt", "bucket", require_all=False) - cs.binary(),
         cs.binary().bin.encode("base64"),  # JSON has no bytes
     )
     rejected = (
-        scanned.with_columns(first_broken(schema, partition, grain, now))
+        impressions.scan([partition])
+        .with_columns(first_broken(schema, partition, grain, now))
         .filter(pl.col("rule").is_not_null())
         .select(
             "rule",
             pl.col("request_id", "user_id", "item_id").cast(pl.String),
             whole_row.struct.json_encode().alias("row"),
         )
-        .collect()
     )
+    return impressions.collect(rejected, [partition])
+
+
+def _write_quarantine(rejected: pl.DataFrame | None, partition: str, root: str) -> int:
+    """Write the bad rows of a partition, or clear an earlier validation's, in one commit; returns their number."""
+    if rejected is None:
+        table = Table("quarantine", root)
+        if table.exists() and partition in table.partitions():
+            replace_partition(root, partition, [], QUARANTINE_SCHEMA, {})
+        return 0
     layout = pa.schema([column for column in QUARANTINE_SCHEMA if column.name not in ("dt", "bucket")])
     rows = rejected.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(layout)
     file = write_file(root, rows, {"dt": partition, "bucket": "0"}, {})
     replace_partition(root, partition, [file], QUARANTINE_SCHEMA, {})
+    return rejected.height

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from features.lake import Table
 from features.schema import Feature, FieldSpec, Schema
-from features.validation.rules import PROFILE_KEYS, Finding
+from features.validation.rules import PROFILE_KEYS, Finding, columns_of_events
 
 
 def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
@@ -28,6 +28,14 @@ def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
 def roles(schema: Schema) -> list[str]:
     """The tables that a pipeline reads."""
     return ["impressions", *PROFILE_KEYS, *dict.fromkeys(sequence.events for sequence in schema.sequences)]
+
+
+def columns_read(role: str, schema: Schema) -> set[str]:
+    """Columns of a table whose values reach samples, canonical names."""
+    own = set(required_columns(role, schema))
+    if role == "impressions":
+        return own | {"position", "weight"}
+    return own if role in PROFILE_KEYS else own | columns_of_events(role, schema)
 
 
 def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, tuple[bool, str]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import polars as pl
+import polars.selectors as cs
 from pydantic import Field
 
 from features.schema import SECOND, Declaration, Feature, Grain, Schema, partition_bounds
@@ -21,7 +22,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 PROFILE_KEYS = {"users": "user_id", "items": "item_id"}
 REWRITE = "correct the table and write these rows again"
-MICROSECONDS = "write {column} as microseconds UTC or as a timestamp"
+EVENT_KEY = ("user_id", "event_id")
+KEYS = ("request_id", "user_id", "item_id", "ts")
+"""Columns that every impression needs."""
 
 
 class ValidationRules(Declaration):
@@ -54,6 +57,7 @@ class Rule:
         text: completes ``subject``, which may name the metric as ``count`` and the partition's ``rows``.
         share: the metric is a share of the rows; it is reported as their number.
         gate: a failure stops the partition; else rows were set aside.
+        example: a value that breaks the rule, shown to the user; null when there is none.
     """
 
     name: str
@@ -64,12 +68,15 @@ class Rule:
     gate: bool = True
     share: bool = False
     subject: str = "{count:,} of {rows:,} rows"
+    example: pl.Expr | None = None
 
-    def finding(self, table: str, partition: str, value: float, rows: int) -> Finding:
+    def finding(self, table: str, partition: str, value: float, rows: int, example: object = None) -> Finding:
         """What a user reads when GX says that this rule failed."""
         count = round(value * rows) if self.share else int(value)
         where = f"table {table}, partition {partition}" if partition else f"table {table}"
         message = f"{where}: {self.subject.format(count=count, rows=rows)} {self.text}"
+        if example is not None:
+            message += f" (for example {example})"
         return Finding(table, partition, self.name, count, rows, message)
 
 
@@ -77,15 +84,15 @@ def row_rules(schema: Schema, partition: str, grain: Grain, now: int) -> dict[st
     """Row rules of impressions: name → (True on bad rows, text). ``now``: microseconds UTC."""
     start, close = partition_bounds(partition, grain)
     rules: dict[str, tuple[pl.Expr, str]] = {}
-    for column in ("request_id", "user_id", "item_id", "ts"):
+    for column in KEYS:
         rules[f"null_{column}"] = (pl.col(column).is_null(), f"have no {column}")
+    for column in ("request_id", "user_id", "item_id"):
+        rules[f"negative_{column}"] = (is_negative(column), f"have a negative {column}, which is no id")
     for task in schema.tasks:
         label = pl.col(task.source).cast(pl.Int64)
         bad = ~label.is_in([0, 1])
         rules[f"label_{task.name}"] = (bad.fill_null(False), f"have a label {task.source} outside {{0, 1}}")
-    outside = ~pl.col("ts").is_between(start, close, closed="left")
-    rules["ts_outside"] = (outside.fill_null(False), f"have a ts outside of the partition {partition}")
-    rules["ts_future"] = ((pl.col("ts") > now).fill_null(False), "have a ts in the future")
+    rules |= _clock_rules(start, close, partition, now)
     # with the user, so that a bucket of users never depends on the rows of another
     repeated = ~pl.struct("user_id", "request_id", "item_id").is_first_distinct()
     rules["duplicate_candidate"] = (repeated, "repeat an item within its request")
@@ -114,19 +121,41 @@ def any_broken(schema: Schema, partition: str, grain: Grain, now: int) -> pl.Exp
     return pl.any_horizontal(*[bad for bad, _ in row_rules(schema, partition, grain, now).values()])
 
 
-def _time_unit_rules(start: int, close: int) -> list[Rule]:
-    """A ``ts`` in another unit: no row lies inside of the partition, but some would in that unit."""
-    nowhere = ~pl.col("ts").is_between(start, close, closed="left").any()
+def is_negative(column: str) -> pl.Expr:
+    """True on negative integers, which logs write for a missing id; false in a column of text, where "-1" is an id."""
+    return pl.any_horizontal((cs.by_name(column, require_all=False) & cs.signed_integer()) < 0).fill_null(False)
 
-    def rule(unit: str, first: int, end: int) -> Rule:
-        metric = (pl.col("ts").is_between(first, end, closed="left") & nowhere).sum()
-        return Rule(f"ts_in_{unit}", metric, f"have a ts in {unit}; {MICROSECONDS.format(column='ts')}")
 
-    return [
-        rule("seconds", -(-start // SECOND), -(-close // SECOND)),
-        rule("milliseconds", -(-start // 1_000), -(-close // 1_000)),
-        rule("nanoseconds", start * 1_000, close * 1_000),
-    ]
+def _clock_rules(start: int, close: int, partition: str, now: int) -> dict[str, tuple[pl.Expr, str]]:
+    """Row rules on ``ts``; each row breaks at most one but ``ts_future``, the wrong unit before all others."""
+    ts = pl.col("ts")
+    inside = ts.is_between(start, close, closed="left")
+    spans = {
+        "seconds": (-(-start // SECOND), -(-close // SECOND)),
+        "milliseconds": (-(-start // 1_000), -(-close // 1_000)),
+        "nanoseconds": (start * 1_000, close * 1_000),
+    }
+    units = {unit: (ts.is_between(*span, closed="left") & ~inside).fill_null(False) for unit, span in spans.items()}
+    right_unit = ~pl.any_horizontal(*units.values())
+    outside = (~inside & right_unit).fill_null(False)
+    future = ((ts > now) & right_unit).fill_null(False)
+    return {
+        **{f"ts_in_{unit}": (bad, _wrong_unit("ts", unit)) for unit, bad in units.items()},
+        "ts_outside": (outside, f"have a ts outside of the partition {partition}"),
+        "ts_future": (future, "have a ts in the future"),
+    }
+
+
+def _wrong_unit(column: str, unit: str) -> str:
+    return f"have a wrong unit: {column} looks like {unit}; cast to microseconds"
+
+
+def _example(name: str, bad: pl.Expr) -> pl.Expr | None:
+    """The first bad value, for rules on the values of one column, which is part of their name."""
+    if not name.startswith(("ts_", "negative_", "updated_at_")):
+        return None
+    column = "ts" if name.startswith("ts_") else name.removeprefix("negative_").split("_in_")[0]
+    return cs.by_name(column, require_all=False).filter(bad).first()
 
 
 def _null_share_rules(features: Sequence[Feature], rules: ValidationRules) -> list[Rule]:
@@ -147,9 +176,12 @@ def _null_share_rules(features: Sequence[Feature], rules: ValidationRules) -> li
 
 
 def impression_rules(schema: Schema, partition: str, grain: Grain, rules: ValidationRules, now: int) -> list[Rule]:
-    start, close = partition_bounds(partition, grain)
-    # nulls are set aside row by row; they make no second user or time
-    owners = pl.max_horizontal(*[pl.col(name).drop_nulls().n_unique().over("request_id") for name in ("user_id", "ts")])
+    own = row_rules(schema, partition, grain, now)
+    # rows that are set aside make no second user or time (a repeated candidate has those of the first)
+    good = ~pl.any_horizontal(*[bad for name, (bad, _) in own.items() if name != "duplicate_candidate"])
+    owners = pl.max_horizontal(
+        *[pl.when(good).then(name).drop_nulls().n_unique().over("request_id") for name in ("user_id", "ts")]
+    )
     shared = pl.col("request_id").filter(owners > 1).drop_nulls().n_unique()
     remedy = "correct them, or set them aside by validation.max_quarantined"
     return [
@@ -162,7 +194,6 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
             lowest=rules.min_rows,
             subject="{rows:,} rows",
         ),
-        *_time_unit_rules(start, close),
         Rule(
             "duplicate_request_id",
             shared,
@@ -170,8 +201,8 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
             subject="{count:,} request ids ({rows:,} rows)",
         ),
         *[
-            Rule(name, bad.sum(), f"{text}; {remedy}", gate=False)
-            for name, (bad, text) in row_rules(schema, partition, grain, now).items()
+            Rule(name, bad.sum(), f"{text}; {remedy}", gate=False, example=_example(name, bad))
+            for name, (bad, text) in own.items()
         ],
         Rule(
             "quarantined_share",
@@ -184,19 +215,67 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
     ]
 
 
-def event_rules(partition: str, grain: Grain, now: int) -> list[Rule]:
+def event_rules(role: str, schema: Schema, partition: str, grain: Grain, now: int) -> list[Rule]:
+    """Rules of one partition of a table of events. Exact repeats are tolerated: they count once."""
     start, close = partition_bounds(partition, grain)
-    outside = ~pl.col("ts").is_between(start, close, closed="left")
+    read = sorted(columns_of_events(role, schema))
+    keyed = _all_present(*EVENT_KEY)
+    rows, versions, ids = (
+        count.cast(pl.Int64)
+        for count in (
+            keyed.sum(),
+            pl.struct(read).filter(keyed).n_unique(),
+            pl.struct(EVENT_KEY).filter(keyed).n_unique(),
+        )
+    )
     return [
-        *_time_unit_rules(start, close),
         *[
             Rule(f"null_{name}", pl.col(name).is_null().sum(), f"have no {name}; {REWRITE}")
             for name in ("event_id", "user_id", "ts")
         ],
-        Rule("duplicate_event_id", _repeated("event_id"), f"repeat an event_id; {REWRITE}"),
-        Rule("ts_outside", outside.sum(), f"have a ts outside of the partition {partition}; {REWRITE}"),
-        Rule("ts_future", (pl.col("ts") > now).sum(), f"have a ts in the future; {REWRITE}"),
+        *[
+            Rule(
+                f"negative_{name}",
+                is_negative(name).sum(),
+                f"have a negative {name}, which is no id; {REWRITE}",
+                example=_example(f"negative_{name}", is_negative(name)),
+            )
+            for name in ("event_id", "user_id", "item_id")
+        ],
+        Rule("repeated_event", rows - versions, "repeat an event of the same user; each counts once", gate=False),
+        Rule(
+            "conflicting_event_id",
+            versions - ids,
+            "repeat the event_id of another event of the same user, with other values of "
+            f"{', '.join(name for name in read if name not in EVENT_KEY)}; give every event an id of its own",
+        ),
+        *[
+            Rule(name, bad.sum(), f"{text}; {REWRITE}", example=_example(name, bad))
+            for name, (bad, text) in _clock_rules(start, close, partition, now).items()
+        ],
     ]
+
+
+def distinct_events(events: pl.DataFrame) -> pl.DataFrame:
+    """Every event once, however often a log delivered it: the first by ts of each (user_id, event_id).
+
+    All rows of a user lie in one bucket, so buckets give the same result as the whole partition.
+
+    Args:
+        events: rows of one partition (or some buckets of it) with user_id, event_id and ts, in any order.
+    """
+    return events.sort("ts", maintain_order=True).unique(EVENT_KEY, keep="first", maintain_order=True)
+
+
+def columns_of_events(role: str, schema: Schema) -> set[str]:
+    """Columns that the sequences read of a table of events."""
+    read = {*EVENT_KEY, "ts"}
+    for sequence in schema.sequences:
+        if sequence.events == role:
+            read |= {field.source for field in sequence.fields}
+            if sequence.where is not None:
+                read |= set(pl.sql_expr(sequence.where).meta.root_names())
+    return read
 
 
 def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rule]:
@@ -206,17 +285,24 @@ def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rul
     return [
         Rule("rows", pl.len(), "there are no profiles; write the table", None, 1, subject="{rows:,} rows,"),
         Rule(f"null_{key}", pl.col(key).is_null().sum(), f"have no {key}; {REWRITE}"),
+        Rule(
+            f"negative_{key}",
+            is_negative(key).sum(),
+            f"have a negative {key}, which is no id; {REWRITE}",
+            example=_example(f"negative_{key}", is_negative(key)),
+        ),
         Rule("null_updated_at", pl.col("updated_at").is_null().sum(), f"have no updated_at; {REWRITE}"),
         Rule(
             "duplicate_snapshot",
-            _repeated(key, "updated_at"),
+            _repeats(key, "updated_at").sum(),
             f"repeat a snapshot of the same {key} and updated_at; {REWRITE}",
         ),
         *[
             Rule(
                 f"updated_at_in_{unit}",
                 pl.col("updated_at").is_between(*span, closed="left").sum(),
-                f"have an updated_at in {unit}; {MICROSECONDS.format(column='updated_at')}",
+                _wrong_unit("updated_at", unit),
+                example=_example(f"updated_at_in_{unit}", pl.col("updated_at").is_between(*span, closed="left")),
             )
             for unit, span in units.items()
         ],
@@ -224,7 +310,10 @@ def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rul
     ]
 
 
-def _repeated(*columns: str) -> pl.Expr:
-    """Rows beyond the first of their key; keys with a null are named by rules of their own."""
-    whole = pl.all_horizontal(pl.col(columns).is_not_null())
-    return (whole & ~pl.struct(columns).is_first_distinct()).sum()
+def _repeats(*columns: str) -> pl.Expr:
+    """True on rows beyond the first of their key; keys with a null are named by rules of their own."""
+    return _all_present(*columns) & ~pl.struct(columns).is_first_distinct()
+
+
+def _all_present(*columns: str) -> pl.Expr:
+    return pl.all_horizontal(pl.col(columns).is_not_null())

@@ -176,6 +176,7 @@ def _null_share_rules(features: Sequence[Feature], rules: ValidationRules) -> li
 
 
 def impression_rules(schema: Schema, partition: str, grain: Grain, rules: ValidationRules, now: int) -> list[Rule]:
+    """Rules of one partition of the impressions: the row rules, and what stops the partition."""
     own = row_rules(schema, partition, grain, now)
     # rows that are set aside make no second user or time (a repeated candidate has those of the first)
     good = ~pl.any_horizontal(*[bad for name, (bad, _) in own.items() if name != "duplicate_candidate"])
@@ -279,6 +280,7 @@ def columns_of_events(role: str, schema: Schema) -> set[str]:
 
 
 def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rule]:
+    """Rules of all snapshots of ``users`` or ``items``; each stops every partition."""
     key = PROFILE_KEYS[role]
     # every snapshot since 1973, read as microseconds, would lie in the first weeks of 1970: valid since ever
     units = {"seconds": (10**8, 10**10), "milliseconds": (10**11, 10**13), "nanoseconds": (10**17, 2**63 - 1)}

@@ -19,3 +19,7 @@ class DataGateError(CorankError):
     """A data-validation gate stopped the run. Exit code 3."""
 
     exit_code = 3
+
+
+class UnreadableError(CorankError):
+    """Files of a table are missing, damaged, or of another type than the table. The message names each."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,33 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
+from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.encoding import bucket_column
-from features.errors import CorankError
+from features.errors import CorankError, UnreadableError
 
 STAMP = pl.Datetime("us", "UTC")
+
+READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, DeltaError, OSError)
+"""What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
+
+WIDER = (("int8", "int16", "int32", "int64"), ("float32", "float64"))
+"""Types that read as any later one of their row, without a loss."""
+
+SAME_TYPES = {
+    "large_string": "string",
+    "string_view": "string",
+    "large_binary": "binary",
+    "binary_view": "binary",
+    "float": "float32",
+    "double": "float64",
+}
+"""Arrow's other names of one Delta type."""
+
+SHOWN_FILES = 5
 
 
 @dataclass(frozen=True)
@@ -47,19 +67,30 @@ class Table:
 
         Raises:
             CorankError: there is no Delta table at this address.
+            UnreadableError: its log is damaged.
         """
         if not self.exists():
             raise CorankError(
                 f"table {self.name}: there is no Delta table at {self.uri}. "
                 "Correct `tables` in the config, or write the table (`corank import --help`)."
             )
-        return DeltaTable(self.uri, storage_options=dict(self.storage_options))
+        try:
+            return DeltaTable(self.uri, storage_options=dict(self.storage_options))
+        except (DeltaError, OSError) as error:
+            raise UnreadableError(
+                f"table {self.name}: the Delta log of {self.uri} cannot be read ({_first_line(error)}); "
+                "restore its files in _delta_log"
+            ) from error
 
     def schema(self) -> pa.Schema:
         """Arrow schema under the canonical names."""
         names = self._canonical()
         schema = pa.schema(self.delta().schema().to_arrow())
         return pa.schema([column.with_name(names.get(column.name, column.name)) for column in schema])
+
+    def types(self) -> dict[str, str]:
+        """Canonical name of every column → :func:`type_name` of its type."""
+        return {column.name: type_name(column.type) for column in self.schema()}
 
     def partitions(self) -> list[str]:
         """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt."""
@@ -87,6 +118,60 @@ class Table:
         ]
         return frame.with_columns(stamps) if stamps else frame
 
+    def collect(self, frame: pl.LazyFrame, partitions: Iterable[str] | None = None) -> pl.DataFrame:
+        """The result of a query on this table's :meth:`scan`.
+
+        Args:
+            partitions: those that the query reads; default: all.
+
+        Raises:
+            UnreadableError: a file cannot be read; it is named.
+        """
+        try:
+            return frame.collect()
+        except READ_ERRORS as error:
+            self.check_files(partitions, whole=True)
+            # every file can be read, so either the query is wrong, or a file was away only meanwhile
+            if isinstance(error, OSError):
+                raise UnreadableError(f"table {self.name} at {self.uri}: {error}; run again") from error
+            raise
+
+    def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
+        """Look at every file's size and footer, which costs little and finds nearly all damage.
+
+        Args:
+            partitions: whose files; default: all.
+            whole: read the files to the end; finds damaged pages too.
+
+        Raises:
+            UnreadableError: names table, partition, file and problem.
+        """
+        delta = self.delta()
+        wanted = None if partitions is None else set(partitions)
+        schema = pa.schema(delta.schema().to_arrow())
+        types = {column.name: type_name(column.type) for column in schema}
+        actions = pa.table(delta.get_add_actions(flatten=True))
+        days = actions["partition.dt"].to_pylist() if "partition.dt" in actions.column_names else [None] * len(actions)
+        files = [
+            (path, size, None if day is None else str(day))
+            for path, size, day in zip(
+                actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), days, strict=True
+            )
+            if wanted is None or str(day) in wanted
+        ]
+        store = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
+        with ThreadPoolExecutor(16) as pool:
+            problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
+            broken = [(path, day, problem) for (path, _, day), problem in zip(files, problems, strict=True) if problem]
+        if broken:
+            named = [
+                f"table {self.name}{f', partition {day}' if day else ''}: file {self.uri}/{path} {problem}"
+                for path, day, problem in sorted(broken, key=lambda one: (one[1] or "", one[0]))
+            ]
+            more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
+            remedy = "restore the files, or write their partition again"
+            raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
+
     def slice(self, partitions: Iterable[str], bucket: int, buckets: int) -> pl.DataFrame:
         """The rows of one bucket in these partitions.
 
@@ -94,10 +179,12 @@ class Table:
 
         Raises:
             CorankError: the table is laid out with another number of buckets.
+            UnreadableError: a file cannot be read; it is named.
         """
+        partitions = list(partitions)
         frame = self.scan(partitions)
         if self.is_bucketed():
-            rows = frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket").collect()
+            rows = self.collect(frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket"), partitions)
             users = rows.select(pl.col("user_id").unique())
             if not users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item():
                 raise CorankError(
@@ -105,7 +192,7 @@ class Table:
                     "Set `buckets` in the config to the number the table was laid out with."
                 )
             return rows
-        return frame.collect().filter(bucket_column(pl.col("user_id"), buckets) == bucket)
+        return self.collect(frame, partitions).filter(bucket_column(pl.col("user_id"), buckets) == bucket)
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
         """Per partition the table's id and the last commit with data change that touched it.
@@ -138,6 +225,57 @@ class Table:
 
     def _canonical(self) -> dict[str, str]:
         return {own: name for name, own in self.columns.items()}
+
+
+def type_name(kind: pa.DataType) -> str:
+    """Name of a type as Delta tells types apart: encodings, list layouts and time units do not count."""
+    if pa.types.is_dictionary(kind):
+        return type_name(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
+        return f"list<{type_name(kind.value_type)}>"
+    if pa.types.is_nested(kind):
+        return "map" if pa.types.is_map(kind) else "struct"
+    if pa.types.is_timestamp(kind):
+        return "timestamp"
+    name = str(kind)
+    return SAME_TYPES.get(name, name)
+
+
+def reads_as(stored: str, wanted: str) -> bool:
+    """Whether values of one type (:func:`type_name`) read as another without a loss."""
+    if stored in (wanted, "null"):
+        return True
+    if stored.startswith("list<") and wanted.startswith("list<"):
+        return reads_as(stored[5:-1], wanted[5:-1])
+    return any(stored in row and wanted in row[row.index(stored) :] for row in WIDER)
+
+
+def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
+    """What is wrong with a Parquet file that the Delta log says to have this size and these columns."""
+    try:
+        info = store.get_file_info(path)
+        if info.type == fs.FileType.NotFound:
+            return "is missing"
+        if info.size != size:
+            return f"has {info.size:,} bytes, but the Delta log says {size:,}"
+        with store.open_input_file(path) as stream:
+            file = pq.ParquetFile(stream)
+            stored = {column.name: type_name(column.type) for column in file.schema_arrow}
+            if whole:
+                for group in range(file.num_row_groups):
+                    file.read_row_group(group)
+    except READ_ERRORS as error:
+        return f"is no readable Parquet file ({_first_line(error)})"
+    differing = [
+        f"stores column {column} as {kind}, but the table says {types[column]}"
+        for column, kind in stored.items()
+        if column in types and not reads_as(kind, types[column])
+    ]
+    return ", ".join(differing) or None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True)

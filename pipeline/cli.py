@@ -58,8 +58,6 @@ def guarded(debug: bool) -> Iterator[None]:
     try:
         with insistent_interrupts():
             yield
-    except CorankError as error:
-        _fail(str(error), error.exit_code, debug)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
@@ -82,9 +80,11 @@ def _find_cause(error: BaseException, kind: type[BaseException]) -> BaseExceptio
     """The first exception of this kind in the chain of causes (Ray and Dagster wrap what a stage raised)."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, kind):
+        cause = getattr(seen, "cause", None)
+        # Ray's wrapper is of the kind of its cause too, but its text is the stack trace of the task
+        if isinstance(seen, kind) and not isinstance(cause, kind):
             return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__ or seen.__context__
+        seen = cause or seen.__cause__ or seen.__context__
     return None
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import polars as pl
 
 from features.errors import ConfigError, CorankError, DataGateError
+from features.lake import reads_as
 from features.records import Records, digest
 from features.schema import SECOND, Side, partition_bounds, partition_of
-from features.validation import check_tables
+from features.validation import check_tables, columns_read
 from pipeline.config import Config
 
 PROFILES = {"users": "user_id", "items": "item_id"}
@@ -29,7 +30,9 @@ class Log:
         """
         Raises:
             ConfigError: ``start`` or ``until`` is no partition of this grain.
-            DataGateError: a table or column is missing or mistyped (all of them are named), or lies in the future.
+            DataGateError: a table or column is missing, mistyped or of another type than when its table was
+                validated (all of them are named), or lies in the future.
+            UnreadableError: a file of a profile table or a Delta log is damaged.
             CorankError: no partition is closed.
         """
         problems = check_tables({role: config.table(role) for role in config.tables}, config.schema_)
@@ -38,6 +41,7 @@ class Log:
             raise DataGateError(f"the tables do not fit the config:\n{named}")
         self.config = config
         self.now = now_us()
+        self._refuse_changed_types(records)
         for role in set(config.tables) - set(PROFILES):
             table = config.table(role)
             if "dt" not in table.delta().metadata().partition_columns:
@@ -58,7 +62,7 @@ class Log:
             raise DataGateError(f"table impressions at {impressions.uri}: {error}") from None
         future = [partition for partition in found if bounds[partition][0] > self.now]
         if future:
-            count = impressions.scan(future).select(pl.len()).collect().item()
+            count = impressions.collect(impressions.scan(future).select(pl.len()), future).item()
             raise DataGateError(
                 f"table impressions, partition {future[0]}: {count:,} rows lie in the future (partitions "
                 f"{', '.join(future[:5])}); correct ts and dt"
@@ -94,6 +98,32 @@ class Log:
         """What this partition is made of: per table its last commit with data change."""
         return self._fingerprints[partition]
 
+    def keep_types(self, records: Records) -> None:
+        """Record the types of every table's columns, once the tables were validated: later ones are compared."""
+        for role in self.config.tables:
+            table = self.config.table(role)
+            if table.exists():
+                records.put("types", role, table.types())
+
+    def _refuse_changed_types(self, records: Records) -> None:
+        """Raise when a column that is read has another type than validated; new columns and wider types are fine."""
+        changed = []
+        for role in self.config.tables:
+            known, table = records.get("types", role), self.config.table(role)
+            types = table.types() if known and table.exists() else {}
+            for column in sorted(columns_read(role, self.config.schema_) & set(types) & set(known or {})):
+                old, new = (known or {})[column], types[column]
+                if not reads_as(old, new):
+                    own = table.columns.get(column, column)
+                    changed.append(f"  table {role} at {table.uri}: column {own} was {old}, now it is {new}")
+        if changed:
+            raise DataGateError(
+                "columns changed their type since they were validated:\n"
+                + "\n".join(changed)
+                + "\nWrite them with the "
+                f"old type. If the change is meant, remove the table's record in {self.config.path('records', 'types')}"
+            )
+
     def _read_fingerprints(self, records: Records) -> dict[str, dict[str, str]]:
         result: dict[str, dict[str, str]] = {partition: {} for partition in self.partitions}
         for role in self.config.tables:
@@ -119,7 +149,8 @@ class Log:
         version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
         if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):
             return dict(cache["partitions"])
-        rows = table.scan().select(columns).drop_nulls("updated_at").sort("updated_at").collect()
+        table.check_files()
+        rows = table.collect(table.scan().select(columns).drop_nulls("updated_at").sort("updated_at"))
         closes = pl.Series([self.bounds(partition)[1] for partition in self.partitions])
         seen = rows["updated_at"].search_sorted(closes, side="left").to_list()
         sums = rows.hash_rows(seed=0).to_numpy().cumsum(dtype="uint64")  # wraps around: a checksum of any order

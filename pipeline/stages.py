@@ -226,6 +226,7 @@ class Pipeline:
                 _listed(f"{len(failed)} of {len(results)} partitions failed validation", messages)
                 + f"\nData Docs: {docs}"
             )
+        self.log.keep_types(self.records)
         return stored
 
     def build_samples(self, partitions: Sequence[str]) -> dict[str, Any]:

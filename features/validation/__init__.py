@@ -1,0 +1,19 @@
+"""The data gate: rules on rows, the layout of tables, and Great Expectations, which judges both."""
+
+from features.validation.gate import Gate, PartitionValidation, validate_partitions
+from features.validation.layout import check_tables, columns_read
+from features.validation.rules import Finding, ValidationRules, any_broken, distinct_events, quarantine, row_rules
+
+__all__ = [
+    "Finding",
+    "Gate",
+    "PartitionValidation",
+    "ValidationRules",
+    "any_broken",
+    "check_tables",
+    "columns_read",
+    "distinct_events",
+    "quarantine",
+    "row_rules",
+    "validate_partitions",
+]

@@ -1,0 +1,321 @@
+"""What is wrong with a row, and with all rows of a table's partition. Two kinds of rules:
+
+* *row rules* set single impressions aside (quarantine), up to ``max_quarantined`` of a partition;
+* *gate rules* stop the partition: nothing is built or trained from it.
+
+The sample builder applies the same row rules, so that impressions = candidates + quarantined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import polars as pl
+import polars.selectors as cs
+from pydantic import Field
+
+from features.schema import SECOND, Declaration, Feature, Grain, Schema, partition_bounds
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+PROFILE_KEYS = {"users": "user_id", "items": "item_id"}
+REWRITE = "correct the table and write these rows again"
+EVENT_KEY = ("user_id", "event_id")
+KEYS = ("request_id", "user_id", "item_id", "ts")
+"""Columns that every impression needs."""
+
+
+class ValidationRules(Declaration):
+    """Config section ``validation``."""
+
+    max_quarantined: float = Field(0.0, ge=0, le=1, description="largest share of impressions that may be set aside")
+    min_rows: int = Field(1, ge=1, description="fewest impressions of a partition")
+    max_null_share: dict[str, Share] = Field({}, description="feature: largest share of rows without a value")
+    allow_gaps: bool = Field(False, description="accept missing partitions between the oldest and the newest")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule that a table's partition broke; ``message`` is what a user reads."""
+
+    table: str
+    partition: str
+    rule: str
+    count: int
+    rows: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One metric and what is allowed of it.
+
+    Attributes:
+        metric: aggregate over the rows of the table's partition.
+        text: completes ``subject``, which may name the metric as ``count`` and the partition's ``rows``.
+        share: the metric is a share of the rows; it is reported as their number.
+        gate: a failure stops the partition; else rows were set aside.
+        example: a value that breaks the rule, shown to the user; null when there is none.
+    """
+
+    name: str
+    metric: pl.Expr
+    text: str
+    highest: float | None = 0
+    lowest: float | None = None
+    gate: bool = True
+    share: bool = False
+    subject: str = "{count:,} of {rows:,} rows"
+    example: pl.Expr | None = None
+
+    def finding(self, table: str, partition: str, value: float, rows: int, example: object = None) -> Finding:
+        """What a user reads when GX says that this rule failed."""
+        count = round(value * rows) if self.share else int(value)
+        where = f"table {table}, partition {partition}" if partition else f"table {table}"
+        message = f"{where}: {self.subject.format(count=count, rows=rows)} {self.text}"
+        if example is not None:
+            message += f" (for example {example})"
+        return Finding(table, partition, self.name, count, rows, message)
+
+
+def row_rules(schema: Schema, partition: str, grain: Grain, now: int) -> dict[str, tuple[pl.Expr, str]]:
+    """Row rules of impressions: name → (True on bad rows, text). ``now``: microseconds UTC."""
+    start, close = partition_bounds(partition, grain)
+    rules: dict[str, tuple[pl.Expr, str]] = {}
+    for column in KEYS:
+        rules[f"null_{column}"] = (pl.col(column).is_null(), f"have no {column}")
+    for column in ("request_id", "user_id", "item_id"):
+        rules[f"negative_{column}"] = (is_negative(column), f"have a negative {column}, which is no id")
+    for task in schema.tasks:
+        label = pl.col(task.source).cast(pl.Int64)
+        bad = ~label.is_in([0, 1])
+        rules[f"label_{task.name}"] = (bad.fill_null(False), f"have a label {task.source} outside {{0, 1}}")
+    rules |= _clock_rules(start, close, partition, now)
+    # with the user, so that a bucket of users never depends on the rows of another
+    repeated = ~pl.struct("user_id", "request_id", "item_id").is_first_distinct()
+    rules["duplicate_candidate"] = (repeated, "repeat an item within its request")
+    return rules
+
+
+def quarantine(
+    impressions: pl.DataFrame, schema: Schema, partition: str, grain: Grain, now: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Good rows, and bad rows with the first ``rule`` that each broke.
+
+    All rows of a user lie in one bucket, so buckets give the same result as the whole partition.
+    """
+    marked = impressions.with_columns(first_broken(schema, partition, grain, now))
+    return marked.filter(pl.col("rule").is_null()).drop("rule"), marked.filter(pl.col("rule").is_not_null())
+
+
+def first_broken(schema: Schema, partition: str, grain: Grain, now: int) -> pl.Expr:
+    """Name of the first row rule that a row breaks, as ``rule``; null on good rows."""
+    rules = row_rules(schema, partition, grain, now)
+    return pl.coalesce(*[pl.when(bad).then(pl.lit(name)) for name, (bad, _) in rules.items()]).alias("rule")
+
+
+def any_broken(schema: Schema, partition: str, grain: Grain, now: int) -> pl.Expr:
+    """True on rows that break any row rule."""
+    return pl.any_horizontal(*[bad for bad, _ in row_rules(schema, partition, grain, now).values()])
+
+
+def is_negative(column: str) -> pl.Expr:
+    """True on negative integers, which logs write for a missing id; false in a column of text, where "-1" is an id."""
+    return pl.any_horizontal((cs.by_name(column, require_all=False) & cs.signed_integer()) < 0).fill_null(False)
+
+
+def _clock_rules(start: int, close: int, partition: str, now: int) -> dict[str, tuple[pl.Expr, str]]:
+    """Row rules on ``ts``; each row breaks at most one but ``ts_future``, the wrong unit before all others."""
+    ts = pl.col("ts")
+    inside = ts.is_between(start, close, closed="left")
+    spans = {
+        "seconds": (-(-start // SECOND), -(-close // SECOND)),
+        "milliseconds": (-(-start // 1_000), -(-close // 1_000)),
+        "nanoseconds": (start * 1_000, close * 1_000),
+    }
+    units = {unit: (ts.is_between(*span, closed="left") & ~inside).fill_null(False) for unit, span in spans.items()}
+    right_unit = ~pl.any_horizontal(*units.values())
+    outside = (~inside & right_unit).fill_null(False)
+    future = ((ts > now) & right_unit).fill_null(False)
+    return {
+        **{f"ts_in_{unit}": (bad, _wrong_unit("ts", unit)) for unit, bad in units.items()},
+        "ts_outside": (outside, f"have a ts outside of the partition {partition}"),
+        "ts_future": (future, "have a ts in the future"),
+    }
+
+
+def _wrong_unit(column: str, unit: str) -> str:
+    return f"have a wrong unit: {column} looks like {unit}; cast to microseconds"
+
+
+def _example(name: str, bad: pl.Expr) -> pl.Expr | None:
+    """The first bad value, for rules on the values of one column, which is part of their name."""
+    if not name.startswith(("ts_", "negative_", "updated_at_")):
+        return None
+    column = "ts" if name.startswith("ts_") else name.removeprefix("negative_").split("_in_")[0]
+    return cs.by_name(column, require_all=False).filter(bad).first()
+
+
+def _null_share_rules(features: Sequence[Feature], rules: ValidationRules) -> list[Rule]:
+    limits = [
+        (feature, rules.max_null_share[feature.name]) for feature in features if feature.name in rules.max_null_share
+    ]
+    return [
+        Rule(
+            f"null_share_{feature.name}",
+            pl.col(feature.source).is_null().mean(),
+            f"have no {feature.source}, more than validation.max_null_share.{feature.name} ({limit:.2%}) allows; "
+            "fill them or raise the limit",
+            limit,
+            share=True,
+        )
+        for feature, limit in limits
+    ]
+
+
+def impression_rules(schema: Schema, partition: str, grain: Grain, rules: ValidationRules, now: int) -> list[Rule]:
+    """Rules of one partition of the impressions: the row rules, and what stops the partition."""
+    own = row_rules(schema, partition, grain, now)
+    # rows that are set aside make no second user or time (a repeated candidate has those of the first)
+    good = ~pl.any_horizontal(*[bad for name, (bad, _) in own.items() if name != "duplicate_candidate"])
+    owners = pl.max_horizontal(
+        *[pl.when(good).then(name).drop_nulls().n_unique().over("request_id") for name in ("user_id", "ts")]
+    )
+    shared = pl.col("request_id").filter(owners > 1).drop_nulls().n_unique()
+    remedy = "correct them, or set them aside by validation.max_quarantined"
+    return [
+        Rule(
+            "rows",
+            pl.len(),
+            f"are fewer than validation.min_rows ({rules.min_rows:,}); "
+            "write the partition whole, or choose other partitions by `start`",
+            highest=None,
+            lowest=rules.min_rows,
+            subject="{rows:,} rows",
+        ),
+        Rule(
+            "duplicate_request_id",
+            shared,
+            "belong to more than one user or ts; give every request an id of its own",
+            subject="{count:,} request ids ({rows:,} rows)",
+        ),
+        *[
+            Rule(name, bad.sum(), f"{text}; {remedy}", gate=False, example=_example(name, bad))
+            for name, (bad, text) in own.items()
+        ],
+        Rule(
+            "quarantined_share",
+            any_broken(schema, partition, grain, now).mean(),
+            f"are to be set aside, more than validation.max_quarantined ({rules.max_quarantined:.2%}) allows; {remedy}",
+            rules.max_quarantined,
+            share=True,
+        ),
+        *_null_share_rules(schema.side("context"), rules),
+    ]
+
+
+def event_rules(role: str, schema: Schema, partition: str, grain: Grain, now: int) -> list[Rule]:
+    """Rules of one partition of a table of events. Exact repeats are tolerated: they count once."""
+    start, close = partition_bounds(partition, grain)
+    read = sorted(columns_of_events(role, schema))
+    keyed = _all_present(*EVENT_KEY)
+    rows, versions, ids = (
+        count.cast(pl.Int64)
+        for count in (
+            keyed.sum(),
+            pl.struct(read).filter(keyed).n_unique(),
+            pl.struct(EVENT_KEY).filter(keyed).n_unique(),
+        )
+    )
+    return [
+        *[
+            Rule(f"null_{name}", pl.col(name).is_null().sum(), f"have no {name}; {REWRITE}")
+            for name in ("event_id", "user_id", "ts")
+        ],
+        *[
+            Rule(
+                f"negative_{name}",
+                is_negative(name).sum(),
+                f"have a negative {name}, which is no id; {REWRITE}",
+                example=_example(f"negative_{name}", is_negative(name)),
+            )
+            for name in ("event_id", "user_id", "item_id")
+        ],
+        Rule("repeated_event", rows - versions, "repeat an event of the same user; each counts once", gate=False),
+        Rule(
+            "conflicting_event_id",
+            versions - ids,
+            "repeat the event_id of another event of the same user, with other values of "
+            f"{', '.join(name for name in read if name not in EVENT_KEY)}; give every event an id of its own",
+        ),
+        *[
+            Rule(name, bad.sum(), f"{text}; {REWRITE}", example=_example(name, bad))
+            for name, (bad, text) in _clock_rules(start, close, partition, now).items()
+        ],
+    ]
+
+
+def distinct_events(events: pl.DataFrame) -> pl.DataFrame:
+    """Every event once, however often a log delivered it: the first by ts of each (user_id, event_id).
+
+    All rows of a user lie in one bucket, so buckets give the same result as the whole partition.
+
+    Args:
+        events: rows of one partition (or some buckets of it) with user_id, event_id and ts, in any order.
+    """
+    return events.sort("ts", maintain_order=True).unique(EVENT_KEY, keep="first", maintain_order=True)
+
+
+def columns_of_events(role: str, schema: Schema) -> set[str]:
+    """Columns that the sequences read of a table of events."""
+    read = {*EVENT_KEY, "ts"}
+    for sequence in schema.sequences:
+        if sequence.events == role:
+            read |= {field.source for field in sequence.fields}
+            if sequence.where is not None:
+                read |= set(pl.sql_expr(sequence.where).meta.root_names())
+    return read
+
+
+def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rule]:
+    """Rules of all snapshots of ``users`` or ``items``; each stops every partition."""
+    key = PROFILE_KEYS[role]
+    # every snapshot since 1973, read as microseconds, would lie in the first weeks of 1970: valid since ever
+    units = {"seconds": (10**8, 10**10), "milliseconds": (10**11, 10**13), "nanoseconds": (10**17, 2**63 - 1)}
+    return [
+        Rule("rows", pl.len(), "there are no profiles; write the table", None, 1, subject="{rows:,} rows,"),
+        Rule(f"null_{key}", pl.col(key).is_null().sum(), f"have no {key}; {REWRITE}"),
+        Rule(
+            f"negative_{key}",
+            is_negative(key).sum(),
+            f"have a negative {key}, which is no id; {REWRITE}",
+            example=_example(f"negative_{key}", is_negative(key)),
+        ),
+        Rule("null_updated_at", pl.col("updated_at").is_null().sum(), f"have no updated_at; {REWRITE}"),
+        Rule(
+            "duplicate_snapshot",
+            _repeats(key, "updated_at").sum(),
+            f"repeat a snapshot of the same {key} and updated_at; {REWRITE}",
+        ),
+        *[
+            Rule(
+                f"updated_at_in_{unit}",
+                pl.col("updated_at").is_between(*span, closed="left").sum(),
+                _wrong_unit("updated_at", unit),
+                example=_example(f"updated_at_in_{unit}", pl.col("updated_at").is_between(*span, closed="left")),
+            )
+            for unit, span in units.items()
+        ],
+        *_null_share_rules(schema.side("user" if role == "users" else "item"), rules),
+    ]
+
+
+def _repeats(*columns: str) -> pl.Expr:
+    """True on rows beyond the first of their key; keys with a null are named by rules of their own."""
+    return _all_present(*columns) & ~pl.struct(columns).is_first_distinct()
+
+
+def _all_present(*columns: str) -> pl.Expr:
+    return pl.all_horizontal(pl.col(columns).is_not_null())

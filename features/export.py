@@ -133,7 +133,7 @@ def flattened_bytes(samples: Unnested, schema: Schema) -> np.ndarray:
         _, lengths = samples.window(sequence)
         per_event = sum(_width(code_type(field) if field else pa.int64()) for field in fields)
         per_request = per_request + lengths * per_event + OFFSET_BYTES * len(fields)
-    per_candidate = per_request[samples.request_of_candidate]
+    per_candidate: np.ndarray = per_request[samples.request_of_candidate]
     for name in ("item_id", "weight", *map(feature_column, schema.item_side), *map(label_column, schema.tasks)):
         per_candidate = per_candidate + _sizes(samples.candidates.field(name))
     return per_candidate

@@ -18,15 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.batch import feature_column
-from features.export import Unnested, chunk_bounds, flatten, flattened_bytes, map_files, parquet_bytes
+from features.export import CHUNK_BYTES, Unnested, chunk_bounds, flatten, flattened_bytes, map_files, parquet_bytes
 from features.reader import SampleSource
 from features.schema import Feature, FieldSpec, Schema
 
 SKETCH = 65_536
 """Ids kept to count the distinct ones: exact below, within about 1 % (three deviations of 1/√SKETCH) above."""
-
-SAMPLE_BYTES = 4 * 2**20
-"""Flattened bytes of each file that are written to memory as Parquet, to estimate what the export takes on disk."""
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -240,9 +237,9 @@ def _count_file(file: str, source: SampleSource) -> dict[str, Any]:
     rows = source.read(file)
     statistics = SampleStatistics.of(rows, source.schema)
     statistics.totals["sample_parquet_bytes"] = parquet_bytes(source, file)
-    if rows.num_rows:
+    if rows.num_rows:  # write one row group of the export to memory, to estimate what all of it takes on disk
         samples = Unnested.of(rows)
-        start, stop = next(chunk_bounds(flattened_bytes(samples, source.schema), SAMPLE_BYTES))
+        start, stop = next(chunk_bounds(flattened_bytes(samples, source.schema), CHUNK_BYTES))
         sink = pa.BufferOutputStream()
         pq.write_table(flatten(samples, source.schema, start, stop), sink, compression="zstd")
         statistics.totals |= {"sampled_candidates": stop - start, "sampled_parquet_bytes": sink.tell()}

@@ -110,6 +110,7 @@ def _print_registry(settings: FeatureStoreSettings) -> None:
     )
     if "://" not in settings.registry and not Path(settings.registry).is_file():
         raise nothing  # opening the registry would create it
+    from features.schema import SECOND
     from features.store.online import open_store
     from pipeline.log import close_text
 
@@ -117,19 +118,20 @@ def _print_registry(settings: FeatureStoreSettings) -> None:
     views = sorted(store.list_feature_views(), key=lambda view: str(view.name))
     if not views:
         raise nothing
-    table = Table("view", "entity", "feature", "type", "source", "online up to", title=f"project {settings.project}")
+    table = Table(title=f"project {settings.project}")
+    for column in ("view", "feature", "type"):
+        table.add_column(column, no_wrap=True)
     for view in views:
-        filled = [int(end.timestamp()) * 1_000_000 for _, end in view.materialization_intervals]
-        about = (
-            (view.name, ", ".join(view.entities)),
-            (view.batch_source.name, close_text(max(filled)) if filled else "–"),
-        )
         for row, feature in enumerate(view.features):
-            first, last = about if row == 0 else (("", ""), ("", ""))
-            table.add_row(*first, feature.name, _type_text(feature.dtype), *last)
+            table.add_row(view.name if row == 0 else "", feature.name, _type_text(feature.dtype))
         table.add_section()
     console = Console(highlight=False)
     console.print(table)
+    for view in views:
+        ends = [round(end.timestamp() * SECOND) for _, end in view.materialization_intervals]
+        online = f"online up to {close_text(max(ends))}" if ends else "not online yet"
+        key, source = ", ".join(view.entities), view.batch_source.name
+        console.print(f"view        {view.name}: of {key}, from table {source}, {online}", soft_wrap=True)
     for entity in sorted(store.list_entities(), key=lambda entity: str(entity.name)):
         console.print(f"entity      {entity.name}, joined on {entity.join_key} ({entity.value_type.name.lower()})")
     for service in store.list_feature_services():

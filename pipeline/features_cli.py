@@ -130,8 +130,9 @@ def _print_registry(settings: FeatureStoreSettings) -> None:
     for view in views:
         ends = [round(end.timestamp() * SECOND) for _, end in view.materialization_intervals]
         online = f"online up to {close_text(max(ends))}" if ends else "not online yet"
-        key, source = ", ".join(view.entities), view.batch_source.name
-        console.print(f"view        {view.name}: of {key}, from table {source}, {online}", soft_wrap=True)
+        source = view.batch_source.name if view.batch_source is not None else "–"
+        about = f"of {', '.join(view.entities)}, from table {source}, {online}"
+        console.print(f"view        {view.name}: {about}", soft_wrap=True)
     for entity in sorted(store.list_entities(), key=lambda entity: str(entity.name)):
         console.print(f"entity      {entity.name}, joined on {entity.join_key} ({entity.value_type.name.lower()})")
     for service in store.list_feature_services():

@@ -26,7 +26,6 @@ PartitionsOption = Annotated[
     ),
 ]
 SHOWN_PARTITIONS = 5
-MEBIBYTE = 2**20
 
 
 # --- the store ----------------------------------------------------------------------------------------
@@ -213,8 +212,7 @@ def features_export(
             ("Arrow in memory", result.arrow_bytes, result.sample_arrow_bytes),
         ):
             typer.echo(
-                f"{what:<16} {_mebibytes(exported)} flattened, {_mebibytes(samples)} as samples: "
-                f"{_times(exported, samples)}"
+                f"{what:<16} {_size(exported)} flattened, {_size(samples)} as samples: {_times(exported, samples)}"
             )
         typer.echo(f"{'folder':<16} {target}")
 
@@ -282,14 +280,13 @@ def _print_statistics(figures: dict[str, Any]) -> None:
         f"{_number(figures['requests_per_timeline'])} requests per timeline"
     )
     flattened, estimated = bytes_["flattened_arrow_computed"], bytes_["flattened_parquet_estimated"] or 0
-    console.print(
-        f"Arrow       {_mebibytes(bytes_['sample_arrow'])} as samples, {_mebibytes(flattened)} flattened (computed): "
-        f"{_times(flattened, bytes_['sample_arrow'])}"
-    )
-    console.print(
-        f"Parquet     {_mebibytes(bytes_['sample_parquet'])} as samples, {_mebibytes(estimated)} flattened (estimated "
-        f"from {bytes_['estimated_from_candidates']:,} candidates): {_times(estimated, bytes_['sample_parquet'])}"
-    )
+    sampled = f"estimated from {bytes_['estimated_from_candidates']:,} candidates"
+    for what, samples, exported, how in (
+        ("Arrow", bytes_["sample_arrow"], flattened, "computed"),
+        ("Parquet", bytes_["sample_parquet"], estimated, sampled),
+    ):
+        sizes = f"{_size(samples)} as samples, {_size(exported)} flattened ({how}): {_times(exported, samples)}"
+        console.print(f"{what:<11} {sizes}", soft_wrap=True)
 
 
 def _value_cells(counts: dict[str, Any]) -> list[str]:
@@ -312,8 +309,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _mebibytes(size: int) -> str:
-    return f"{size / MEBIBYTE:,.2f} MiB"
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"
 
 
 def _times(part: int, whole: int) -> str:

@@ -222,7 +222,7 @@ def _samples(pipeline: Pipeline, chosen: list[str] | None) -> SampleSource:
 
     Raises:
         ConfigError: a chosen partition is not one of the log's closed ones.
-        CorankError: a chosen partition, or none at all, is built from the present log and config.
+        CorankError: a chosen partition is not built from the present log and config, or no partition is.
     """
     from features.errors import ConfigError, CorankError
     from pipeline.stages import FOREVER

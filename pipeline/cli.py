@@ -402,4 +402,7 @@ def _print_counts(target: Path, load: Callable[[], dict[str, int]]) -> None:
 
 def main() -> None:
     """Entry point of the command ``corank``."""
+    from pipeline.features_cli import features_app  # here, because it imports this module
+
+    app.add_typer(features_app, name="features")
     app()

@@ -24,6 +24,8 @@ COMMANDS = [
     ["models"],
     ["models", "profile"],
     ["import"],
+    ["features"],
+    ["features", "export"],
 ]
 
 

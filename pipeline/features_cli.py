@@ -1,0 +1,321 @@
+"""The commands ``corank features …``: what is registered and stored online, what the samples hold, and their export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
+
+if TYPE_CHECKING:
+    from features.reader import SampleSource
+    from features.store.online import FeatureStoreSettings
+    from pipeline.stages import Pipeline
+
+features_app = typer.Typer(
+    help="Look at the features: registry, online store, statistics and export of the samples.", no_args_is_help=True
+)
+
+PartitionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--partition", "-p", help="A partition, e.g. 2026-01-05; may be given several times. Default: all built ones."
+    ),
+]
+SHOWN_PARTITIONS = 5
+
+
+# --- the store ----------------------------------------------------------------------------------------
+
+
+@features_app.command("list")
+def features_list(config: ConfigOption, debug: DebugOption = False) -> None:
+    """List what is registered in Feast: entities, views with their features and types, the service."""
+    with guarded(debug):
+        _print_registry(_pipeline(_load(config)).store_settings())
+
+
+@features_app.command("apply")
+def features_apply(config: ConfigOption, debug: DebugOption = False) -> None:
+    """Register the config's features in Feast and create their online tables. Doing it twice changes nothing."""
+    with guarded(debug):
+        from pipeline.stages import exclusive
+
+        pipeline = _pipeline(_load(config))
+        with exclusive(pipeline.config), pipeline.progress.stage("features") as stage:
+            stage.say("registering")
+            from features.store.definitions import view_names
+            from features.store.online import apply
+
+            settings = pipeline.store_settings()
+            apply(settings)
+            stage.say(f"registered {', '.join(view_names(settings.schema))} in project {settings.project}")
+
+
+@features_app.command("materialize")
+def features_materialize(
+    config: ConfigOption,
+    until: Annotated[
+        str | None,
+        typer.Option(help="Fill up to the close of this partition only, e.g. 2026-01-05. Default: all closed ones."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Fill from the beginning, not only what is not up to date.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fill the online store with the newest profiles and sequences, as the stage feature_store of `corank run` does."""
+    with guarded(debug):
+        from pipeline.stages import exclusive
+
+        pipeline = _pipeline(_load(config), until)
+        with exclusive(pipeline.config):
+            partitions = pipeline.partitions if everything else pipeline.stale_store()
+            if not partitions:
+                newest = pipeline.partitions[-1]
+                typer.echo(f"Nothing to do: the online store is up to date with the log up to {newest}.")
+                return
+            _require_built(pipeline, partitions)
+            _require_forward(pipeline, partitions[-1])
+            rows = pipeline.fill_store(partitions)
+        for view, count in rows.items():
+            typer.echo(f"{view:<28} {count:>12,} rows")
+
+
+def _require_forward(pipeline: Pipeline, newest: str) -> None:
+    """An online store keeps the newest value of a key: going back would leave old and new values side by side."""
+    from features.errors import ConfigError
+
+    stored = (pipeline.records.get("feature_store", "online") or {}).get("partitions", {})
+    if stored and max(stored) > newest:
+        raise ConfigError(
+            f"--until {newest}: the online store already holds partitions up to {max(stored)} and cannot go back; "
+            "fill it without --until"
+        )
+
+
+def _print_registry(settings: FeatureStoreSettings) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from features.errors import CorankError
+
+    nothing = CorankError(
+        f"nothing is registered in project {settings.project} ({settings.registry}); "
+        "`corank features apply` registers the config's features, `corank run` does so too"
+    )
+    if "://" not in settings.registry and not Path(settings.registry).is_file():
+        raise nothing  # opening the registry would create it
+    from features.schema import SECOND
+    from features.store.online import open_store
+    from pipeline.log import close_text
+
+    store = open_store(settings)
+    views = sorted(store.list_feature_views(), key=lambda view: str(view.name))
+    if not views:
+        raise nothing
+    table = Table(title=f"project {settings.project}")
+    for column in ("view", "feature", "type"):
+        table.add_column(column, no_wrap=True)
+    for view in views:
+        for row, feature in enumerate(view.features):
+            table.add_row(view.name if row == 0 else "", feature.name, _type_text(feature.dtype))
+        table.add_section()
+    console = Console(highlight=False)
+    console.print(table)
+    for view in views:
+        ends = [round(end.timestamp() * SECOND) for _, end in view.materialization_intervals]
+        online = f"online up to {close_text(max(ends))}" if ends else "not online yet"
+        source = view.batch_source.name if view.batch_source is not None else "–"
+        about = f"of {', '.join(view.entities)}, from table {source}, {online}"
+        console.print(f"view        {view.name}: {about}", soft_wrap=True)
+    for entity in sorted(store.list_entities(), key=lambda entity: str(entity.name)):
+        console.print(f"entity      {entity.name}, joined on {entity.join_key} ({entity.value_type.name.lower()})")
+    for service in store.list_feature_services():
+        named = ", ".join(projection.name for projection in service.feature_view_projections)
+        console.print(f"service     {service.name}: {named}", soft_wrap=True)
+    console.print(f"registry    {settings.registry}", soft_wrap=True)
+
+
+def _type_text(kind: Any) -> str:
+    inner = getattr(kind, "base_type", None)
+    return f"list of {_type_text(inner)}" if inner is not None else str(kind).lower()
+
+
+# --- the samples --------------------------------------------------------------------------------------
+
+
+@features_app.command("stats")
+def features_stats(
+    config: ConfigOption,
+    partition: PartitionsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as JSON.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Count what the samples hold: coverage, history lengths, distinct ids, and what sharing histories saves."""
+    with guarded(debug):
+        from features.statistics import sample_statistics
+        from pipeline.runtime import ensure_ray
+
+        pipeline = _pipeline(_load(config))
+        source = _samples(pipeline, partition)
+        with pipeline.progress.stage("statistics") as stage:
+            stage.say("starting Ray")
+            ensure_ray(pipeline.config.ray)
+            statistics = sample_statistics(source, lambda done, total: stage.say(f"{done}/{total} files"))
+        figures = {"partitions": list(source.partitions), **statistics.describe(source.schema)}
+        if as_json:
+            typer.echo(json.dumps(figures))
+        else:
+            _print_statistics(figures)
+
+
+@features_app.command("export")
+def features_export(
+    config: ConfigOption,
+    target: Annotated[Path, typer.Option(help="Folder of the export; it appears when everything is written.")],
+    partition: PartitionsOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at --target.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the samples as impression-level Parquet, to train any other library on exactly the same rows.
+
+    One row per candidate: request_id, user_id, item_id, ts, feature__NAME, label__TASK (null: not known), weight, and
+    the visible history as lists, history__SEQUENCE__FIELD and history__SEQUENCE__ts, oldest event first.
+    In features and histories an id is a code (xxh64, 0: unknown) and a category its place in the vocabulary, from 1.
+    """
+    with guarded(debug):
+        from features.export import export_impressions
+        from pipeline.runtime import ensure_ray
+        from pipeline.stages import exclusive
+
+        pipeline = _pipeline(_load(config))
+        with exclusive(pipeline.config):
+            source = _samples(pipeline, partition)
+            records = {one: pipeline.records.get("samples", one) or {} for one in source.partitions}
+            with pipeline.progress.stage("export") as stage:
+                stage.say("starting Ray")
+                ensure_ray(pipeline.config.ray)
+                result = export_impressions(
+                    source,
+                    target,
+                    {one: int(record["candidates"]) for one, record in records.items()},
+                    overwrite,
+                    lambda done, total: stage.say(f"{done}/{total} files"),
+                )
+                stage.say(f"{result.candidates:,} candidates in = {result.candidates:,} rows out, {result.files} files")
+        for what, exported, samples in (
+            ("Parquet on disk", result.parquet_bytes, result.sample_parquet_bytes),
+            ("Arrow in memory", result.arrow_bytes, result.sample_arrow_bytes),
+        ):
+            typer.echo(
+                f"{what:<16} {_size(exported)} flattened, {_size(samples)} as samples: {_times(exported, samples)}"
+            )
+        typer.echo(f"{'folder':<16} {target}")
+
+
+def _samples(pipeline: Pipeline, chosen: list[str] | None) -> SampleSource:
+    """The samples of the chosen partitions, or of all that are up to date.
+
+    Raises:
+        ConfigError: a chosen partition is not one of the log's closed ones.
+        CorankError: a chosen partition is not built from the present log and config, or no partition is.
+    """
+    from features.errors import ConfigError, CorankError
+    from pipeline.stages import FOREVER
+
+    known, stale = pipeline.partitions, set(pipeline.stale_samples())
+    if unknown := [one for one in chosen or [] if one not in known]:
+        raise ConfigError(
+            f"--partition {unknown[0]}: it has no rows or is not closed; "
+            f"there are {len(known)} from {known[0]} to {known[-1]}"
+        )
+    built = [one for one in known if one not in stale]
+    if not built:
+        raise CorankError("no samples are built from this log and config yet; `corank run` builds them")
+    partitions = sorted(set(chosen)) if chosen else built
+    _require_built(pipeline, partitions)
+    if not chosen and stale:
+        pipeline.progress.note(f"{len(stale)} of {len(known)} partitions are not built yet and left out")
+    return pipeline.source(0, FOREVER, tuple(partitions))
+
+
+def _require_built(pipeline: Pipeline, partitions: list[str]) -> None:
+    from features.errors import CorankError
+
+    stale = set(pipeline.stale_samples())
+    if missing := [one for one in partitions if one in stale]:
+        named = ", ".join(missing[:SHOWN_PARTITIONS]) + (" …" if len(missing) > SHOWN_PARTITIONS else "")
+        raise CorankError(
+            f"table samples: {len(missing)} of {len(partitions)} partitions are not built from the present log and "
+            f"config: {named}. `corank run` builds them."
+        )
+
+
+def _print_statistics(figures: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, partitions = Console(highlight=False), figures["partitions"]
+    features = Table("feature", "side", "kind", "coverage", "distinct", "of ids", "unique", title="features")
+    for name, one in figures["features"].items():
+        features.add_row(name, one["side"], one["kind"], *_value_cells(one))
+    sequences = Table("sequence", "field", "kind", "coverage", "distinct", "of ids", "unique", title="sequences")
+    lengths = Table("sequence", "L", "requests with events", "p50", "p90", "p99", "max", title="visible events")
+    for name, one in figures["sequences"].items():
+        for row, (field, counts) in enumerate(one["fields"].items()):
+            sequences.add_row(name if row == 0 else "", field, counts["kind"], *_value_cells(counts))
+        quantiles = ["–" if value is None else str(value) for value in one["visible_events"].values()]
+        lengths.add_row(name, str(one["length"]), _share(one["coverage"]), *quantiles)
+    for table in (features, sequences, lengths):
+        console.print(table)
+    bytes_, rows = figures["bytes"], (figures["timelines"], figures["requests"], figures["candidates"])
+    console.print(f"partitions  {len(partitions)}, {partitions[0]} … {partitions[-1]}")
+    console.print("rows        {:,} timelines, {:,} requests, {:,} candidates".format(*rows))
+    console.print(
+        f"sharing     {_number(figures['candidates_per_request'])} candidates per request, "
+        f"{_number(figures['requests_per_timeline'])} requests per timeline"
+    )
+    flattened, estimated = bytes_["flattened_arrow_computed"], bytes_["flattened_parquet_estimated"] or 0
+    sampled = f"estimated from {bytes_['estimated_from_candidates']:,} candidates"
+    for what, samples, exported, how in (
+        ("Arrow", bytes_["sample_arrow"], flattened, "computed"),
+        ("Parquet", bytes_["sample_parquet"], estimated, sampled),
+    ):
+        sizes = f"{_size(samples)} as samples, {_size(exported)} flattened ({how}): {_times(exported, samples)}"
+        console.print(f"{what:<11} {sizes}", soft_wrap=True)
+
+
+def _value_cells(counts: dict[str, Any]) -> list[str]:
+    """Coverage, distinct ids, ids and their ratio, as cells of a table."""
+    if "ids" not in counts:
+        return [_share(counts["coverage"]), "", "", ""]
+    return [
+        _share(counts["coverage"]),
+        f"{counts['distinct']:,}",
+        f"{counts['ids']:,}",
+        "–" if counts["unique_ratio"] is None else f"{counts['unique_ratio']:.4f}",
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:,.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} GiB"
+
+
+def _times(part: int, whole: int) -> str:
+    return f"{part / whole:.1f} ×" if whole else "–"

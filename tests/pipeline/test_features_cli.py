@@ -1,0 +1,103 @@
+"""The commands ``corank features …`` on a workspace whose samples are built, and on a fresh one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from features.errors import ConfigError
+from pipeline.config import load_config
+from pipeline.features_cli import _print_registry, _require_forward
+from pipeline.importers.synthetic import import_synthetic
+from pipeline.progress import Progress
+from pipeline.stages import Pipeline
+from tests.pipeline.test_cli import corank
+from tests.pipeline.workspaces import START, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+DAYS = ["2026-01-05", "2026-01-06"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("features") / "data"
+    import_synthetic(folder, days=2, users=40, items=40, seed=4, start=START, buckets=2, say=lambda _: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(data: Path, local_ray: None) -> Path:
+    """A workspace after the stages validated and samples of two days."""
+    path = write_config(data.parent, data)
+    pipeline = Pipeline(load_config(path), Progress())
+    pipeline.validate(DAYS)
+    pipeline.build_samples(DAYS)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["list"], "nothing is registered"),
+        (["materialize"], "2 of 2 partitions are not built"),
+        (["stats"], "no samples are built"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_a_fresh_workspace_is_told_what_to_run(tmp_path: Path, data: Path, command: list[str], message: str) -> None:
+    done = corank("features", *command, "--config", str(write_config(tmp_path, data)))
+    assert done.returncode == 1, done.stderr
+    assert message in done.stderr
+    assert "corank run" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "work" / "feast").exists()  # looking creates nothing
+
+
+def test_features_are_registered_materialized_once_and_listed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    applied = corank("features", "apply", "--config", str(config))
+    assert applied.returncode == 0, applied.stderr
+    pipeline = Pipeline(load_config(config), Progress())
+    _print_registry(pipeline.store_settings())
+    before = capsys.readouterr().out
+    for part in ("user_sequences_watched", "watched__duration", "list of float32", "ranking:", "joined on user_id"):
+        assert part in before
+    assert "not online yet" in before
+
+    first = corank("features", "materialize", "--until", DAYS[0], "--config", str(config))
+    assert first.returncode == 0, first.stderr
+    assert pipeline.stale_store() == [DAYS[1]]
+    rest = corank("features", "materialize", "--config", str(config))
+    assert rest.returncode == 0, rest.stderr
+    written = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in rest.stdout.splitlines()}
+    assert written == (pipeline.records.get("feature_store", "online") or {})["rows"]
+    assert pipeline.stale_store() == []
+    again = corank("features", "materialize", "--config", str(config))
+    assert "Nothing to do" in again.stdout
+    _print_registry(pipeline.store_settings())
+    assert "online up to 2026-01-07 00:00:00 UTC" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"already holds partitions up to {DAYS[1]}"):
+        _require_forward(pipeline, DAYS[0])
+
+
+def test_stats_and_export_count_the_candidates_of_the_log(config: Path, data: Path, tmp_path: Path) -> None:
+    shown = pl.read_delta(str(data / "impressions")).filter(pl.col("dt") == DAYS[1]).height
+    chosen = ["--partition", DAYS[1], "--config", str(config)]
+    counted = corank("features", "stats", "--json", *chosen)
+    assert counted.returncode == 0, counted.stderr
+    figures = json.loads(counted.stdout)
+    assert figures["partitions"] == [DAYS[1]]
+    assert figures["candidates"] == shown
+    assert figures["bytes"]["flattened_arrow_computed"] > figures["bytes"]["sample_arrow"]
+
+    target = tmp_path / "flat"
+    exported = corank("features", "export", "--target", str(target), *chosen)
+    assert exported.returncode == 0, exported.stderr
+    assert f"{shown:,} candidates in = {shown:,} rows out" in exported.stderr
+    assert "as samples" in exported.stdout
+    assert pl.scan_parquet(target / "**/*.parquet").select(pl.len()).collect().item() == shown
+    unknown = corank("features", "export", "--target", str(target), "-p", "2030-01-01", "--config", str(config))
+    assert unknown.returncode == 2
+    assert "--partition 2030-01-01" in unknown.stderr

@@ -84,12 +84,12 @@ def compact(table: Table, progress: Progress = lambda *_: None) -> int:
         files that were replaced.
     """
     crowded = [
-        (dt, slices)
-        for dt, files in groupby(_files(table), key=lambda file: file.partition["dt"])
-        if (slices := [group for _, group in _slices(files) if len(group) > 1])
+        slices
+        for _, files in groupby(_files(table), key=lambda file: file.partition["dt"])
+        if (slices := [group for group in _slices(files) if len(group) > 1])
     ]
     replaced = 0
-    for done, (_, slices) in enumerate(crowded, start=1):
+    for done, slices in enumerate(crowded, start=1):
         old = [file for group in slices for file in group]
         new = [_write(table, [_read(table, file) for file in group], group[0].partition) for group in slices]
         _exchange(table, old, new, data_change=False)
@@ -193,8 +193,8 @@ def _files(table: Table) -> list[DataFile]:
     return sorted(files, key=lambda file: (file.partition["dt"], *file.partition.values(), file.path))
 
 
-def _slices(files: Iterable[DataFile]) -> list[tuple[dict[str, str], list[DataFile]]]:
-    return [(partition, list(group)) for partition, group in groupby(files, key=lambda file: file.partition)]
+def _slices(files: Iterable[DataFile]) -> list[list[DataFile]]:
+    return [list(group) for _, group in groupby(files, key=lambda file: file.partition)]
 
 
 def _read(table: Table, file: DataFile, columns: list[str] | None = None) -> pa.Table:

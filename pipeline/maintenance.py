@@ -55,7 +55,11 @@ def compact_tables(pipeline: Pipeline, keep_hours: int) -> dict[str, tuple[Size,
         for table in workspace_tables(pipeline):
             before = size_in_storage(table)
             stage.say(f"{table.name}: {before.files:,} files")
-            compact(table, lambda done, total, name=table.name: stage.say(f"{name}: {done}/{total} partitions"))  # type: ignore[misc]
+
+            def compacted(done: int, total: int, name: str = table.name) -> None:
+                stage.say(f"{name}: {done}/{total} partitions")
+
+            compact(table, compacted)
             vacuum(table, keep_hours)
             sizes[table.name] = (before, size_in_storage(table))
         stage.say(f"{len(sizes)} tables")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline import maintenance_cli
+
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.stages import Pipeline
@@ -27,6 +29,9 @@ import_app = typer.Typer(help="Write a data set as the Delta tables of a log.", 
 models_app = typer.Typer(help="List, promote and roll back registered models; profile any.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 app.add_typer(models_app, name="models")
+features_app = typer.Typer(help="Keep the derived tables and the feature store in order.", no_args_is_help=True)
+app.add_typer(features_app, name="features")
+maintenance_cli.register(features_app)
 
 ConfigOption = Annotated[
     Path,
@@ -161,6 +166,7 @@ def retrain(
 
 
 def _execute(pipeline: Pipeline, serve: bool) -> None:
+    from pipeline.maintenance import retain
     from pipeline.stages import exclusive
     from pipeline.summary import print_summary
     from serving.ports import require_free
@@ -179,6 +185,7 @@ def _execute(pipeline: Pipeline, serve: bool) -> None:
             typer.echo("Nothing to do: every stage is up to date with the log and the config.")
         if deploying:
             answer = _example_query(pipeline)
+        retain(pipeline)
         print_summary(pipeline, answer)
     if serve:
         _serve(pipeline, running=deploying)

@@ -120,6 +120,14 @@ class ServingConfig(Declaration):
     max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
 
 
+class RetentionConfig(Declaration):
+    partitions: int | None = Field(
+        None,
+        ge=1,
+        description="newest partitions of the sample table to keep; default: all. See `corank features retain`",
+    )
+
+
 class RayConfig(Declaration):
     address: str | None = Field(None, description="an existing cluster, e.g. auto; default: a local Ray")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; default: all")
@@ -154,6 +162,7 @@ class Config(Declaration):
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
     feast: FeastConfig = FeastConfig()
+    retention: RetentionConfig = RetentionConfig()
     ray: RayConfig = RayConfig()
     mlflow_uri: str | None = Field(None, description="tracking server; default: SQLite in the local folder")
 

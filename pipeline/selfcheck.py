@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -34,3 +39,37 @@ def selfcheck_difference(model: RankingModel, document: dict[str, Any], layout: 
         for mine, stored in zip(scores, document["scores"], strict=True)
         for ours, theirs in zip(mine, stored, strict=True)
     )
+
+
+def erase_from_selfcheck(artifact: Path, users: Collection[str]) -> int:
+    """Take the self-check requests of these users out of a published model; its weights and version stay.
+
+    The checksum is written first: killed between the two files, the users are found again the next time.
+
+    Returns:
+        rows removed.
+    """
+    path, sums = artifact / "selfcheck.json", artifact / "SHA256SUMS"
+    document = json.loads(path.read_text())
+    rows, scores = document.get("rows", []), document.get("scores", [])
+    kept, kept_scores, position = [], [], 0
+    for row in rows:
+        size = sum(len(request["candidates"]) for request in row["requests"])
+        if row["user_id"] not in users:
+            kept.append(row)
+            kept_scores += scores[position : position + size]
+        position += size
+    if len(kept) == len(rows):
+        return 0
+    text = json.dumps({**document, "rows": kept, "scores": kept_scores}, indent=1, sort_keys=True)
+    listing = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+    own = hashlib.sha256(text.encode()).hexdigest()
+    _replace(sums, "".join(f"{own if name == path.name else value}  {name}\n" for value, name in listing))
+    _replace(path, text)
+    return len(rows) - len(kept)
+
+
+def _replace(path: Path, text: str) -> None:
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text)
+    os.replace(scratch, path)

@@ -71,6 +71,15 @@ class Pipeline:
     def partitions(self) -> list[str]:
         return self.log.partitions
 
+    @property
+    def kept(self) -> list[str]:
+        """The partitions but for those whose samples retention dropped (pipeline/maintenance.py).
+
+        A retired partition keeps its record, so that it counts as built and nothing rebuilds it.
+        """
+        records = {partition: self.records.get("samples", partition) or {} for partition in self.partitions}
+        return [partition for partition, record in records.items() if not record.get("retired")]
+
     @cached_property
     def registry(self) -> ModelRegistry:
         from pipeline.registry import ModelRegistry
@@ -356,7 +365,12 @@ class Pipeline:
             result = train(job, config.path("checkpoints"), said, elastic=config.ray.address is not None)
             lineage = {
                 "pipeline": config.name,
-                "partitions": {partition: self.sample_inputs[partition] for partition in self.partitions},
+                # those whose samples it was made from: retention keeps them while the model is live
+                "partitions": {
+                    partition: self.sample_inputs[partition]
+                    for partition in self.kept
+                    if self.log.bounds(partition)[1] > low
+                },
                 **self.lineage(),
                 "cuts": asdict(cuts),
                 "trained_from": low,
@@ -551,7 +565,7 @@ class Pipeline:
 
     def cuts(self) -> Cuts:
         """Cuts in request ts from the counts in the records; reads only the partitions that hold a cut."""
-        counts = {partition: self._record("samples", partition)["requests"] for partition in self.partitions}
+        counts = {partition: self._record("samples", partition)["requests"] for partition in self.kept}
         total = sum(counts.values())
         split = self.config.split
         test_rank = total - round(total * split.test)
@@ -562,7 +576,7 @@ class Pipeline:
                 "import more partitions or widen the split"
             )
         return Cuts(
-            train=self.log.bounds(self.partitions[0])[0],
+            train=self.log.bounds(next(iter(counts)))[0],
             validation=self._request_ts(counts, validation_rank),
             test=self._request_ts(counts, test_rank),
         )

@@ -23,6 +23,8 @@ COMMANDS = [
     ["status"],
     ["models"],
     ["models", "profile"],
+    ["features"],
+    ["features", "forget"],
     ["import"],
     ["features"],
     ["features", "export"],

@@ -1,0 +1,280 @@
+"""Upkeep of a workspace: compaction of its derived tables, forgetting users, retention of samples.
+
+Records lead, tables follow: a record is changed before the commit that makes it true. Killed in between, a record
+names fewer requests than there are, which harms no reader, and the same command again finishes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from features.batch import timeline_column
+from features.encoding import hash_id
+from features.errors import CorankError
+from features.lake import Table
+from features.maintenance import (
+    FoundUsers,
+    Size,
+    compact,
+    derived_tables,
+    drop_partitions,
+    erase_users,
+    find_users,
+    sample_counts,
+    size_in_storage,
+    vacuum,
+)
+from features.samples import SAMPLES
+from pipeline.registry import CHAMPION, PREVIOUS
+from pipeline.stages import Pipeline
+
+
+def workspace_tables(pipeline: Pipeline) -> list[Table]:
+    """All Delta tables that corank derived in this workspace, the quarantine included; never the user's own."""
+    quarantine = Table("quarantine", pipeline.config.path("quarantine"))
+    return [*derived_tables(pipeline.config.path("tables")), *([quarantine] if quarantine.exists() else [])]
+
+
+# --- compaction -----------------------------------------------------------------------------------------
+
+
+def compact_tables(pipeline: Pipeline, keep_hours: int) -> dict[str, tuple[Size, Size]]:
+    """Compact and vacuum every derived table; per table its size in storage before and after.
+
+    Args:
+        keep_hours: age in hours of unreferenced files before they are removed.
+    """
+    sizes = {}
+    with pipeline.progress.stage("compact") as stage:
+        for table in workspace_tables(pipeline):
+            before = size_in_storage(table)
+            stage.say(f"{table.name}: {before.files:,} files")
+
+            def compacted(done: int, total: int, name: str = table.name) -> None:
+                stage.say(f"{name}: {done}/{total} partitions")
+
+            compact(table, compacted)
+            vacuum(table, keep_hours)
+            sizes[table.name] = (before, size_in_storage(table))
+        stage.say(f"{len(sizes)} tables")
+    return sizes
+
+
+# --- forgetting -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What was erased about one user.
+
+    Attributes:
+        tables: rows erased per derived table.
+        online: values (SQLite) or hashes (Redis) removed from the online store.
+        selfchecks: self-check requests taken out of published models.
+        remains: rows per table of the user's own, which corank does not touch.
+    """
+
+    user: str
+    tables: dict[str, int]
+    online: int
+    selfchecks: int
+    remains: dict[str, int]
+
+    @property
+    def found(self) -> bool:
+        return bool(self.tables or self.online or self.selfchecks)
+
+
+def forgotten_key(user: str) -> str:
+    """Name of a user's record: the 64-bit id hash as 16 hex digits.
+
+    It is a pseudonym: whoever has the id can find the record; where ids can be guessed, so can this.
+    """
+    return f"{hash_id(user) & (1 << 64) - 1:016x}"
+
+
+def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
+    """Erase users from the derived tables, the online store, self-checks and the deployment's example.
+
+    The endpoint keeps nothing per user in memory (it caches items only), so it needs no word. What was erased
+    is recorded under ``records/forgotten`` without the id. Model weights are not changed.
+
+    Raises:
+        CorankError: a table or the online store cannot be read or written.
+    """
+    from features.store.erase import erase_users as erase_online_users
+
+    records, users = pipeline.records, list(dict.fromkeys(users))
+    with pipeline.progress.stage("forget") as stage:
+        found = []
+        for table in workspace_tables(pipeline):
+
+            def looked(done: int, total: int, name: str = table.name) -> None:
+                stage.say(f"looking in {name}: {done}/{total} files")
+
+            found.append(find_users(table, users, looked))
+        earlier = {user: records.get("forgotten", forgotten_key(user)) or {} for user in users}
+        unfinished = any(record.get("finished") is False for record in earlier.values())
+        for user in users:  # a killed run is found unfinished and goes on to the vacuum
+            if any(user in one.rows for one in found):
+                records.put("forgotten", forgotten_key(user), {**earlier[user], "finished": False})
+        stage.say("online store")
+        online = erase_online_users(pipeline.store_settings(), users)
+        for one in found:
+            if one.rows:
+                stage.say(f"erasing from {one.table.name}")
+                if one.table.name == SAMPLES:
+                    update_sample_records(pipeline, one)
+                erase_users(one)
+            if one.rows or unfinished:
+                vacuum(one.table, keep_hours=0)
+        stage.say("self-checks of models")
+        selfchecks = _erase_from_models(pipeline, users)
+        _erase_example(pipeline, users)
+        stage.say("looking in your own tables")
+        remains = {user: _own_rows(pipeline, user) for user in users}
+        results = [
+            Forgotten(
+                user,
+                {one.table.name: one.rows[user] for one in found if user in one.rows},
+                online.get(user, 0),
+                selfchecks.get(user, 0),
+                remains[user],
+            )
+            for user in users
+        ]
+        for result in results:
+            key = forgotten_key(result.user)
+            if result.found or earlier[result.user].get("finished") is False:
+                erased = {"tables": result.tables, "online": result.online, "selfchecks": result.selfchecks}
+                records.put("forgotten", key, {**erased, "remains": result.remains, "finished": True})
+        stage.say(f"{sum(result.found for result in results)} of {len(results)} users found")
+    return results
+
+
+def update_sample_records(pipeline: Pipeline, found: FoundUsers) -> None:
+    """The counts that the split is cut by, as they are once the users are gone.
+
+    ``impressions`` stays what came in, and ``forgotten`` closes the count: candidates + quarantined + forgotten.
+    """
+    timelines = [timeline_column(sequence, None) for sequence in pipeline.config.schema_.sequences]
+    for partition in found.partitions:
+        record = pipeline.records.get("samples", partition)
+        if record is None:
+            continue
+        counts = sample_counts(found.table, partition, found.users, timelines)
+        forgotten = record["impressions"] - record["quarantined"] - counts["candidates"]
+        pipeline.records.put("samples", partition, {**record, **counts, "forgotten": forgotten})
+
+
+def _erase_from_models(pipeline: Pipeline, users: Sequence[str]) -> dict[str, int]:
+    """Per user the rows taken out of the self-checks of all local artifacts, MLflow's copies included."""
+    from pipeline.selfcheck import erase_from_selfcheck
+
+    removed: dict[str, int] = {}
+    for folder in ("models", "mlflow"):
+        for path in sorted(pipeline.config.local_path(folder).rglob("selfcheck.json")):
+            for user in users:
+                if rows := erase_from_selfcheck(path.parent, [user]):
+                    removed[user] = removed.get(user, 0) + rows
+    return removed
+
+
+def _erase_example(pipeline: Pipeline, users: Sequence[str]) -> None:
+    """The deployment's record holds an example request; without it `corank query` asks for a user."""
+    record = pipeline.records.get("deployment", "current")
+    if record and record["verified"].get("example", {}).get("user_id") in users:
+        pipeline.records.put("deployment", "current", {**record, "verified": {**record["verified"], "example": {}}})
+
+
+def _own_rows(pipeline: Pipeline, user: str) -> dict[str, int]:
+    """Rows per table of the user's own that name this user."""
+    rows = {}
+    for role in sorted(pipeline.config.tables):
+        table = pipeline.config.table(role)
+        if not table.exists() or "user_id" not in table.schema().names:
+            continue
+        count = table.scan().filter(pl.col("user_id").cast(pl.String) == user).select(pl.len()).collect().item()
+        if count:
+            rows[role] = int(count)
+    return rows
+
+
+# --- retention ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What retention does to the sample table.
+
+    Attributes:
+        retired: partitions that are dropped.
+        live: older partitions that stay, and the live version whose lineage names them.
+    """
+
+    retired: list[str]
+    live: dict[str, int]
+
+
+def plan_retention(pipeline: Pipeline) -> Retention:
+    """Partitions of the sample table that are older than the newest ``retention.partitions``.
+
+    Those that the lineage of the champion, or of the version that a rollback returns to, names stay.
+
+    Raises:
+        CorankError: the lineage of a live version cannot be read.
+    """
+    keep, samples = pipeline.config.retention.partitions, samples_table(pipeline)
+    if keep is None or not samples.exists():
+        return Retention([], {})
+    named: dict[str, int] = {}
+    for alias in (PREVIOUS, CHAMPION):  # where both name a partition, the champion is the reason shown
+        version = pipeline.registry.champion(alias)
+        if version is not None:
+            named |= dict.fromkeys(_lineage(version.number, version.artifact)["partitions"], version.number)
+    built = [partition for partition in samples.partitions() if pipeline.records.get("samples", partition)]
+    old = built[:-keep]
+    return Retention(
+        [partition for partition in old if partition not in named],
+        {partition: named[partition] for partition in old if partition in named},
+    )
+
+
+def retain(pipeline: Pipeline) -> Retention:
+    """Drop the samples that :func:`plan_retention` names. State stays: the next partition is folded into it.
+
+    Their records are marked ``retired``: they count as built, but training and its split leave them out. Late
+    rows or another config still rebuild them, as the timelines of later partitions depend on them.
+    """
+    plan = plan_retention(pipeline)
+    if plan.retired:
+        with pipeline.progress.stage("retention") as stage:
+            samples = samples_table(pipeline)
+            for partition in plan.retired:
+                record = pipeline.records.get("samples", partition)
+                pipeline.records.put("samples", partition, {**(record or {}), "retired": True})
+            drop_partitions(samples, plan.retired)
+            vacuum(samples)
+            stage.say(f"samples of {len(plan.retired)} partitions dropped, up to {plan.retired[-1]}")
+    return plan
+
+
+def samples_table(pipeline: Pipeline) -> Table:
+    """The sample table of this workspace."""
+    return Table(SAMPLES, pipeline.config.path("tables", SAMPLES))
+
+
+def _lineage(number: int, artifact: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads((Path(artifact) / "lineage.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise CorankError(
+            f"model version {number} at {artifact}: its lineage cannot be read ({error}), so retention does not know "
+            "what it still needs. Restore the artifact, or promote another version (`corank models list`)."
+        ) from error

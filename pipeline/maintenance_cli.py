@@ -1,0 +1,141 @@
+"""``corank features compact | forget | retain``: upkeep of the derived tables. Heavy imports stay inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from features.maintenance import Size
+    from pipeline.maintenance import Forgotten
+
+ConfigOption = Annotated[
+    Path, typer.Option("--config", "-c", envvar="CORANK_CONFIG", help="The YAML file of the pipeline.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of a failure.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to a group."""
+    app.command("compact")(compact)
+    app.command("forget")(forget)
+    app.command("retain")(retain)
+
+
+def compact(
+    config: ConfigOption,
+    keep_hours: Annotated[
+        int, typer.Option(min=0, help="Keep unreferenced files for so many hours, for readers of older versions.")
+    ] = 168,
+    yes: Annotated[
+        bool, typer.Option("--remove-all-unreferenced", help="Needed beside --keep-hours 0: nothing is kept.")
+    ] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make every (dt, bucket) of the derived tables one file and remove files that nothing refers to.
+
+    No row and no order changes, and nothing is rebuilt or trained again because of it.
+    """
+    from pipeline.cli import _load, _pipeline, guarded
+
+    with guarded(debug):
+        from features.errors import ConfigError
+        from pipeline.maintenance import compact_tables
+        from pipeline.stages import exclusive
+
+        if keep_hours == 0 and not yes:
+            raise ConfigError(
+                "--keep-hours 0 also removes files that a running reader of an older version may need; "
+                "add --remove-all-unreferenced if that is meant"
+            )
+        pipeline = _pipeline(_load(config))
+        with exclusive(pipeline.config):
+            sizes = compact_tables(pipeline, keep_hours)
+        if not sizes:
+            typer.echo("There are no derived tables yet; `corank run` builds them.")
+        for name, (before, after) in sizes.items():
+            typer.echo(f"{name:<16} {_size(before)} → {_size(after)}")
+
+
+def forget(
+    users: Annotated[list[str], typer.Argument(metavar="USER…", help="Ids of the users.")],
+    config: ConfigOption,
+    debug: DebugOption = False,
+) -> None:
+    """Erase users from everything that corank derived: tables, quarantine, online store, stored requests.
+
+    Your own tables are never changed: remove the users there too, or the next rebuild brings them back.
+    """
+    from pipeline.cli import _load, _pipeline, guarded
+
+    with guarded(debug):
+        from pipeline import maintenance
+        from pipeline.stages import exclusive
+
+        pipeline = _pipeline(_load(config))
+        with exclusive(pipeline.config):
+            results = maintenance.forget(pipeline, users)
+        for result in results:
+            _print_forgotten(result, pipeline.config.path("records", "forgotten"))
+        if any(result.found for result in results):
+            typer.echo(
+                "Not changed: the weights of models trained before, until a training from scratch; and the history of "
+                "runs in Dagster, whose deployments may name a user as the example."
+            )
+
+
+def _print_forgotten(result: Forgotten, folder: str) -> None:
+    from pipeline.maintenance import forgotten_key
+
+    if result.found:
+        parts = [f"{rows:,} rows of {table}" for table, rows in result.tables.items()]
+        parts += [f"{result.online:,} entries of the online store"] if result.online else []
+        parts += [f"{result.selfchecks:,} self-check requests of models"] if result.selfchecks else []
+        typer.echo(
+            f"user {result.user}: erased {', '.join(parts)}; recorded in {folder}/{forgotten_key(result.user)}.json"
+        )
+    else:
+        typer.echo(f"user {result.user}: nothing was found in what corank derived")
+    if result.remains:
+        rows = ", ".join(f"{table} ({count:,} rows)" for table, count in result.remains.items())
+        typer.secho(
+            f"  your own tables still hold this user: {rows}. Remove the user there, or the next rebuild or "
+            "partition brings the user back.",
+            fg="yellow",
+        )
+
+
+def retain(
+    config: ConfigOption,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be dropped, drop nothing.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Drop the samples of old partitions as `retention.partitions` says; also done after every run.
+
+    What the champion, or the version that a rollback returns to, was made from stays.
+    """
+    from pipeline.cli import _load, _pipeline, guarded
+
+    with guarded(debug):
+        from pipeline import maintenance
+        from pipeline.stages import exclusive
+
+        pipeline = _pipeline(_load(config))
+        keep = pipeline.config.retention.partitions
+        if keep is None:
+            typer.echo("All samples are kept: the config has no `retention: {partitions: N}`.")
+            return
+        with exclusive(pipeline.config):
+            plan = maintenance.plan_retention(pipeline) if dry_run else maintenance.retain(pipeline)
+        for partition, version in plan.live.items():
+            typer.echo(f"{partition}  kept: model version {version} was made from it")
+        for partition in plan.retired:
+            typer.echo(f"{partition}  {'would be dropped' if dry_run else 'dropped'}")
+        if not plan.retired:
+            typer.echo(f"Nothing to drop beyond the newest {keep} partitions.")
+
+
+def _size(size: Size) -> str:
+    return f"{size.files:,} files, {size.bytes / 1e6:,.1f} MB"

@@ -1,0 +1,154 @@
+"""Upkeep of a workspace that the stages really built: forgetting users, retention, and what runs make of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from deltalake import DeltaTable
+
+from features.batch import candidate_counts, request_times
+from features.maintenance import find_users
+from features.store.online import OnlineReader
+from models.artifact import load_artifact
+from pipeline.config import Config
+from pipeline.importers.synthetic import import_synthetic
+from pipeline.maintenance import (
+    forget,
+    forgotten_key,
+    plan_retention,
+    retain,
+    samples_table,
+    update_sample_records,
+    workspace_tables,
+)
+from pipeline.progress import Progress
+from pipeline.registry import PREVIOUS
+from pipeline.stages import FOREVER, Pipeline
+from tests.pipeline.workspaces import START, load, write_config
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+DAYS = ["2026-01-05", "2026-01-06", "2026-01-07", "2026-01-08"]
+COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+CHANGES = {"retention": {"partitions": 1}, "training": {"epochs": 1, "batch_candidates": 1_000}}
+
+
+def advance(config: Config, until: str) -> Pipeline:
+    """All stages but the deployment; from the second partition count on, starting from the champion."""
+    pipeline = Pipeline(config, Progress(), until, warm_start=until != DAYS[1])
+    pipeline.validate(pipeline.stale_validation())
+    pipeline.build_samples(pipeline.stale_samples())
+    pipeline.fill_store(pipeline.stale_store())
+    pipeline.train_candidate()
+    pipeline.evaluate()
+    pipeline.promote()
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Config:
+    """Four days imported, the stages run over the first two."""
+    folder = tmp_path_factory.mktemp("upkeep")
+    import_synthetic(folder / "data", days=4, users=80, items=60, seed=1, start=START, buckets=2, say=lambda _: None)
+    config = load(folder, folder / "data", **CHANGES)
+    advance(config, DAYS[1])
+    return config
+
+
+def counted(pipeline: Pipeline, day: str) -> dict[str, int]:
+    source = pipeline.source(0, FOREVER, (day,))
+    counts = [candidate_counts(source.read(file)) for file in source.files()]
+    return {name: sum(one[name] for one in counts) for name in ("requests", "candidates")}
+
+
+def recorded(pipeline: Pipeline, day: str) -> dict[str, int]:
+    record = pipeline.records.get("samples", day) or {}
+    assert record["impressions"] == record["candidates"] + record["quarantined"] + record["forgotten"]
+    return {name: record[name] for name in ("requests", "candidates")}
+
+
+def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Config) -> None:
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    champion = pipeline.registry.champion()
+    assert champion is not None
+    selfcheck = load_artifact(champion.artifact).metadata["selfcheck"]
+    user, other = (row["user_id"] for row in selfcheck["rows"][:2])
+    pending, own = pipeline.pending(), DeltaTable(config.table("impressions").uri).version()
+    update_sample_records(pipeline, find_users(samples_table(pipeline), [user]))  # a run killed before the commit
+    (result,) = forget(pipeline, [user])
+    assert {"samples", "state"} <= set(result.tables)
+    assert result.online
+    assert result.selfchecks
+    for table in workspace_tables(pipeline):
+        assert find_users(table, [user]).rows == {}
+        assert find_users(table, [other]).rows or table.name == "quarantine"
+    reader = OnlineReader(pipeline.store_settings())
+    assert reader.user(user) is None
+    assert reader.user(other) is not None
+    after = load_artifact(champion.artifact)  # checksums hold
+    assert [row["user_id"] for row in after.metadata["selfcheck"]["rows"]] == [
+        row["user_id"] for row in selfcheck["rows"] if row["user_id"] != user
+    ]
+    candidates = sum(len(one["candidates"]) for row in after.metadata["selfcheck"]["rows"] for one in row["requests"])
+    assert len(after.metadata["selfcheck"]["scores"]) == candidates
+    assert not [path for path in Path(config.path("models")).rglob("*.json") if user in path.read_text()]
+    again = Pipeline(config, Progress(), DAYS[1])
+    assert again.pending() == pending == ["deployment"]
+    for day in DAYS[:2]:
+        assert recorded(again, day) == counted(again, day)
+    source = again.source(0, FOREVER)
+    times = sorted(ts for file in source.files() for ts in request_times(source.read(file)))
+    assert again.cuts().test == times[len(times) - round(0.1 * len(times))]
+    assert result.remains["impressions"] > 0
+    assert DeltaTable(config.table("impressions").uri).version() == own
+    path = Path(config.path("records", "forgotten", f"{forgotten_key(user)}.json"))
+    assert json.loads(path.read_text())["finished"]
+    assert user not in path.read_text()
+    (unknown,) = forget(again, [user])
+    assert not unknown.found
+
+
+def test_an_unknown_user_is_no_error_and_keeping_nothing_must_be_meant(config: Config) -> None:
+    path = write_config(Path(config.workspace).parent, Path(config.tables["users"].path).parent, **CHANGES)
+
+    def corank(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*COMMAND, "features", *arguments, "--config", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    done = corank("forget", "nobody")
+    assert done.returncode == 0, done.stderr
+    assert "user nobody: nothing was found" in done.stdout
+    assert not Path(config.path("records", "forgotten", f"{forgotten_key('nobody')}.json")).exists()
+    refused = corank("compact", "--keep-hours", "0")
+    assert refused.returncode == 2
+    assert "--remove-all-unreferenced" in refused.stderr
+
+
+def test_retention_drops_what_no_live_model_was_made_from_and_training_goes_on(config: Config) -> None:
+    """Last of this module: it moves the champion."""
+    first = Pipeline(config, Progress(), DAYS[1]).registry.champion()
+    pipeline = advance(config, DAYS[2])
+    assert first is not None
+    assert plan_retention(pipeline).retired == []
+    assert plan_retention(pipeline).live[DAYS[0]] == first.number  # a rollback returns to it
+    pipeline.registry.client.delete_registered_model_alias(config.name, PREVIOUS)
+    state_table = next(table for table in workspace_tables(pipeline) if table.name == "state")
+    state = state_table.scan().collect()
+    assert retain(pipeline).retired == DAYS[:1]
+    samples = samples_table(pipeline)
+    assert samples.partitions() == DAYS[1:3]  # the second one is older than the newest too, but the champion's
+    assert state_table.scan().collect().equals(state)
+    after, version = Pipeline(config, Progress(), DAYS[2]), DeltaTable(samples.uri).version()
+    assert after.pending() == ["deployment"]
+    assert retain(after).retired == []
+    assert DeltaTable(samples.uri).version() == version
+    later = advance(config, DAYS[3])
+    assert samples.partitions() == DAYS[1:]
+    champion = later.registry.champion()
+    assert champion is not None
+    assert champion.tags["partition"] == DAYS[3]
+    assert DAYS[0] not in load_artifact(champion.artifact).metadata["lineage"]["partitions"]
+    assert later.cuts().train == later.log.bounds(DAYS[1])[0]

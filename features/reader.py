@@ -1,4 +1,4 @@
-"""Reading the sample table: Ray Data streams (dt, bucket) files in a seeded order, batches cut by budget."""
+"""Reading the sample table (dt, bucket) file by file in a seeded order, on Ray Data or in process; cut by budget."""
 
 from __future__ import annotations
 

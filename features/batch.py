@@ -8,7 +8,7 @@ Two levels of sharing: candidates share a request, requests share a timeline (DE
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,14 +28,28 @@ STRUCTURE = {"structure": True}
 
 
 @dataclass
+class Ids:
+    """A compressed field: value i is embedding row ``unique[index[i]]`` (:func:`compress`, HyFormer 3.8.1).
+
+    Attributes:
+        unique: row 0, which id dropout reads, then every other row of the field, ascending, [V].
+        index: int64, as long as the field.
+    """
+
+    unique: Tensor
+    index: Tensor
+
+
+@dataclass
 class Jagged:
     """A multi-valued field: row i holds ``values[offsets[i]:offsets[i + 1]]``."""
 
-    values: Tensor
+    values: Tensor | Ids
     offsets: Tensor
 
 
-Values = Tensor | Jagged
+Values = Tensor | Ids | Jagged
+"""Embedding rows (int64) or numbers (float32), one per row; the same ids compressed; or several ids per row."""
 
 
 @dataclass
@@ -43,7 +57,7 @@ class Timeline:
     """Events of one sequence, timeline after timeline, each ordered by (ts, event_id).
 
     Attributes:
-        fields: embedding rows (int64) or numbers (float32), [E].
+        fields: :data:`Values`, [E].
         ts: microseconds UTC, [E].
         offsets: [U + 1].
     """
@@ -114,6 +128,33 @@ class RequestBatch:
 
     def to(self, device: torch.device | str) -> RequestBatch:
         return move(self, device)
+
+
+def compress(batch: RequestBatch) -> RequestBatch:
+    """The batch with every id and category field as :class:`Ids`, for training.
+
+    A step then looks every distinct row of a field up once, and its sparse gradient has one row per distinct id
+    instead of one per occurrence. Fields are compressed one by one, so that each part of a batch stays complete.
+    """
+    return replace(
+        batch,
+        timelines={name: replace(one, fields=_compress(one.fields)) for name, one in batch.timelines.items()},
+        users=replace(batch.users, fields=_compress(batch.users.fields)),
+        items=replace(batch.items, fields=_compress(batch.items.fields)),
+    )
+
+
+def _compress(values: Mapping[str, Values]) -> dict[str, Values]:
+    compressed: dict[str, Values] = {}
+    for name, one in values.items():
+        inner = one.values if isinstance(one, Jagged) else one
+        if not isinstance(inner, Tensor) or inner.is_floating_point():  # compressed already, or a number
+            compressed[name] = one
+            continue
+        unique, index = torch.unique(torch.cat([inner.new_zeros(1), inner]), return_inverse=True)
+        ids = Ids(unique, index[1:])
+        compressed[name] = Jagged(ids, one.offsets) if isinstance(one, Jagged) else ids
+    return compressed
 
 
 def nbytes(state: Any) -> int:
@@ -233,31 +274,31 @@ def between(rows: pa.Table, low: int, high: int) -> pa.Table:
     flat = requests.flatten()
     inside = pc.and_(pc.greater_equal(flat.field("ts"), low), pc.less(flat.field("ts"), high))
     kept = np.concatenate([[0], np.cumsum(inside.to_numpy(zero_copy_only=False))])
-    offsets = kept[_offsets(requests)].astype(np.int32)
-    column = pa.ListArray.from_arrays(pa.array(offsets), flat.filter(inside), type=requests.type)
-    rows = rows.set_column(rows.schema.get_field_index("requests"), rows.schema.field("requests"), column)
+    offsets = kept[_offsets(requests)]
+    rows = _with_requests(rows, offsets, flat.filter(inside))
     return rows.filter(pa.array(np.diff(offsets) > 0))
 
 
-def cut(rows: pa.Table, candidates: int, events: int) -> Iterator[pa.Table]:
+def cut(rows: pa.Table, candidates: int, events: int, sequences: tuple[Sequence, ...] = ()) -> Iterator[pa.Table]:
     """Cut rows into consecutive batches within a budget of candidates and events.
 
     A row above the budget of candidates is split by request. A single request or timeline above the
     budget makes a batch of its own; nothing is dropped.
+
+    Args:
+        sequences: where a row is split, these lose the events that none of its requests see any more.
     """
-    rows = _split_large_rows(rows, candidates)
-    if not rows.num_rows:
-        return
-    row_candidates, row_events = _sizes(rows)
-    start, sum_candidates, sum_events = 0, 0, 0
-    for row in range(rows.num_rows):
-        over = sum_candidates + row_candidates[row] > candidates or sum_events + row_events[row] > events
-        if row > start and over:
-            yield rows.slice(start, row - start)
-            start, sum_candidates, sum_events = row, 0, 0
-        sum_candidates += int(row_candidates[row])
-        sum_events += int(row_events[row])
-    yield rows.slice(start)
+    rows = _split_large_rows(rows.combine_chunks(), candidates, sequences)
+    sums = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in _sizes(rows)]
+    start = 0
+    while start < rows.num_rows:
+        fitting = [
+            np.searchsorted(total, total[start] + budget, "right") - 1
+            for total, budget in zip(sums, (candidates, events), strict=True)
+        ]
+        stop = max(start + 1, int(min(fitting)))
+        yield rows.slice(start, stop - start)
+        start = stop
 
 
 def collate(rows: pa.Table, schema: Schema) -> RequestBatch:
@@ -346,42 +387,68 @@ def _values(field: FieldSpec, array: Any) -> Values:
 
 def _sizes(rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """Candidates and events of every row."""
-    lists = _column(rows.combine_chunks(), "requests")
+    if not rows.num_rows:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    lists = _column(rows, "requests")
     per_request = _offsets(lists.flatten().field("candidates"))
     candidates = np.diff(per_request[_offsets(lists)])
     events = np.zeros(rows.num_rows, np.int64)
     for name in rows.schema.names:
         if name.endswith("__ts"):
-            events += np.asarray(pc.list_value_length(rows[name]).to_numpy())
+            events += np.diff(_offsets(_column(rows, name)))
     return candidates, events
 
 
-def _split_large_rows(rows: pa.Table, budget: int) -> pa.Table:
-    if not rows.num_rows:
-        return rows
-    rows = rows.combine_chunks()
+def _split_large_rows(rows: pa.Table, budget: int, sequences: tuple[Sequence, ...]) -> pa.Table:
     sizes, _ = _sizes(rows)
     if not (sizes > budget).any():
         return rows
     lists = _column(rows, "requests")
-    bounds = _offsets(lists)
-    flat = lists.flatten()
-    per_request = np.diff(_offsets(flat.field("candidates")))
+    bounds, flat = _offsets(lists), lists.flatten()
+    before = _offsets(flat.field("candidates"))  # candidates before each request
     origin: list[int] = []
     ends: list[int] = [0]
     for row in range(rows.num_rows):
-        used = 0
-        for request in range(bounds[row], bounds[row + 1]):
-            if used and used + per_request[request] > budget:
-                origin.append(row)
-                ends.append(request)
-                used = 0
-            used += int(per_request[request])
+        start, stop = int(bounds[row]), int(bounds[row + 1])
+        while before[stop] - before[start] > budget and stop - start > 1:
+            fits = int(np.searchsorted(before, before[start] + budget, "right")) - 1
+            start = max(start + 1, min(fits, stop - 1))
+            origin.append(row)
+            ends.append(start)
         origin.append(row)
-        ends.append(int(bounds[row + 1]))
-    column = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), flat, type=lists.type)
-    index = rows.schema.get_field_index("requests")
-    return rows.take(pa.array(origin)).set_column(index, rows.schema.field("requests"), column)
+        ends.append(stop)
+    rows = rows.take(pa.array(origin)).combine_chunks()
+    rows = _with_requests(rows, np.array(ends), flat)
+    for sequence in sequences:
+        rows = _trim(rows, sequence)
+    return rows
+
+
+def _trim(rows: pa.Table, sequence: Sequence) -> pa.Table:
+    """Rows, each with a request, without the events of a sequence that none of their requests see."""
+    lists = _column(rows, "requests")
+    bounds, requests = _offsets(lists), lists.flatten()
+    end = requests.field(end_column(sequence)).to_numpy()
+    first = np.minimum.reduceat(np.maximum(end - sequence.length, 0), bounds[:-1])
+    counts = np.maximum.reduceat(end, bounds[:-1]) - first
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    for one in (None, *sequence.fields):
+        name = timeline_column(sequence, one)
+        column = _column(rows, name)
+        kept = np.arange(offsets[-1]) + np.repeat(_offsets(column)[:-1] + first - offsets[:-1], counts)
+        events = column.flatten().take(pa.array(kept))
+        trimmed = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), events, type=column.type)
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), trimmed)
+    shifted = pa.array(end - np.repeat(first, np.diff(bounds)), pa.int32())
+    children = [shifted if part.name == end_column(sequence) else requests.field(part.name) for part in requests.type]
+    return _with_requests(rows, bounds, pa.StructArray.from_arrays(children, fields=list(requests.type)))
+
+
+def _with_requests(rows: pa.Table, bounds: np.ndarray, requests: Any) -> pa.Table:
+    """Rows with other requests: row i has ``requests[bounds[i]:bounds[i + 1]]``."""
+    field = rows.schema.field("requests")
+    column = pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), requests, type=field.type)
+    return rows.set_column(rows.schema.get_field_index("requests"), field, column)
 
 
 def concatenate(rows: list[pa.Table]) -> pa.Table:
@@ -393,10 +460,11 @@ def candidate_counts(rows: pa.Table) -> Mapping[str, int]:
     """Rows, requests, candidates and events in these rows, for the counts that every stage reports."""
     if not rows.num_rows:
         return {"rows": 0, "requests": 0, "candidates": 0, "events": 0}
+    rows = rows.combine_chunks()
     candidates, events = _sizes(rows)
     return {
         "rows": rows.num_rows,
-        "requests": int(_offsets(_column(rows.combine_chunks(), "requests"))[-1]),
+        "requests": int(_offsets(_column(rows, "requests"))[-1]),
         "candidates": int(candidates.sum()),
         "events": int(events.sum()),
     }

@@ -1,9 +1,10 @@
-"""Reading the sample table: Ray Data streams (dt, bucket) files in a seeded order, batches cut by budget."""
+"""Reading the sample table (dt, bucket) file by file in a seeded order, on Ray Data or in process; cut by budget."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -68,43 +69,70 @@ class SampleSource:
 
     def dataset(self, seed: int | None = None) -> Any:
         """A Ray Data set of the rows, in a stable order of files, shuffled when a seed is given."""
-        import ray.data
+        return _dataset(self, self._ordered_files(seed))
 
-        files = self.files()
-        if seed is not None:
-            files = [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        blocks = max(1, min(len(files), 64))
-        listing = ray.data.from_items([{"file": file} for file in files], override_num_blocks=blocks)
-        read: Any = _read_files  # Ray's type of a batch function does not know fn_args
-        return listing.map_batches(read, fn_args=(self,), batch_size=None, batch_format="numpy", num_cpus=READ_CPUS)
-
-    def batches(self, candidates: int, events: int, seed: int | None = None) -> Iterator[pa.Table]:
+    def batches(
+        self, candidates: int, events: int, seed: int | None = None, skip: int = 0, in_process: bool = False
+    ) -> Iterator[pa.Table]:
         """Rows in batches within a budget of candidates and events; the same for the same seed.
 
         With a seed, files are permuted, then rows within windows of ``WINDOW_ROWS``. No row is dropped.
+
+        Args:
+            skip: batches already consumed; what follows them comes as if they had been read.
+            in_process: read in this process, without Ray; the batches are the same.
         """
+        return islice(self._cut_windows(candidates, events, seed, in_process), skip, None)
+
+    def _ordered_files(self, seed: int | None) -> list[str]:
+        files = self.files()
+        if seed is None:
+            return files
+        return [files[index] for index in np.random.default_rng(seed).permutation(len(files))]
+
+    def _cut_windows(self, candidates: int, events: int, seed: int | None, in_process: bool) -> Iterator[pa.Table]:
         rng = np.random.default_rng(seed)
-        for window in self._windows(seed):
+        files = self._ordered_files(seed)
+        if not files:
+            return
+        blocks: Iterable[pa.Table]
+        if in_process:
+            blocks = map(self.read, files)
+        else:
+            blocks = _dataset(self, files).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        for window in _windows(blocks):
             if seed is not None:
                 window = window.take(pa.array(rng.permutation(window.num_rows)))
-            yield from cut(window, candidates, events)
+            yield from cut(window, candidates, events, self.schema.sequences)
 
-    def _windows(self, seed: int | None) -> Iterator[pa.Table]:
-        if not self.files():
-            return
-        pending: list[pa.Table] = []
-        for block in self.dataset(seed).iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            if not block.num_rows:
-                continue
-            pending.append(block)
-            if sum(rows.num_rows for rows in pending) >= WINDOW_ROWS:
-                yield concatenate(pending)
-                pending = []
-        if pending:
-            yield concatenate(pending)
+
+def _windows(blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The rows in tables of ``WINDOW_ROWS`` (the last one: what is left), however they come in blocks.
+
+    Ray Data decides where its blocks end; the order of batches must not hang on it.
+    """
+    pending: pa.Table | None = None
+    for block in blocks:
+        if not block.num_rows:
+            continue
+        pending = block if pending is None else pa.concat_tables([pending, block])
+        while pending.num_rows >= WINDOW_ROWS:
+            yield pending.slice(0, WINDOW_ROWS).combine_chunks()
+            pending = pending.slice(WINDOW_ROWS)
+    if pending is not None and pending.num_rows:
+        yield pending.combine_chunks()
+
+
+def _dataset(source: SampleSource, files: list[str]) -> Any:
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    blocks = max(1, min(len(files), 64))
+    listing = ray.data.from_items([{"file": file} for file in files], override_num_blocks=blocks)
+    read: Any = _read_files  # Ray's type of a batch function does not know fn_args
+    return listing.map_batches(read, fn_args=(source,), batch_size=None, batch_format="numpy", num_cpus=READ_CPUS)
 
 
 def _read_files(batch: Any, source: SampleSource) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from features.batch import Jagged, Timeline, Values
+from features.batch import Ids, Jagged, Timeline, Values
 from features.schema import SECOND, FieldSpec, Schema, Sequence
 
 TIME_PERIODS = (86_400 * SECOND, 7 * 86_400 * SECOND)
@@ -64,12 +64,14 @@ class InputLayer(nn.Module):
             return embedded
         table = self.tables[field.embedding]
         assert isinstance(table, nn.Embedding)
+        inner = values.values if isinstance(values, Jagged) else values
+        compressed = isinstance(inner, Ids)
+        weight, rows = (table(inner.unique), inner.index) if isinstance(inner, Ids) else (table.weight, inner)
+        rows = self._drop(field, rows)  # of a compressed field, too, 0 is the unknown value
+        # gathered by embedding, not by indexing: its backward adds up in one order
         if isinstance(values, Jagged):
-            return functional.embedding_bag(
-                self._drop(field, values.values), table.weight, values.offsets[:-1], mode="mean", sparse=True
-            )
-        looked_up: Tensor = table(self._drop(field, values))
-        return looked_up
+            return functional.embedding_bag(rows, weight, values.offsets[:-1], mode="mean", sparse=not compressed)
+        return functional.embedding(rows, weight, sparse=not compressed)
 
     def _drop(self, field: FieldSpec, rows: Tensor) -> Tensor:
         if not self.training or not self.id_dropout or field.kind != "id":

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from features.batch import RequestBatch, collate
+from features.batch import RequestBatch, collate, compress
 from features.errors import CorankError
 from features.reader import READ_CPUS, SampleSource
 from features.schema import Schema
@@ -281,7 +281,7 @@ def _step(
     """This worker's part of the global loss (sum over its share ÷ global weight), and its candidates."""
     share = rows.take(pa.array(range(rank, rows.num_rows, world), pa.int64())) if world > 1 else rows
     empty = share.num_rows == 0
-    batch = collate(rows.slice(0, 1) if empty else share, job.schema).to(device)
+    batch = compress(collate(rows.slice(0, 1) if empty else share, job.schema)).to(device)
     loss, weight = task_losses(model(batch), batch.labels, batch.label_mask, batch.weight)
     if empty:  # takes part in the all-reduce with zero loss and weight
         loss, weight = loss * 0, weight * 0

@@ -1,0 +1,178 @@
+"""Batches: what cutting keeps, what trimming hides, and that compressed ids change only the number of look-ups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from features.batch import Ids, Jagged, RequestBatch, between, candidate_counts, collate, compress, cut
+from features.schema import SECOND
+from models.protocol import RankingModel
+from tests.models.batches import make_rows, make_schema
+from tests.models.variants import make_model
+
+SCHEMA = make_schema()
+ROWS = make_rows(SCHEMA, 3, timelines=12)
+
+budgets = st.integers(min_value=1, max_value=60)
+
+
+def visible(batch: RequestBatch) -> list[tuple[Any, ...]]:
+    """Per request its id, its candidates and everything that it sees of every sequence."""
+    seen = []
+    for r in range(batch.requests):
+        first, last = batch.items.offsets[r : r + 2].tolist()
+        parts: list[Any] = [batch.request_id[r], batch.item_id[first:last].tolist()]
+        for sequence in SCHEMA.sequences:
+            packed, end = batch.timelines[sequence.name], int(batch.users.end[sequence.name][r])
+            start = int(packed.offsets[batch.users.timeline[r]])
+            window = slice(start + max(0, end - sequence.length), start + end)
+            item_id = packed.fields["item_id"]
+            assert isinstance(item_id, torch.Tensor)
+            parts += [packed.ts[window].tolist(), item_id[window].tolist()]
+        seen.append(tuple(parts))
+    return seen
+
+
+@given(candidates=budgets, events=budgets, seed=st.integers(0, 50), trimmed=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_cutting_loses_and_repeats_nothing_and_changes_nothing_that_a_request_sees(
+    candidates: int, events: int, seed: int, trimmed: bool
+) -> None:
+    rows = ROWS.take(pa.array(np.random.default_rng(seed).permutation(ROWS.num_rows)))
+    parts = list(cut(rows, candidates, events, SCHEMA.sequences if trimmed else ()))
+    assert [one for part in parts for one in visible(collate(part, SCHEMA))] == visible(collate(rows, SCHEMA))
+
+
+@given(candidates=budgets, events=budgets)
+@settings(max_examples=60, deadline=None)
+def test_a_batch_is_above_the_budget_only_where_it_cannot_be_cut(candidates: int, events: int) -> None:
+    for part in cut(ROWS, candidates, events):
+        counts = candidate_counts(part)
+        assert counts["candidates"] <= candidates or counts["requests"] == 1
+        assert counts["events"] <= events or counts["rows"] == 1
+
+
+@given(candidates=budgets, events=budgets)
+@settings(max_examples=30, deadline=None)
+def test_a_batch_takes_as_many_rows_as_fit(candidates: int, events: int) -> None:
+    counts = [candidate_counts(part) for part in cut(ROWS, candidates, events)]
+    sizes = [candidate_counts(part) for part in cut(ROWS, candidates, 0)]  # one row a batch
+    firsts = np.cumsum([0, *[one["rows"] for one in counts]])[1:-1]
+    for batch, first in zip(counts, firsts, strict=False):
+        following = sizes[first]
+        more = batch["candidates"] + following["candidates"], batch["events"] + following["events"]
+        assert more[0] > candidates or more[1] > events
+
+
+def test_a_row_above_the_budget_is_split_by_request_and_its_copies_keep_only_the_events_they_show() -> None:
+    row = ROWS.filter(pa.array([len(one) == 3 for one in ROWS["requests"].to_pylist()])).slice(0, 1)
+    parts = [collate(part, SCHEMA) for part in cut(row, 1, 10**6, SCHEMA.sequences)]
+    assert [part.requests for part in parts] == [1, 1, 1]
+    assert [one for part in parts for one in visible(part)] == visible(collate(row, SCHEMA))
+    for part in parts:
+        for sequence in SCHEMA.sequences:
+            assert len(part.timelines[sequence.name].ts) == min(int(part.users.end[sequence.name]), sequence.length)
+    assert sum(len(one.timelines["seen"].ts) for one in parts) > 0
+
+
+def test_a_slice_of_a_table_is_a_batch_like_its_copy() -> None:
+    whole = visible(collate(ROWS, SCHEMA))
+    owners = collate(ROWS, SCHEMA).users.timeline
+    piece = visible(collate(ROWS.slice(4, 5), SCHEMA))
+    assert piece == [one for one, owner in zip(whole, owners.tolist(), strict=True) if 4 <= owner < 9]
+
+
+def test_a_cut_in_time_keeps_exactly_the_requests_within_it() -> None:
+    times = collate(ROWS, SCHEMA).users.ts
+    low, high = 1501 * SECOND, 2001 * SECOND
+    kept = collate(between(ROWS, low, high), SCHEMA)
+    inside = [one for one, ts in zip(visible(collate(ROWS, SCHEMA)), times.tolist(), strict=True) if low <= ts < high]
+    assert visible(kept) == inside
+    assert 0 < len(inside) < len(times)
+
+
+def id_fields(batch: RequestBatch) -> dict[str, Any]:
+    """Every field by a name of its own."""
+    fields = {f"{name}.{key}": one for name, part in batch.timelines.items() for key, one in part.fields.items()}
+    return fields | batch.users.fields | {f"item.{key}": one for key, one in batch.items.fields.items()}
+
+
+def test_compressed_fields_hold_the_same_rows_each_once_in_order_after_row_0() -> None:
+    plain = collate(ROWS, SCHEMA)
+    short, compared = compress(plain), 0
+    for name, field in id_fields(short).items():
+        before = id_fields(plain)[name]
+        if isinstance(field, Jagged):
+            assert torch.equal(field.offsets, before.offsets)
+            field, before = field.values, before.values
+        if not isinstance(field, Ids):
+            assert field is before  # a number
+            continue
+        assert torch.equal(field.unique[field.index], before)
+        assert field.unique.tolist() == sorted({0, *before.tolist()})
+        compared += 1
+    assert compared == 6
+    assert id_fields(compress(short)) == id_fields(short)  # the same objects: compressing twice changes nothing
+
+
+def gradients(model: RankingModel, batch: RequestBatch) -> dict[str, torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    model(batch).square().sum().backward()
+    return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("variant", ["mixformer", "ui-mixformer", "hyformer, SwiGLU encoding"])
+@pytest.mark.parametrize("training", [False, True])
+def test_compressed_ids_give_the_same_scores_and_gradients(variant: str, training: bool) -> None:
+    """In training, too: the same occurrences are dropped to row 0."""
+    model, batch = make_model(SCHEMA, variant).train(training), collate(ROWS, SCHEMA)
+    model.inputs.id_dropout = 0.3
+    scores = []
+    for one in (batch, compress(batch)):
+        torch.manual_seed(0)
+        scores.append(model(one))
+    assert torch.equal(scores[0], scores[1])
+    plain, short = gradients(model, batch), gradients(model, compress(batch))
+    assert plain.keys() == short.keys()
+    for name, one in plain.items():
+        torch.testing.assert_close(short[name].to_dense(), one.to_dense(), rtol=1e-9, atol=1e-9)
+
+
+def test_compressed_ids_give_one_gradient_row_per_distinct_id_of_a_field() -> None:
+    model, batch = make_model(SCHEMA, "mixformer"), compress(collate(ROWS, SCHEMA))
+    gradient = gradients(model, batch)["inputs.tables.user_id.weight"]
+    user_id = batch.users.fields["user_id"]
+    assert isinstance(user_id, Ids)
+    assert gradient._nnz() == len(user_id.unique) < batch.requests
+
+
+def test_each_part_of_a_compressed_batch_is_complete_for_the_call_that_takes_it() -> None:
+    model, batch = make_model(SCHEMA, "ui-mixformer").eval(), collate(ROWS, SCHEMA)
+    short = compress(batch)
+    mixed = replace(batch, items=short.items)
+    state = model.encode_users(batch.users, model.encode_timelines(short.timelines))
+    assert torch.equal(model.score(state, short.items), model(batch))
+    assert torch.equal(model(mixed), model(batch))
+    assert torch.equal(model(compress(mixed)), model(batch))
+
+
+def test_no_sum_of_a_step_on_compressed_ids_depends_on_the_order_of_threads() -> None:
+    model, batch = make_model(SCHEMA, "ui-mixformer").train(), compress(collate(ROWS, SCHEMA))
+    pending, names, known = [model(batch).grad_fn], set(), set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in known:
+            known.add(node)
+            names.add(type(node).__name__)
+            pending += [one for one, _ in node.next_functions]
+    assert {"EmbeddingBackward0", "EmbeddingBagBackward0"} <= names
+    assert "IndexBackward0" not in names

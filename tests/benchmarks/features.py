@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import pandas as pd
 import polars as pl
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from polars.testing import assert_frame_equal
 from rich.console import Console
@@ -47,18 +48,28 @@ PARTS = (8, 4, 2)
 """The growth is measured on an eighth, a quarter, half and all of the events, with as many fewer users."""
 CHECKED_UP_TO = 1_000_000
 """Logs of at most so many events are built three times and compared row by row, larger ones are built once."""
+FLATTENED_FILES = 60
+"""Of a larger sample table so many files (slices of dt and bucket), evenly spread, are flattened."""
 ENTITY_ROWS, HISTORICAL_REPEATS = 20_000, 3
 MEBIBYTE = 1 << 20
 
 
-class PeakMemory:
-    """Largest resident memory of this process and its Ray workers, sampled while the block runs.
+class Usage:
+    """What this process and its Ray workers use while the block runs, sampled ten times a second.
 
-    Pages of the object store that several processes have mapped count once for each.
+    Attributes:
+        peak: bytes, the largest sum of resident memory; a page that several processes map counts for each.
+        idle: bytes, the same sum before the block.
+        seconds: CPU seconds, which other load on the machine changes less than wall time.
     """
 
-    def __enter__(self) -> PeakMemory:
-        self.bytes, self._ended = 0, threading.Event()
+    def __enter__(self) -> Usage:
+        self.peak, self.seconds = 0, 0.0
+        running = _running()
+        self.idle = sum(resident for resident, _ in running.values())
+        self._before = {pid: seconds for pid, (_, seconds) in running.items()}
+        self._latest: dict[int, float] = {}
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
@@ -66,19 +77,26 @@ class PeakMemory:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
+        self.seconds = sum(seconds - self._before.get(pid, 0.0) for pid, seconds in self._latest.items())
 
     def _sample(self) -> None:
-        this = psutil.Process()
-        while not self._ended.wait(0.1):
-            self.bytes = max(self.bytes, sum(map(_resident, [this, *this.children(recursive=True)])))
+        ended = False
+        while not ended:  # once more after the end
+            ended = self._ended.wait(0.1)
+            now = _running()
+            self.peak = max(self.peak, sum(resident for resident, _ in now.values()))
+            self._latest |= {pid: seconds for pid, (_, seconds) in now.items()}
 
 
-def _resident(process: psutil.Process) -> int:
-    try:
-        counts = process.pid == os.getpid() or process.cmdline()[:1][0].startswith("ray::")
-        return int(process.memory_info().rss) if counts else 0
-    except (psutil.Error, IndexError):  # it has just ended
-        return 0
+def _running() -> dict[int, tuple[int, float]]:
+    """Resident bytes and CPU seconds so far of this process and its Ray workers."""
+    this, found = psutil.Process(), {}
+    for process in [this, *this.children(recursive=True)]:
+        with suppress(psutil.Error, IndexError):  # it has just ended
+            if process == this or process.cmdline()[0].startswith("ray::"):
+                times = process.cpu_times()
+                found[process.pid] = process.memory_info().rss, times.user + times.system
+    return found
 
 
 @dataclass
@@ -123,7 +141,7 @@ class Bench:
 
     def report(self, what: str, value: str, remark: str = "", **results: float) -> None:
         self.table.add_row(what, value, remark)
-        self.results |= {name: float(f"{number:.4g}") for name, number in results.items()}
+        self.results |= {name: int(one) if one == int(one) else float(f"{one:.4g}") for name, one in results.items()}
 
 
 def measure_builds(bench: Bench, log: WrittenWorld, output: Path) -> float:
@@ -132,44 +150,47 @@ def measure_builds(bench: Bench, log: WrittenWorld, output: Path) -> float:
     ``output`` holds the whole sample and state tables afterwards.
     """
     world, repeats = log.world, bench.repeats(log.world)
-    ours: list[float] = []
-    polars: list[float] = []
-    peaks: list[int] = []
-    polars_peaks: list[int] = []
+    ours, polars = [], []
     for repeat in range(repeats):
         shutil.rmtree(output, ignore_errors=True)
-        with PeakMemory() as memory:
-            ours.append(bench.build(log, output, world.partitions, f"full build {repeat + 1}/{repeats}"))
-        peaks.append(memory.bytes)
+        with Usage() as usage:
+            seconds = bench.build(log, output, world.partitions, f"full build {repeat + 1}/{repeats}")
+        ours.append([seconds, usage.seconds, usage.peak / MEBIBYTE, usage.idle / MEBIBYTE])
         with bench.scratch() as folder:
-            seconds, peak = _one_process(bench, log, folder / "polars")
-            polars.append(seconds)
-            polars_peaks.append(peak)
+            polars.append(_one_process(bench, log, folder / "polars"))
             if repeat == 0 and world.events <= CHECKED_UP_TO:
                 check_equal(log, output, folder / "polars")
-    full, other = float(np.median(ours)), float(np.median(polars))
-    share = float(np.median(np.array(polars) / np.array(ours)))
+    full, cpu, memory, idle = np.median(ours, axis=0)
+    other, other_cpu, other_memory = np.median(polars, axis=0)
+    speed, speed_by_cpu = np.median(np.array(polars)[:, :2] / np.array(ours)[:, :2], axis=0)
     bench.report(
         "full build",
-        f"{full:.1f} s",
+        f"{full:.1f} s, {cpu:.1f} CPU s",
         f"{world.events / full:,.0f} events/s",
         full_build_seconds=full,
+        full_build_cpu_seconds=cpu,
         full_build_events_per_second=world.events / full,
     )
     bench.report(
         "… in one Polars process, in memory",
-        f"{other:.1f} s",
-        f"ours at {share:.2f}× its speed",
+        f"{other:.1f} s, {other_cpu:.1f} CPU s",
+        f"ours at {speed:.2f}× its speed ({speed_by_cpu:.2f}× by CPU seconds)",
         polars_seconds=other,
-        speed_of_polars=share,
+        polars_cpu_seconds=other_cpu,
+        speed_of_polars=speed,
+        speed_of_polars_by_cpu=speed_by_cpu,
     )
     bench.report(
         "peak memory of driver and workers",
-        f"{max(peaks) / MEBIBYTE:,.0f} MiB",
-        f"one Polars process {max(polars_peaks) / MEBIBYTE:,.0f} MiB",
-        peak_memory_mib=max(peaks) / MEBIBYTE,
-        polars_peak_memory_mib=max(polars_peaks) / MEBIBYTE,
+        f"{memory:,.0f} MiB",
+        f"{idle:,.0f} MiB before the build; one Polars process {other_memory:,.0f} MiB",
+        peak_memory_mib=memory,
+        idle_memory_mib=idle,
+        polars_peak_memory_mib=other_memory,
     )
+    for name in (SAMPLES, STATE):
+        written = sum(file.stat().st_size for file in (output / name).rglob("*.parquet")) / MEBIBYTE
+        bench.report(f"table {name} on disk", f"{written:,.1f} MiB", **{f"{name}_file_mib": written})
     # a partition that is built again reads and writes what a new one does
     early, last = (
         float(np.median([bench.build(log, output, [day], f"partition {day}") for _ in range(1 if bench.quick else 3)]))
@@ -183,11 +204,11 @@ def measure_builds(bench: Bench, log: WrittenWorld, output: Path) -> float:
         new_partition_of_full_build=last / full,
         last_partition_of_second=last / early,
     )
-    return full
+    return float(full)
 
 
-def _one_process(bench: Bench, log: WrittenWorld, output: Path) -> tuple[float, int]:
-    """Seconds (imports left out) and peak resident bytes of the same job in one Polars process."""
+def _one_process(bench: Bench, log: WrittenWorld, output: Path) -> list[float]:
+    """Seconds (imports left out), CPU seconds and peak resident MiB of the same job in one Polars process."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.one_process", str(log.root), str(output)]
     with bench.progress.stage("one Polars process") as stage:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -197,7 +218,8 @@ def _one_process(bench: Bench, log: WrittenWorld, output: Path) -> tuple[float, 
         printed = process.communicate()[0].split()
     if process.returncode != 0:
         raise SystemExit(f"the Polars program on {log.root} ended with {process.returncode}; its message is above")
-    return float(printed[0]), int(printed[1])
+    seconds, cpu, peak = map(float, printed)
+    return [seconds, cpu, peak / MEBIBYTE]
 
 
 def check_equal(log: WrittenWorld, output: Path, other: Path) -> None:
@@ -235,28 +257,35 @@ def measure_growth(bench: Bench, world: World, full: float) -> None:
 
 def measure_bytes(bench: Bench, output: Path) -> None:
     """The sample table against one row per candidate that carries its visible history."""
-    nested = nested_file = flat = flat_file = candidates = visible = 0
-    files = sorted((output / SAMPLES).rglob("*.parquet"))
-    live = set(Table(SAMPLES, str(output / SAMPLES)).delta().file_uris())
-    files = [file for file in files if str(file) in live]
+    sizes = {"samples": 0, "samples_zstd": 0, "flat": 0, "flat_zstd": 0, "log_order_zstd": 0}
+    candidates = visible = 0
+    files = sorted(Path(uri) for uri in Table(SAMPLES, str(output / SAMPLES)).delta().file_uris())
+    files = files[:: -(-len(files) // FLATTENED_FILES)]
     with bench.progress.stage("flatten") as stage:
         for done, file in enumerate(files, start=1):
             rows = pq.read_table(file, partitioning=None)
             export = flatten(rows, SCHEMA)
-            nested, nested_file = nested + rows.nbytes, nested_file + _zstd_bytes(rows)
-            flat, flat_file = flat + export.nbytes, flat_file + _zstd_bytes(export)
+            sizes["samples"] += rows.nbytes
+            sizes["samples_zstd"] += _zstd_bytes(rows)
+            sizes["flat"] += export.nbytes
+            sizes["flat_zstd"] += _zstd_bytes(export)
+            sizes["log_order_zstd"] += _zstd_bytes(export.sort_by("ts"))
             candidates += export.num_rows
             visible += sum(
-                len(export[timeline_column(one, None)].combine_chunks().flatten()) for one in SCHEMA.sequences
+                pc.sum(pc.list_value_length(export[timeline_column(one, None)])).as_py() for one in SCHEMA.sequences
             )
             stage.say(f"{done}/{len(files)} files")
     bench.report("visible events of a candidate", f"{visible / candidates:.0f}", visible_events=visible / candidates)
-    for kind, small, large in (("arrow", nested, flat), ("parquet", nested_file, flat_file)):
+    for metric, what, small, large in (
+        ("arrow", "in Arrow memory", "samples", "flat"),
+        ("parquet", "as zstd Parquet, by user", "samples_zstd", "flat_zstd"),
+        ("parquet_in_log_order", "as zstd Parquet, in the log's order of time", "samples_zstd", "log_order_zstd"),
+    ):
         bench.report(
-            f"sample table against one row per candidate, {'in memory' if kind == 'arrow' else 'zstd Parquet'}",
-            f"{small / MEBIBYTE:,.1f} → {large / MEBIBYTE:,.1f} MiB",
-            f"{large / small:.1f}×",
-            **{f"flattened_over_samples_{kind}": large / small, f"samples_{kind}_mib": small / MEBIBYTE},
+            f"samples against one row per candidate, {what}",
+            f"{sizes[small] / MEBIBYTE:,.1f} → {sizes[large] / MEBIBYTE:,.1f} MiB",
+            f"{sizes[large] / sizes[small]:.1f}×",
+            **{f"flattened_over_samples_{metric}": sizes[large] / sizes[small]},
         )
 
 
@@ -309,7 +338,7 @@ def measure_historical_features(bench: Bench, log: WrittenWorld) -> None:
 
     users = log.tables["users"].scan().collect()
     random = np.random.default_rng(0)
-    start, days = users["updated_at"].min(), log.world.days + 1
+    start, days = int(users.select(pl.col("updated_at").min()).item()), log.world.days + 1
     hours = start + random.integers(0, days * 24, ENTITY_ROWS) * 3_600_000_000
     entities = pd.DataFrame(
         {

@@ -257,7 +257,8 @@ def measure_growth(bench: Bench, world: World, full: float) -> None:
 
 def measure_bytes(bench: Bench, output: Path) -> None:
     """The sample table against one row per candidate that carries its visible history."""
-    sizes = {"samples": 0, "samples_zstd": 0, "flat": 0, "flat_zstd": 0, "log_order_zstd": 0}
+    sizes = {"samples": 0, "samples_zstd": 0, "flat": 0, "flat_zstd": 0, "log_order_zstd": 0, "shuffled_zstd": 0}
+    random = np.random.default_rng(0)
     candidates = visible = 0
     files = sorted(Path(uri) for uri in Table(SAMPLES, str(output / SAMPLES)).delta().file_uris())
     files = files[:: -(-len(files) // FLATTENED_FILES)]
@@ -270,6 +271,7 @@ def measure_bytes(bench: Bench, output: Path) -> None:
             sizes["flat"] += export.nbytes
             sizes["flat_zstd"] += _zstd_bytes(export)
             sizes["log_order_zstd"] += _zstd_bytes(export.sort_by("ts"))
+            sizes["shuffled_zstd"] += _zstd_bytes(export.take(pa.array(random.permutation(export.num_rows))))
             candidates += export.num_rows
             visible += sum(
                 pc.sum(pc.list_value_length(export[timeline_column(one, None)])).as_py() for one in SCHEMA.sequences
@@ -280,6 +282,7 @@ def measure_bytes(bench: Bench, output: Path) -> None:
         ("arrow", "in Arrow memory", "samples", "flat"),
         ("parquet", "as zstd Parquet, by user", "samples_zstd", "flat_zstd"),
         ("parquet_in_log_order", "as zstd Parquet, in the log's order of time", "samples_zstd", "log_order_zstd"),
+        ("parquet_shuffled", "as zstd Parquet, shuffled", "samples_zstd", "shuffled_zstd"),
     ):
         bench.report(
             f"samples against one row per candidate, {what}",

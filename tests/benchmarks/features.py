@@ -55,7 +55,7 @@ MEBIBYTE = 1 << 20
 
 
 class Usage:
-    """What this process and its Ray workers use while the block runs, sampled ten times a second.
+    """What this process and its Ray workers use while the block runs, sampled four times a second.
 
     Attributes:
         peak: bytes, the largest sum of resident memory; a page that several processes map counts for each.
@@ -82,7 +82,7 @@ class Usage:
     def _sample(self) -> None:
         ended = False
         while not ended:  # once more after the end
-            ended = self._ended.wait(0.1)
+            ended = self._ended.wait(0.25)
             now = _running()
             self.peak = max(self.peak, sum(resident for resident, _ in now.values()))
             self._latest |= {pid: seconds for pid, (_, seconds) in now.items()}

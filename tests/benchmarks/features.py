@@ -446,9 +446,9 @@ def main() -> None:
         folder = options.data or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         bench = Bench(folder, Progress(), options.quick, {}, table)
-        log = bench.write(world)
-        measure_historical_features(bench, log)
         try:
+            log = bench.write(world)
+            measure_historical_features(bench, log)
             ensure_ray(RayConfig(num_cpus=os.cpu_count()))
             with bench.scratch() as output:  # the workers' imports are paid once, before anything is measured
                 bench.build(log, output, world.partitions[:1], "warm-up")
@@ -458,7 +458,7 @@ def main() -> None:
             measure_growth(bench, world, full)
         finally:
             stop_ray()
-    Console(width=150).print(table)
+            Console(width=150).print(table)  # what was measured before an interrupt is not lost
     print_results("features", bench.results, goals({} if options.quick else bench.results))
 
 

@@ -12,7 +12,7 @@ have rows in every bucket of users; their counts are folded first, by bucket of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import polars as pl
@@ -49,7 +49,7 @@ from features.encoding import bucket_column, encode, hash_ids
 from features.lake import Table
 from features.schema import Feature, Grain, Schema, partition_bounds, partition_number
 from features.schema import Sequence as BehaviourSequence
-from features.validation import quarantine
+from features.validation import distinct_events, quarantine
 
 SAMPLES, STATE, USER_AGGREGATES, ITEM_AGGREGATES = "samples", "state", "user_aggregates", "item_aggregates"
 
@@ -88,6 +88,10 @@ class BuildSettings:
     def table(self, table: str) -> Table:
         """One of the builder's own tables."""
         return Table(table, self.table_root(table), {}, self.storage_options)
+
+    def pinned(self) -> BuildSettings:
+        """For one task: every log opened once, at the version it has now."""
+        return replace(self, tables={role: table.pinned() for role, table in self.tables.items()})
 
     def known_at(self, partition: str) -> int:
         """When the counts as of this partition's close become known, microseconds UTC."""
@@ -173,11 +177,12 @@ def fold_bucket(
     Yields:
         (table, partition, rows without partition columns, counts).
     """
+    settings, partitions = settings.pinned(), list(partitions)
     schema, grain = settings.schema, settings.grain
     users = _profiles(settings, "users", "user_id", schema.side("user"), bucket)
     items = _profiles(settings, "items", "item_id", schema.side("item"), None)
     previous = earlier[-1] if earlier else None
-    state = _load_state(settings, bucket, earlier)
+    state: dict[str, pl.DataFrame] = {}
     own, cross = user_tallies(schema)
     counted = item_tally(schema)
     for index, partition in enumerate(partitions):
@@ -186,6 +191,10 @@ def fold_bucket(
             _restore_users(settings, own, cross, bucket, earlier, opening)
             _restore_items(settings, counted, earlier, opening)
         rows, counts = log_rows(settings, partition, bucket)
+        whole = is_snapshot(partition, previous, grain)
+        if index == 0:
+            touched = pl.concat([one.select("user_id") for one in rows.values()]).unique()
+            state = _load_state(settings, bucket, earlier, None if whole or len(partitions) > 1 else touched)
         new = {s.name: _new_events(settings, s, rows[s.events]) for s in schema.sequences}
         timelines = {name: _in_order(pl.concat([state[name], new[name]])) for name in new}
         samples = _samples(settings, rows["impressions"], timelines, users, items, own, cross, counted)
@@ -203,7 +212,6 @@ def fold_bucket(
                 "events": sum(events.height for events in new.values()),
             },
         )
-        whole = is_snapshot(partition, previous, grain)
         state = {s.name: _newest(timelines[s.name], s.length, close - settings.log_delay) for s in schema.sequences}
         yield STATE, partition, _state_rows(settings, state, state if whole else new, close), {}
         yield USER_AGGREGATES, partition, _advance_users(settings, own, cross, rows, items, partition, whole), {}
@@ -222,7 +230,7 @@ def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict
     raw = {role: settings.tables[role].slice([partition], bucket, settings.buckets) for role in settings.logs}
     good, rejected = quarantine(raw["impressions"], settings.schema, partition, settings.grain, settings.now)
     counts = {"impressions": raw["impressions"].height, "quarantined": rejected.height}
-    raw["impressions"] = good
+    raw = {role: good if role == "impressions" else distinct_events(rows) for role, rows in raw.items()}
     keys = ("request_id", "user_id", "item_id")
     return {
         role: rows.with_columns(pl.col(key).cast(pl.String) for key in keys if key in rows.columns)
@@ -242,9 +250,9 @@ def _profiles(
     """Profile snapshots ordered by updated_at: key, updated_at, known, a code per feature; keys to cross as text."""
     table = settings.tables[role]
     if bucket is not None and table.is_bucketed():
-        frame = table.scan().filter(pl.col("bucket").cast(pl.Int32) == bucket).collect()
+        frame = table.collect(table.scan().filter(pl.col("bucket").cast(pl.Int32) == bucket))
     else:
-        frame = table.scan().collect()
+        frame = table.collect(table.scan())
         if bucket is not None:
             frame = frame.filter(bucket_column(pl.col(key), settings.buckets) == bucket)
     crossed = dict.fromkeys(str(aggregate_of(one).key) for one in settings.schema.aggregates("cross"))
@@ -275,11 +283,24 @@ def _new_events(settings: BuildSettings, sequence: BehaviourSequence, events: pl
     )
 
 
-def _load_state(settings: BuildSettings, bucket: int, earlier: Sequence[str]) -> dict[str, pl.DataFrame]:
-    """The newest state of every user of the bucket, one row per event and sequence."""
-    schema = settings.schema
-    rows = _bucket_rows(settings, STATE, state_schema(schema), bucket, _since_snapshot(settings, earlier))
-    rows = rows.sort("ts").unique("user_id", keep="last", maintain_order=True)
+def _load_state(
+    settings: BuildSettings, bucket: int, earlier: Sequence[str], users: pl.DataFrame | None = None
+) -> dict[str, pl.DataFrame]:
+    """The newest state of these users of the bucket (default: all), one row per event and sequence.
+
+    Partitions are read newest first, only until everyone is found.
+    """
+    schema, missing = settings.schema, users
+    found = [pl.DataFrame(pl.from_arrow(state_schema(schema).empty_table()))]
+    for partition in reversed(_since_snapshot(settings, earlier)):
+        if missing is not None and missing.is_empty():
+            break
+        rows = _bucket_rows(settings, STATE, state_schema(schema), bucket, [partition])
+        if missing is not None:
+            rows = rows.join(missing, on="user_id", how="semi", maintain_order="left")
+            missing = missing.join(rows, on="user_id", how="anti")
+        found.append(rows)
+    rows = pl.concat(found).unique("user_id", keep="first", maintain_order=True)
     state = {}
     for sequence in schema.sequences:
         columns = [timeline_column(sequence, event_field) for event_field, _ in _timeline_types(sequence)]
@@ -301,7 +322,7 @@ def _bucket_rows(
     rows = settings.table(table).scan(partitions)
     if bucket is not None:
         rows = rows.filter(pl.col("bucket") == str(bucket))
-    return rows.select(schema.names).collect()
+    return settings.table(table).collect(rows.select(schema.names), partitions)
 
 
 def _restore_users(
@@ -432,7 +453,7 @@ def _crossed(rows: pl.DataFrame, items: pl.DataFrame, key: str) -> pl.DataFrame:
 
 def item_deltas(settings: BuildSettings, bucket: int, partitions: Iterable[str]) -> Iterator[pl.DataFrame]:
     """What one bucket of users adds to the items' counts, per partition: dt, bucket (of the item), and deltas."""
-    features = settings.schema.aggregates("item")
+    features, settings = settings.schema.aggregates("item"), settings.pinned()
     for partition in partitions:
         rows, _ = log_rows(settings, partition, bucket)
         sources = {role: one.drop_nulls("item_id") for role, one in rows.items() if "item_id" in one.columns}
@@ -487,20 +508,15 @@ def _in_order(events: pl.DataFrame) -> pl.DataFrame:
 
 def _count_before(events: pl.DataFrame, moments: pl.DataFrame) -> pl.Series:
     """For every row (user_id, before) of ``moments`` the user's events with ``ts < before``."""
-    last = events.group_by("user_id", "ts", maintain_order=True).agg(pl.col("position").max() + 1)
-    found = (
-        moments.with_row_index("row")
-        .sort("before")
-        .join_asof(
-            last.sort("ts"),
-            left_on="before",
-            right_on="ts",
-            by="user_id",
-            strategy="backward",
-            check_sortedness=False,
-            allow_exact_matches=False,
-        )
-        .sort("row")
+    # both are ordered by time within every user, which is all that the join needs
+    found = moments.join_asof(
+        events.select("user_id", "ts", pl.col("position") + 1),
+        left_on="before",
+        right_on="ts",
+        by="user_id",
+        strategy="backward",
+        check_sortedness=False,
+        allow_exact_matches=False,
     )
     return found["position"].fill_null(0).cast(pl.Int64)
 
@@ -557,7 +573,8 @@ def _samples(
     moments = requests.select("user_id", before=pl.col("ts") - settings.log_delay)
     rows = requests.select("user_id").unique(maintain_order=True)
     for sequence in schema.sequences:
-        end, events = end_column(sequence), timelines[sequence.name]
+        end = end_column(sequence)
+        events = timelines[sequence.name].join(rows, on="user_id", how="semi", maintain_order="left")
         requests = requests.with_columns(_count_before(events, moments).alias(end))
         window = requests.group_by("user_id", maintain_order=True).agg(
             start=(pl.col(end).min() - sequence.length).clip(0), stop=pl.col(end).max()

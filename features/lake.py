@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +52,21 @@ class Table:
         uri: local path or ``s3://`` address.
         columns: canonical name → the user's own column name; columns not named keep theirs.
         storage_options: handed to deltalake (credentials, endpoint).
+        opened: see :meth:`pinned`.
     """
 
     name: str
     uri: str
     columns: Mapping[str, str] = field(default_factory=dict)
     storage_options: Mapping[str, str] = field(default_factory=dict)
+    opened: DeltaTable | None = field(default=None, compare=False, repr=False)
+
+    def pinned(self) -> Table:
+        """The table at the version it has now, opened once; for a task that reads it many times. Not picklable."""
+        return replace(self, opened=self.delta())
 
     def exists(self) -> bool:
-        return DeltaTable.is_deltatable(self.uri, dict(self.storage_options))
+        return self.opened is not None or DeltaTable.is_deltatable(self.uri, dict(self.storage_options))
 
     def delta(self) -> DeltaTable:
         """The table at its newest version.
@@ -69,6 +75,8 @@ class Table:
             CorankError: there is no Delta table at this address.
             UnreadableError: its log is damaged.
         """
+        if self.opened is not None:
+            return self.opened
         if not self.exists():
             raise CorankError(
                 f"table {self.name}: there is no Delta table at {self.uri}. "

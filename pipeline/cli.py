@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import maintenance_cli
-
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.stages import Pipeline
@@ -29,9 +27,6 @@ import_app = typer.Typer(help="Write a data set as the Delta tables of a log.", 
 models_app = typer.Typer(help="List, promote and roll back registered models; profile any.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 app.add_typer(models_app, name="models")
-features_app = typer.Typer(help="Keep the derived tables and the feature store in order.", no_args_is_help=True)
-app.add_typer(features_app, name="features")
-maintenance_cli.register(features_app)
 
 ConfigOption = Annotated[
     Path,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline import maintenance_cli
 from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
 
 if TYPE_CHECKING:
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
     from pipeline.stages import Pipeline
 
 features_app = typer.Typer(
-    help="Look at the features: registry, online store, statistics and export of the samples.", no_args_is_help=True
+    help="The feature store and the derived tables: look at them, check them, keep them in order.", no_args_is_help=True
 )
+maintenance_cli.register(features_app)
 
 PartitionsOption = Annotated[
     list[str] | None,
@@ -47,12 +49,11 @@ def features_apply(config: ConfigOption, debug: DebugOption = False) -> None:
         pipeline = _pipeline(_load(config))
         with exclusive(pipeline.config), pipeline.progress.stage("features") as stage:
             stage.say("registering")
-            from features.store.definitions import view_names
             from features.store.online import apply
 
             settings = pipeline.store_settings()
             apply(settings)
-            stage.say(f"registered {', '.join(view_names(settings.schema))} in project {settings.project}")
+            stage.say(f"registered {', '.join(settings.views)} in project {settings.project}")
 
 
 @features_app.command("materialize")

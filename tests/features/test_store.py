@@ -305,7 +305,7 @@ HEX = [f"{one:x}" for one in range(400)]
 
 @pytest.fixture
 def large(settings: FeatureStoreSettings, tmp_path: Path, request: pytest.FixtureRequest) -> FeatureStoreSettings:
-    """400 users with 12,000 profiles in 8 files, ties in time included, from which rows have been deleted.
+    """400 users with up to 12,000 profiles in several files, ties in time included; some rows have been deleted.
 
     The parameter says whether Ray reads them, in slices of a file or two.
     """
@@ -320,18 +320,19 @@ def large(settings: FeatureStoreSettings, tmp_path: Path, request: pytest.Fixtur
         }
     )
     users = tmp_path / "large"
-    for part in profiles.iter_slices(rows // 8):
-        write_deltalake(
-            str(users), pl.concat([pl.DataFrame(schema=USERS), part], how="diagonal").to_arrow(), mode="append"
-        )
-    DeltaTable(str(users)).delete("city = 'gone'")
-    if request.param:
-        request.getfixturevalue("local_ray")
-    return replace(
-        settings,
-        users=Table("users", str(users), {"user_id": "uid"}),
-        slice_bytes=30_000 if request.param else settings.slice_bytes,
-    )
+    profiles = pl.concat([pl.DataFrame(schema=USERS), profiles], how="diagonal")
+    first, later = profiles[: rows // 2], profiles[rows // 2 :].filter(pl.col("city").ne_missing("gone"))
+    write_deltalake(str(users), first.to_arrow())
+    DeltaTable(str(users)).delete("city = 'gone'")  # writes its rows again as one file
+    for part in later.iter_slices(rows // 8):
+        write_deltalake(str(users), part.to_arrow(), mode="append")
+    own = replace(settings, users=Table("users", str(users), {"user_id": "uid"}))
+    if not request.param:
+        return own
+    request.getfixturevalue("local_ray")
+    query = Query(own.users, "updated_at", {"user_id": "user_id"}, {}, 10 * DAY, 35 * DAY)
+    assert Partitions(query, 10_000).count > 2
+    return replace(own, slice_bytes=10_000)
 
 
 def tables_of(large: FeatureStoreSettings) -> pd.DataFrame:

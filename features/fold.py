@@ -97,12 +97,6 @@ class BuildSettings:
         """When the counts as of this partition's close become known, microseconds UTC."""
         return partition_bounds(partition, self.grain)[1] + self.aggregates_delay
 
-    @property
-    def logs(self) -> list[str]:
-        """The partitioned tables that the builder reads: impressions and what sequences and aggregates name."""
-        counted = [aggregate_of(one).of for one in self.schema.aggregates("user", "item", "cross")]
-        return list(dict.fromkeys(["impressions", *(one.events for one in self.schema.sequences), *counted]))
-
 
 # --- layout of the state tables -----------------------------------------------------------------------
 
@@ -222,12 +216,38 @@ def fold_bucket(
         previous = partition
 
 
+def rows_after(settings: BuildSettings, earlier: Sequence[str], impressions: pl.DataFrame) -> pa.Table:
+    """Sample rows of requests after the newest partition, from the states and profiles alone.
+
+    What the next partition's samples would hold if nothing else happened: so what the online store should answer.
+
+    Args:
+        earlier: the partitions built so far.
+        impressions: rows of the log, all of them good, with ``ts`` at or after the newest partition's close.
+    """
+    schema = settings.schema
+    rows = [unpartitioned(sample_schema(schema)).empty_table()]
+    moment = int(impressions.select(pl.col("ts").min()).item())
+    items = _profiles(settings, "items", "item_id", schema.side("item"), None)
+    counted = item_tally(schema)
+    _restore_items(settings, counted, earlier, moment)
+    marked = impressions.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
+    for (bucket,), part in marked.partition_by("bucket", as_dict=True, include_key=False).items():
+        own, cross = user_tallies(schema)
+        _restore_users(settings, own, cross, bucket, earlier, moment)
+        users = _profiles(settings, "users", "user_id", schema.side("user"), bucket)
+        state = _load_state(settings, bucket, earlier, part.select("user_id").unique())
+        timelines = {name: _in_order(events) for name, events in state.items()}
+        rows.append(_samples(settings, part, timelines, users, items, own, cross, counted))
+    return pa.concat_tables(rows)
+
+
 def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict[str, pl.DataFrame], dict[str, int]]:
     """One bucket's rows of every log in a partition, keys as text, and how many impressions there were.
 
     Of impressions only the good ones; of events each once.
     """
-    raw = {role: settings.tables[role].slice([partition], bucket, settings.buckets) for role in settings.logs}
+    raw = {role: settings.tables[role].slice([partition], bucket, settings.buckets) for role in settings.schema.logs}
     good, rejected = quarantine(raw["impressions"], settings.schema, partition, settings.grain, settings.now)
     counts = {"impressions": raw["impressions"].height, "quarantined": rejected.height}
     raw = {role: good if role == "impressions" else distinct_events(rows) for role, rows in raw.items()}
@@ -255,11 +275,8 @@ def _profiles(
         frame = table.collect(table.scan())
         if bucket is not None:
             frame = frame.filter(bucket_column(pl.col(key), settings.buckets) == bucket)
-    crossed = dict.fromkeys(str(aggregate_of(one).key) for one in settings.schema.aggregates("cross"))
     texts = []
-    for column in crossed if role == "items" else ():
-        if column == "item_id":
-            continue
+    for column in settings.schema.cross_keys if role == "items" else ():
         kind = pl.List(pl.String) if isinstance(frame.schema[column], pl.List) else pl.String
         texts.append(pl.col(column).cast(kind).alias(cross_column(column)))
     return frame.select(

@@ -154,7 +154,7 @@ def _laid_out(
     folder = f"{path}/{LAID_OUT}"
     if store.get_file_info(folder).type != fs.FileType.NotFound:
         store.delete_dir(folder)
-    roles = [role for role in [*settings.logs, "users"] if not settings.tables[role].is_bucketed()]
+    roles = [role for role in [*settings.schema.logs, "users"] if not settings.tables[role].is_bucketed()]
     if not roles:
         yield settings
         return

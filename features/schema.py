@@ -207,6 +207,23 @@ class Schema(Declaration):
         """The features of these sides that are counted in the log, in order of declaration."""
         return tuple(feature for feature in self.features if feature.side in sides and feature.aggregate is not None)
 
+    def counts_of(self, table: str) -> tuple[Feature, ...]:
+        """The aggregates that count the rows of a table."""
+        every = self.aggregates("user", "item", "cross")
+        return tuple(one for one in every if one.aggregate is not None and one.aggregate.of == table)
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """The partitioned tables that are read: impressions, and what sequences and aggregates name."""
+        counted = [one.aggregate.of for one in self.aggregates("user", "item", "cross") if one.aggregate is not None]
+        return tuple(dict.fromkeys(["impressions", *(sequence.events for sequence in self.sequences), *counted]))
+
+    @property
+    def cross_keys(self) -> tuple[str, ...]:
+        """Columns of items that features cross with the user, item_id left out."""
+        keys = [one.aggregate.key for one in self.aggregates("cross") if one.aggregate is not None]
+        return tuple(dict.fromkeys(key for key in keys if key is not None and key != "item_id"))
+
     @property
     def user_side(self) -> tuple[Feature, ...]:
         """Features that no candidate can change: those of the user and of the request's context."""

@@ -145,7 +145,9 @@ class Log:
         """
         table = self.config.table(role)
         key = PROFILES[role]
-        columns = sorted({feature.source for feature in self.config.schema_.side(SIDES[role])} | {key, "updated_at"})
+        schema = self.config.schema_
+        crossed = set(schema.cross_keys) if role == "items" else set()
+        columns = sorted({feature.source for feature in schema.side(SIDES[role])} | crossed | {key, "updated_at"})
         version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
         if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):
             return dict(cache["partitions"])

@@ -333,8 +333,6 @@ class OnlineReader:
         self._store = open_store(settings)
         self._user = self._columns(USER_VIEW, "user_id", settings.schema.side("user"))
         self._item = self._columns(ITEM_VIEW, "item_id", settings.schema.side("item"))
-        crossed = [str(aggregate_of(one).key) for one in self.schema.aggregates("cross")]
-        self._cross_keys = [key for key in dict.fromkeys(crossed) if key != "item_id"]
         self._user_counts = self._counts(USER_AGGREGATES_VIEW, "user", settings.user_aggregates)
         self._item_counts = self._counts(ITEM_AGGREGATES_VIEW, "item", settings.item_aggregates)
         for sequence in self.schema.sequences:
@@ -438,7 +436,7 @@ class OnlineReader:
         """Polars types of a profile's raw columns, its key and the keys of cross features included."""
         view = registered_view(self._store, name)
         kinds = {one.name: POLARS_TYPES[one.dtype] for one in view.features}
-        crossed = [str(aggregate_of(one).key) for one in self.schema.aggregates("cross")] if key == "item_id" else []
+        crossed = self.schema.cross_keys if key == "item_id" else ()
         sources = dict.fromkeys([*[feature.source for feature in features], *crossed, UPDATED_AT])
         sources.pop(key, None)
         _require(view, sources)
@@ -473,7 +471,7 @@ class OnlineReader:
         features = self.schema.side("item")
         own = [one for one in features if one.source == "item_id" and one.kind == "id"]
         crossed = []
-        for key in self._cross_keys:
+        for key in self.schema.cross_keys:
             kind = pl.List(pl.String) if isinstance(raw.schema[key], pl.List) else pl.String
             crossed.append(raw[key].cast(kind).alias(cross_column(key)))
         profile = encode_features([one for one in features if one not in own], raw)

@@ -27,7 +27,8 @@ def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
 
 def roles(schema: Schema) -> list[str]:
     """The tables that a pipeline reads."""
-    return ["impressions", *PROFILE_KEYS, *dict.fromkeys(sequence.events for sequence in schema.sequences)]
+    first, *events = schema.logs
+    return [first, *PROFILE_KEYS, *events]
 
 
 def columns_read(role: str, schema: Schema) -> set[str]:
@@ -57,14 +58,15 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
             kind = layout.field(index).type
             hint = f"must be {wanted}; convert it, or map another column under {mapped}"
             checks[f"mistyped_column_{column}"] = (not accepts(kind), f"{where} has type {kind}, but {hint}")
-    for sequence in schema.sequences:
-        if sequence.events == role and sequence.where is not None:
-            problem = _problem_of_condition(sequence.where, layout.names)
-            where = f"table {role}: the condition {sequence.where!r} of sequence {sequence.name}"
-            checks[f"condition_{sequence.name}"] = (
-                bool(problem),
-                f"{where} {problem}; correct sequences in the config",
-            )
+    conditions = [("sequence", one.name, one.where) for one in schema.sequences if one.events == role]
+    conditions += [
+        ("feature", one.name, one.aggregate.where if one.aggregate else None) for one in schema.counts_of(role)
+    ]
+    for what, name, condition in conditions:
+        if condition is not None:
+            problem = _problem_of_condition(condition, layout.names)
+            where = f"table {role}: the condition {condition!r} of {what} {name}"
+            checks[f"condition_{name}"] = (bool(problem), f"{where} {problem}; correct {what}s in the config")
     return checks
 
 
@@ -86,14 +88,20 @@ def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]
     if role in PROFILE_KEYS:
         side = schema.side("user" if role == "users" else "item")
         own = {PROFILE_KEYS[role]: identifier, "updated_at": moment}
-        return {feature.source: _accepts(feature) for feature in side} | own
+        crossed = schema.cross_keys if role == "items" else ()
+        keys = dict.fromkeys(crossed, (_is_key, "a text or an integer, or a list of them"))
+        return keys | {feature.source: _accepts(feature) for feature in side} | own
+    counts = {one.aggregate.column: (_is_number, "a number") for one in schema.counts_of(role) if one.aggregate}
+    counted = {column: accepts for column, accepts in counts.items() if column is not None}
+    if any(one.side != "user" for one in schema.counts_of(role)):
+        counted["item_id"] = identifier
     if role == "impressions":
         labels = {task.source: (_is_label, "an integer or a boolean") for task in schema.tasks}
         own = {"request_id": identifier, "user_id": identifier, "item_id": identifier, "ts": moment, "dt": partition}
-        return {feature.source: _accepts(feature) for feature in schema.side("context")} | labels | own
+        return counted | {feature.source: _accepts(feature) for feature in schema.side("context")} | labels | own
     fields = [field for sequence in schema.sequences if sequence.events == role for field in sequence.fields]
     own = {"event_id": identifier, "user_id": identifier, "ts": moment, "dt": partition}
-    return {field.source: _accepts(field) for field in fields} | own
+    return counted | {field.source: _accepts(field) for field in fields} | own
 
 
 def _accepts(field: FieldSpec) -> tuple[Accepts, str]:
@@ -109,6 +117,10 @@ def _is_identifier(kind: pa.DataType) -> bool:
         return _is_identifier(kind.value_type)
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     return bool(text or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind))
+
+
+def _is_key(kind: pa.DataType) -> bool:
+    return _is_identifier(kind) or _is_list(kind)
 
 
 def _is_moment(kind: pa.DataType) -> bool:

@@ -269,13 +269,19 @@ def distinct_events(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def columns_of_events(role: str, schema: Schema) -> set[str]:
-    """Columns that the sequences read of a table of events."""
+    """Columns that sequences and aggregates read of a table of events."""
     read = {*EVENT_KEY, "ts"}
     for sequence in schema.sequences:
         if sequence.events == role:
             read |= {field.source for field in sequence.fields}
             if sequence.where is not None:
                 read |= set(pl.sql_expr(sequence.where).meta.root_names())
+    for feature in schema.counts_of(role):
+        assert feature.aggregate is not None
+        read |= {feature.aggregate.column} if feature.aggregate.column is not None else set()
+        read |= {"item_id"} if feature.side != "user" else set()
+        if feature.aggregate.where is not None:
+            read |= set(pl.sql_expr(feature.aggregate.where).meta.root_names())
     return read
 
 

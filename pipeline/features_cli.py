@@ -320,3 +320,60 @@ def _size(size: float) -> str:
 
 def _times(part: int, whole: int) -> str:
     return f"{part / whole:.1f} ×" if whole else "–"
+
+
+# --- skew ---------------------------------------------------------------------------------------------
+
+
+@features_app.command("skew")
+def features_skew(
+    config: ConfigOption,
+    partition: Annotated[str | None, typer.Option("--partition", "-p", help="Default: the newest built one.")] = None,
+    requests: Annotated[int, typer.Option(min=0, help="Requests to replay, spread over the partition; 0: all.")] = 300,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of differing values that is still a success.")
+    ] = 0.0,
+    debug: DebugOption = False,
+) -> None:
+    """Replay a partition against a scratch online store and compare every value with its samples.
+
+    Exit code 1 when a larger share than --threshold differs.
+    """
+    with guarded(debug):
+        from rich.console import Console
+        from rich.table import Table
+
+        from features.errors import CorankError
+        from pipeline.skew import replay
+        from pipeline.stages import FOREVER, exclusive
+
+        pipeline = _pipeline(_load(config))
+        with exclusive(pipeline.config), pipeline.progress.stage("skew") as stage:
+            built = [one for one in pipeline.partitions if pipeline.records.get("samples", one)]
+            chosen = partition or (built[-1] if built else None)
+            if chosen is None or chosen not in built:
+                raise CorankError(
+                    f"partition {chosen or '(none)'} has no samples; there are {', '.join(built[-3:]) or 'none'}. "
+                    "Run `corank run` first"
+                )
+            stage.say("filling a scratch store")
+            report = replay(
+                pipeline.build_settings(),
+                pipeline.store_settings(),
+                pipeline.source(0, FOREVER, (chosen,)),
+                chosen,
+                requests,
+                pipeline.config.local_path("skew"),
+                lambda done, total: stage.say(f"{done:,} of {total:,} requests"),
+            )
+            stage.say(f"{report.requests:,} requests of partition {chosen}, {report.rate:.4%} of all values differ")
+        table = Table("feature", "values", "differ", "share", "first difference", title=f"partition {chosen}")
+        for name, one in report.features.items():
+            table.add_row(name, f"{one.compared:,}", f"{one.differ:,}", f"{one.rate:.2%}", one.example)
+        Console(highlight=False).print(table)
+        if report.rate > threshold:
+            raise CorankError(
+                f"skew, partition {chosen}: {report.rate:.4%} of the values differ, more than --threshold "
+                f"{threshold:.4%}. The table names each feature's first difference; materialise from the samples' own "
+                "tables (`corank features materialize --all`) or rebuild the partition"
+            )

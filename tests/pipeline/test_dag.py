@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from deltalake import DeltaTable
 
 from features.batch import collate
 from features.errors import CorankError, DataGateError
+from features.fold import rows_after
 from features.lake import Table
 from models.artifact import load_artifact
 from pipeline.config import Config, EvaluationConfig
@@ -21,8 +23,9 @@ from pipeline.evaluation import score_rows
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.runtime import ensure_ray
+from pipeline.skew import replay
 from pipeline.stages import FOREVER, Pipeline, gate_reasons
-from pipeline.verification import replayable
+from pipeline.verification import asked_again
 from serving.client import RankingClient
 from serving.deploy import stop
 from tests.pipeline.workspaces import START, load
@@ -116,19 +119,20 @@ def test_compaction_of_the_log_is_no_new_data(config: Config, tmp_path: Path) ->
 
 
 def test_the_endpoint_scores_as_offline(config: Config) -> None:
-    """Requests of the newest partition, replayed over HTTP as of their own time."""
+    """Requests of the newest partition, asked again over HTTP at the moment up to which the store is filled."""
     pipeline = Pipeline(config, Progress(), DAYS[1])
-    deployed = pipeline.records.get("deployment", "current")
+    deployed, moment = pipeline.records.get("deployment", "current"), pipeline.store_close()
     assert deployed is not None
+    assert moment is not None
     model = load_artifact(deployed["artifact"]).model
-    devices = {
-        row["request_id"]: row["device"]
-        for row in config.table("impressions").scan([DAYS[1]]).select("request_id", "device").collect().to_dicts()
-    }
-    compared = 0
+    impressions = asked_again(pipeline.build_settings(), DAYS[1], moment, limit=40)
+    devices = dict(impressions.select("request_id", "device").iter_rows())
+    rows = rows_after(pipeline.build_settings(), DAYS[:2], impressions)
+    assert rows.num_rows >= 20
     with RankingClient(deployed["url"]) as client:
-        newest = pipeline.source(0, FOREVER, (DAYS[1],))
-        for row, request in replayable(newest, pipeline.store_settings(), config.log_delay):
+        for index in range(rows.num_rows):
+            row = rows.slice(index, 1)
+            request = row["requests"][0].as_py()[0]
             items = [candidate["item_id"] for candidate in request["candidates"]]
             context = {"device": devices[request["request_id"]]}
             answer = client.rank(row["user_id"][0].as_py(), items, context, request["ts"])
@@ -137,8 +141,21 @@ def test_the_endpoint_scores_as_offline(config: Config) -> None:
             np.testing.assert_allclose(online, offline, atol=1e-5, rtol=0)
             by_score = sorted(range(len(items)), key=lambda index: -answer["scores"]["click"][index])
             assert answer["ranking"] == [items[index] for index in by_score]
-            compared += 1
-    assert compared >= 20
+
+
+def test_a_replayed_partition_reads_online_what_its_samples_hold(config: Config, tmp_path: Path) -> None:
+    """Every value of every request: profiles, windowed aggregates, cross features, sequences."""
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    samples = pipeline.source(0, FOREVER, (DAYS[1],))
+    build, store = pipeline.build_settings(), pipeline.store_settings()
+    found = replay(build, store, samples, DAYS[1], 60, tmp_path, lambda *_: None)
+    assert found.requests >= 60
+    assert {name: (one.differ, one.example) for name, one in found.features.items() if one.differ} == {}
+    assert {feature.name for feature in config.features} < set(found.features)
+    # a store that lags is noticed, and where
+    stale = replay(replace(build, log_delay=3_600_000_000), store, samples, DAYS[1], 60, tmp_path, lambda *_: None)
+    assert {name for name, one in stale.features.items() if one.differ} >= {"watched.ts", "watched.item_id"}
+    assert stale.rate > 0
 
 
 def test_unknown_users_and_items_are_scored_and_named(config: Config) -> None:

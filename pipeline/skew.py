@@ -1,0 +1,217 @@
+"""Does the online store say what the samples say? A partition is replayed, value by value (DESIGN §3).
+
+An online store knows only the present. So a scratch store is filled up to the partition's opening; then time runs:
+profiles and counts are materialised and events pushed as they became known, and every request is read just before
+its own time, as the endpoint would, and compared with the sample table.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from features.batch import end_column, feature_column, timeline_column
+from features.errors import CorankError
+from features.fold import BuildSettings
+from features.reader import SampleSource
+from features.schema import Schema, partition_bounds
+from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize
+from features.store.push import OnlineWriter
+from features.validation import distinct_events
+from serving.rows import build_row
+
+
+@dataclass
+class FeatureSkew:
+    """One feature's values: how many were compared, how many differ, and the first that did."""
+
+    compared: int = 0
+    differ: int = 0
+    example: str = ""
+
+    @property
+    def rate(self) -> float:
+        return self.differ / self.compared if self.compared else 0.0
+
+
+@dataclass
+class SkewReport:
+    """What a replay found, by feature; a sequence's feature is its visible window."""
+
+    partition: str
+    requests: int = 0
+    features: dict[str, FeatureSkew] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Share of all compared values that differ."""
+        compared = sum(one.compared for one in self.features.values())
+        return sum(one.differ for one in self.features.values()) / compared if compared else 0.0
+
+    def compare(self, name: str, offline: Any, online: Any, where: str) -> None:
+        found = self.features.setdefault(name, FeatureSkew())
+        found.compared += 1
+        if not same(offline, online):
+            found.differ += 1
+            found.example = found.example or f"{where}: samples {_short(offline)}, online {_short(online)}"
+
+
+def replay(
+    build: BuildSettings,
+    store: FeatureStoreSettings,
+    samples: SampleSource,
+    partition: str,
+    limit: int,
+    folder: Path,
+    progress: Callable[[int, int], None],
+) -> SkewReport:
+    """Replay requests of one partition against a scratch online store.
+
+    Args:
+        build, store: of the pipeline; the states of the partitions before must be there.
+        samples: the partition's samples.
+        limit: requests to replay, spread evenly over the partition; 0: all.
+        folder: the scratch store lies below it while the replay runs.
+        progress: called with (requests done, requests to do).
+
+    Raises:
+        CorankError: the partition has no samples.
+    """
+    schema = build.schema
+    requests = _requests(samples, limit)
+    if not requests:
+        raise CorankError(f"samples, partition {partition}: there are no requests to replay; run `corank run` first")
+    opening, close = partition_bounds(partition, build.grain)
+    raw = {role: build.tables[role].collect(build.tables[role].scan([partition]), [partition]) for role in schema.logs}
+    contexts = _contexts(schema, raw["impressions"])
+    users = pl.DataFrame({"user_id": sorted({row["user_id"] for row, _ in requests})}, schema={"user_id": pl.String})
+    events = {
+        role: distinct_events(rows)
+        .with_columns(pl.col("user_id").cast(pl.String))
+        .join(users, on="user_id", how="semi")
+        .sort("ts")
+        for role, rows in raw.items()
+        if role in {sequence.events for sequence in schema.sequences}
+    }
+    changes = _changes(build, opening, close)
+    report = SkewReport(partition)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        own = replace(
+            store,
+            project=f"{store.project}_skew",
+            registry=f"{scratch}/registry.db",
+            online="sqlite",
+            sqlite_path=f"{scratch}/online.db",
+            item_max_age_seconds=0.0,
+        )
+        apply(own)
+        materialize(own, 0, opening)
+        reader, writer = OnlineReader(own), OnlineWriter(own, build.log_delay)
+        now = opening
+        for done, (row, request) in enumerate(requests, start=1):
+            ts = request["ts"]
+            if any(now < change <= ts for change in changes):
+                materialize(own, now, ts)
+            for role, rows in events.items():
+                new = rows.filter(pl.col("ts").is_between(now, ts, closed="left"))
+                if new.height:
+                    writer.push(new, role)
+            now = max(now, ts)
+            items = [candidate["item_id"] for candidate in request["candidates"]]
+            answer = build_row(reader, build.log_delay, row["user_id"], items, contexts[request["request_id"]], ts)
+            _compare(report, schema, row, request, answer.rows.to_pylist()[0])
+            report.requests = done
+            progress(done, len(requests))
+    return report
+
+
+def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Sample rows with one of their requests each, by time; every so many of them when there are more than limit."""
+    times = sorted(
+        (request["ts"], request["request_id"])
+        for file in samples.files()
+        for requests in samples.read(file)["requests"].to_pylist()
+        for request in requests
+    )
+    step = max(len(times) // limit, 1) if limit else 1
+    chosen = set(times[::step])
+    found = [
+        (row, request)
+        for file in samples.files()
+        for row in samples.read(file).to_pylist()
+        for request in row["requests"]
+        if (request["ts"], request["request_id"]) in chosen
+    ]
+    return sorted(found, key=lambda one: (one[1]["ts"], one[1]["request_id"]))
+
+
+def _contexts(schema: Schema, impressions: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    sources = list(dict.fromkeys(feature.source for feature in schema.side("context")))
+    order = [name for name in ("position", "item_id") if name in impressions.columns]
+    first = impressions.sort(order).unique("request_id", keep="first", maintain_order=True)
+    return {str(row["request_id"]): {name: row[name] for name in sources} for row in first.iter_rows(named=True)}
+
+
+def _changes(build: BuildSettings, opening: int, close: int) -> list[int]:
+    """When, within the partition, profiles change or counts become known, microseconds UTC."""
+    times = {
+        ts
+        for role in ("users", "items")
+        for ts in build.tables[role]
+        .collect(build.tables[role].scan().select("updated_at").unique())["updated_at"]
+        .drop_nulls()
+        .to_list()
+    }
+    for name in ("user_aggregates", "item_aggregates"):
+        table = build.table(name)
+        times |= set(table.collect(table.scan().select("ts").unique())["ts"].to_list())
+    return sorted(ts for ts in times if opening < ts < close)
+
+
+def _compare(
+    report: SkewReport, schema: Schema, row: Mapping[str, Any], request: Mapping[str, Any], online: Mapping[str, Any]
+) -> None:
+    where = f"request {request['request_id']} of user {row['user_id']}"
+    (answered,) = online["requests"]
+    report.compare("user_known", request["user_known"], answered["user_known"], where)
+    for feature in schema.user_side:
+        name = feature_column(feature)
+        report.compare(feature.name, request[name], answered[name], where)
+    for candidate, other in zip(request["candidates"], answered["candidates"], strict=True):
+        at = f"{where}, item {candidate['item_id']}"
+        report.compare("item_known", candidate["item_known"], other["item_known"], at)
+        for feature in schema.item_side:
+            name = feature_column(feature)
+            report.compare(feature.name, candidate[name], other[name], at)
+    for sequence in schema.sequences:
+        end = end_column(sequence)
+        for one in (None, *sequence.fields):
+            column = timeline_column(sequence, one)
+            windows = [
+                side[column][max(0, at[end] - sequence.length) : at[end]]
+                for side, at in ((row, request), (online, answered))
+            ]
+            report.compare(f"{sequence.name}.{one.name if one else 'ts'}", *windows, where)
+
+
+def same(offline: Any, online: Any) -> bool:
+    """Equal, where a missing number may be null or NaN."""
+    if isinstance(offline, list) and isinstance(online, list):
+        return len(offline) == len(online) and all(map(same, offline, online))
+    return offline == online or (_missing(offline) and _missing(online))
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

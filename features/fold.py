@@ -47,7 +47,7 @@ from features.batch import (
 )
 from features.encoding import bucket_column, encode, hash_ids
 from features.lake import Table
-from features.schema import Feature, Grain, Schema, partition_bounds, partition_number
+from features.schema import FEEDBACK, Feature, Grain, Schema, partition_bounds, partition_number
 from features.schema import Sequence as BehaviourSequence
 from features.validation import distinct_events, quarantine
 
@@ -250,12 +250,58 @@ def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict
     raw = {role: settings.tables[role].slice([partition], bucket, settings.buckets) for role in settings.schema.logs}
     good, rejected = quarantine(raw["impressions"], settings.schema, partition, settings.grain, settings.now)
     counts = {"impressions": raw["impressions"].height, "quarantined": rejected.height}
+    good = _with_feedback(settings, good, partition)
     raw = {role: good if role == "impressions" else distinct_events(rows) for role, rows in raw.items()}
     keys = ("request_id", "user_id", "item_id")
     return {
         role: rows.with_columns(pl.col(key).cast(pl.String) for key in keys if key in rows.columns)
         for role, rows in raw.items()
     }, counts
+
+
+def _with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition: str) -> pl.DataFrame:
+    """Impressions with the labels that came later, as columns named like their tasks.
+
+    A label is the value of the newest row of ``feedback`` within the attribution window, 0 without one, and null
+    (masked) for the whole partition until the window of its last moment has passed.
+    """
+    tasks = settings.schema.delayed_tasks
+    if not tasks:
+        return impressions
+    opening, close = partition_bounds(partition, settings.grain)
+    table = settings.tables[FEEDBACK]
+    window = settings.schema.attribution_window
+    parts = feedback_partitions(table.partitions(), opening, close + window, settings.grain)
+    keys = ["request_id", "item_id"]
+    own = impressions.select(*[pl.col(key).cast(pl.String) for key in keys], pl.col("ts").alias("shown"))
+    given = table.scan(parts).select(
+        *[pl.col(key).cast(pl.String) for key in keys],
+        pl.col("label").cast(pl.String),
+        pl.col("value").cast(pl.Int64),
+        "ts",
+    )
+    rows = table.collect(given.filter(pl.col("label").is_in([task.name for task in tasks])), parts)
+    rows = own.join(rows, on=keys, how="inner")
+    labels = []
+    for task in tasks:
+        last = pl.col("shown") + (task.attribution_window or 0)
+        newest = (
+            rows.filter((pl.col("label") == task.name) & pl.col("ts").is_between("shown", last))
+            .drop_nulls("value")
+            .sort("ts", "value")
+            .unique(keys, keep="last")
+            .select(*keys, (pl.col("value") > 0).cast(pl.Int8).alias(task.name))
+        )
+        label = own.join(newest, on=keys, how="left", maintain_order="left")[task.name].fill_null(0)
+        is_known = close + (task.attribution_window or 0) <= settings.now
+        labels.append(label if is_known else pl.repeat(None, len(own), dtype=pl.Int8, eager=True).alias(task.name))
+    return impressions.with_columns(labels)
+
+
+def feedback_partitions(partitions: Iterable[str], low: int, high: int, grain: Grain) -> list[str]:
+    """The partitions of feedback that can hold rows of ``low ≤ ts < high``, microseconds UTC, and the one at high."""
+    bounds = {partition: partition_bounds(partition, grain) for partition in partitions}
+    return [partition for partition, (opening, close) in bounds.items() if close > low and opening <= high]
 
 
 def _timeline_types(sequence: BehaviourSequence) -> Iterator[tuple[Any, pa.DataType]]:

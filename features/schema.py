@@ -16,6 +16,9 @@ Side = Literal["user", "item", "context", "cross"]
 Kind = Literal["id", "category", "number"]
 Grain = Literal["hour", "day", "week"]
 
+FEEDBACK = "feedback"
+"""The table of labels that arrive later: request_id, item_id, label, value, ts."""
+
 NAME = r"^[a-z][a-z0-9_]*$"
 Name = Annotated[str, Field(pattern=NAME)]
 
@@ -157,15 +160,32 @@ class Sequence(Declaration):
 
 
 class Task(Declaration):
-    """A binary label of an impression."""
+    """A binary label of an impression: a column of its row, or what ``feedback`` says within a time after it."""
 
     name: Name
     column: str | None = Field(None, description="label column of impressions; default: the name")
     weight: float = Field(1.0, gt=0, description="weight of the task in the loss")
+    attribution_window_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="the label arrives later: the newest row of table feedback (label: the task's name, value: 0 or 1) "
+        "within so many seconds of the impression, 0 without one, and not known until then",
+    )
+
+    @model_validator(mode="after")
+    def _label_has_one_source(self) -> Task:
+        if self.attribution_window_seconds is not None and self.column is not None:
+            raise ValueError("a label with an attribution window comes from feedback and has no column")
+        return self
 
     @property
     def source(self) -> str:
         return self.column or self.name
+
+    @property
+    def attribution_window(self) -> int | None:
+        """Microseconds; None when the label comes in the impression's row."""
+        return None if self.attribution_window_seconds is None else round(self.attribution_window_seconds * SECOND)
 
 
 class Schema(Declaration):
@@ -185,6 +205,17 @@ class Schema(Declaration):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"{what} {name!r} is declared {names.count(name)} times")
+        delayed = {task.source for task in self.delayed_tasks}
+        for feature in self.features:
+            if (
+                feature.aggregate is not None
+                and feature.aggregate.of == "impressions"
+                and feature.aggregate.column in delayed
+            ):
+                raise ValueError(
+                    f"feature {feature.name!r} counts the label {feature.aggregate.column!r}, which arrives later "
+                    "through feedback; count the rows of an event table instead"
+                )
         if not any(feature.side == "item" for feature in self.features):
             raise ValueError("a ranking model needs at least one feature with side: item")
         if not any(feature.side in ("user", "context") for feature in self.features):
@@ -206,6 +237,16 @@ class Schema(Declaration):
     def aggregates(self, *sides: Side) -> tuple[Feature, ...]:
         """The features of these sides that are counted in the log, in order of declaration."""
         return tuple(feature for feature in self.features if feature.side in sides and feature.aggregate is not None)
+
+    @property
+    def delayed_tasks(self) -> tuple[Task, ...]:
+        """Tasks whose labels come from feedback."""
+        return tuple(task for task in self.tasks if task.attribution_window is not None)
+
+    @property
+    def attribution_window(self) -> int:
+        """Microseconds after its close until all labels of a partition are known."""
+        return max((task.attribution_window or 0 for task in self.tasks), default=0)
 
     def counts_of(self, table: str) -> tuple[Feature, ...]:
         """The aggregates that count the rows of a table."""

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from features.errors import ConfigError
 from features.lake import Table
 from features.records import digest
-from features.schema import Declaration, Feature, Grain, Name, Schema, Sequence, Task, partition_bounds
+from features.schema import FEEDBACK, Declaration, Feature, Grain, Name, Schema, Sequence, Task, partition_bounds
 from features.validation import ValidationRules
 from models.config import MODELS, AnyConfig, model_config
 from models.tokens import check_fit
@@ -179,6 +179,11 @@ class Config(Declaration):
                     f"features: {feature.name} counts the rows of {of!r}, "
                     f"but tables has only the logs {sorted(set(self.tables) - {'users', 'items'})}"
                 )
+        if schema.delayed_tasks and FEEDBACK not in self.tables:
+            raise ValueError(
+                f"tasks: {schema.delayed_tasks[0].name} has an attribution window, so its labels come from the table "
+                f"feedback, but tables has only {sorted(self.tables)}"
+            )
         for sequence in schema.sequences:
             if sequence.events not in self.tables:
                 raise ValueError(

@@ -8,9 +8,10 @@ from typing import Any
 import polars as pl
 
 from features.errors import ConfigError, CorankError, DataGateError
+from features.fold import feedback_partitions
 from features.lake import reads_as
 from features.records import Records, digest
-from features.schema import SECOND, Side, partition_bounds, partition_of
+from features.schema import FEEDBACK, SECOND, Side, partition_bounds, partition_of
 from features.validation import check_tables, columns_read
 from pipeline.config import Config
 
@@ -124,8 +125,28 @@ class Log:
                 f"old type. If the change is meant, remove the table's record in {self.config.path('records', 'types')}"
             )
 
+    def is_attributed(self, partition: str) -> bool:
+        """Whether all labels of the partition are known: its attribution window has passed."""
+        return self.bounds(partition)[1] + self.config.schema_.attribution_window <= self.now
+
+    def labels(self, partition: str) -> str:
+        """What the labels of this partition that came through feedback are made of; empty without such labels."""
+        return self._labels.get(partition, "")
+
+    def _read_labels(self, by_partition: dict[str, str]) -> dict[str, str]:
+        schema, grain = self.config.schema_, self.config.grain
+        labels = {}
+        for partition in self.partitions:
+            opening, close = self.bounds(partition)
+            known = [task.name for task in schema.delayed_tasks if close + (task.attribution_window or 0) <= self.now]
+            made_of = feedback_partitions(by_partition, opening, close + schema.attribution_window, grain)
+            fingerprints = {one: by_partition[one] for one in made_of}
+            labels[partition] = digest([known, fingerprints if known else {}])
+        return labels
+
     def _read_fingerprints(self, records: Records) -> dict[str, dict[str, str]]:
         result: dict[str, dict[str, str]] = {partition: {} for partition in self.partitions}
+        self._labels: dict[str, str] = {}
         for role in self.config.tables:
             table = self.config.table(role)
             cache = records.get("log", role) or {}
@@ -134,7 +155,9 @@ class Log:
             by_partition = self._profile_fingerprints(role, cache) if role in PROFILES else table.fingerprints(cache)
             if digest(cache) != before:
                 records.put("log", role, cache)
-            for partition in self.partitions:
+            if role == FEEDBACK and self.config.schema_.delayed_tasks:
+                self._labels = self._read_labels({name: one for name, one in by_partition.items() if name != "None"})
+            for partition in self.partitions if role != FEEDBACK else ():
                 result[partition][role] = by_partition.get(partition, "no rows")
         return result
 

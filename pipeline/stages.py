@@ -72,6 +72,11 @@ class Pipeline:
         return self.log.partitions
 
     @property
+    def trainable(self) -> list[str]:
+        """The kept partitions whose labels are all known."""
+        return [partition for partition in self.kept if self.log.is_attributed(partition)]
+
+    @property
     def kept(self) -> list[str]:
         """The partitions but for those whose samples retention dropped (pipeline/maintenance.py).
 
@@ -87,8 +92,8 @@ class Pipeline:
         return ModelRegistry(self.config)
 
     @cached_property
-    def sample_inputs(self) -> dict[str, str]:
-        """Per partition the digest of all that its samples are made from, the partition before included."""
+    def state_inputs(self) -> dict[str, str]:
+        """Per partition the digest of all that its states are made from, the partition before included."""
         settings = self.config.digest_of(
             *DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start"
         )
@@ -99,6 +104,11 @@ class Pipeline:
             chain[partition] = previous
         return chain
 
+    @cached_property
+    def sample_inputs(self) -> dict[str, str]:
+        """Per partition the digest of all that its samples are made from: its states, and labels that came later."""
+        return {one: digest([inputs, self.log.labels(one)]) for one, inputs in self.state_inputs.items()}
+
     def validation_inputs(self, partition: str) -> str:
         settings = self.config.digest_of(*DATA_SECTIONS, "validation")
         return digest([settings, self.log.fingerprint(partition)])
@@ -108,7 +118,7 @@ class Pipeline:
         """Names the candidate: the newest samples and everything that shapes training. The same for a run
         and a retraining, so that one finds the other's work done."""
         settings = [self.config.digest_of(*MODEL_SECTIONS), self.config.gate_task]
-        return digest([self.sample_inputs[self.partitions[-1]], settings])
+        return digest([[self.sample_inputs[partition] for partition in self.trainable], settings])
 
     @property
     def evaluation_key(self) -> str:
@@ -118,7 +128,7 @@ class Pipeline:
     def store_inputs(self) -> dict[str, str]:
         """Per partition what the online store should hold."""
         settings = self.config.digest_of("feast", "features", "sequences")
-        return {partition: digest([inputs, settings]) for partition, inputs in self.sample_inputs.items()}
+        return {partition: digest([inputs, settings]) for partition, inputs in self.state_inputs.items()}
 
     # --- what is left to do -------------------------------------------------------------------------
 
@@ -131,12 +141,9 @@ class Pipeline:
         return stale
 
     def stale_samples(self) -> list[str]:
-        """The first partition whose inputs changed and all after it."""
-        for index, partition in enumerate(self.partitions):
-            record = self.records.get("samples", partition)
-            if not record or record["inputs"] != self.sample_inputs[partition]:
-                return self.partitions[index:]
-        return []
+        """The partitions whose inputs changed: all after the first whose rows did, or those whose labels arrived."""
+        records = {partition: self.records.get("samples", partition) or {} for partition in self.partitions}
+        return [one for one, record in records.items() if record.get("inputs") != self.sample_inputs[one]]
 
     def stale_store(self) -> list[str]:
         stored = (self.records.get("feature_store", "online") or {}).get("partitions", {})
@@ -248,16 +255,18 @@ class Pipeline:
 
         self._require_validated()
         config = self.config
-        earlier = self.partitions[: self.partitions.index(partitions[0])]
         with self.progress.stage("samples") as stage:
             stage.say("starting Ray")
             ensure_ray(config.ray)
             settings = self.build_settings()
             stage.say(f"{len(partitions)} partitions, {config.buckets} buckets")
             shown = {partition: self._record("validated", partition)["rows"]["impressions"] for partition in partitions}
-            counts = build_partitions(
-                settings, partitions, earlier, shown, lambda what, done, total: stage.say(f"{done}/{total} {what}")
-            )
+            counts = {}
+            for consecutive in self._runs(partitions):
+                earlier = self.partitions[: self.partitions.index(consecutive[0])]
+                counts |= build_partitions(
+                    settings, consecutive, earlier, shown, lambda what, done, total: stage.say(f"{done}/{total} {what}")
+                )
             for partition in partitions:
                 self.records.put(
                     "samples",
@@ -279,6 +288,17 @@ class Pipeline:
                 f"{total['requests']:,} requests, {total['users']:,} timelines"
             )
         return total
+
+    def _runs(self, partitions: Sequence[str]) -> list[list[str]]:
+        """The partitions in runs of consecutive ones."""
+        runs: list[list[str]] = []
+        for partition in partitions:
+            index = self.partitions.index(partition)
+            if runs and index and self.partitions[index - 1] == runs[-1][-1]:
+                runs[-1].append(partition)
+            else:
+                runs.append([partition])
+        return runs
 
     def fill_store(self, partitions: Sequence[str]) -> dict[str, int]:
         """Feast apply and materialise these partitions into the online store."""
@@ -368,7 +388,7 @@ class Pipeline:
                 # those whose samples it was made from: retention keeps them while the model is live
                 "partitions": {
                     partition: self.sample_inputs[partition]
-                    for partition in self.kept
+                    for partition in self.trainable
                     if self.log.bounds(partition)[1] > low
                 },
                 **self.lineage(),
@@ -565,7 +585,13 @@ class Pipeline:
 
     def cuts(self) -> Cuts:
         """Cuts in request ts from the counts in the records; reads only the partitions that hold a cut."""
-        counts = {partition: self._record("samples", partition)["requests"] for partition in self.kept}
+        counts = {partition: self._record("samples", partition)["requests"] for partition in self.trainable}
+        if not counts:
+            known = self.log.bounds(self.partitions[0])[1] + self.config.schema_.attribution_window
+            raise CorankError(
+                f"no partition can be trained on yet: the attribution window of {self.partitions[0]} ends at "
+                f"{close_text(known)}"
+            )
         total = sum(counts.values())
         split = self.config.split
         test_rank = total - round(total * split.test)
@@ -599,7 +625,7 @@ class Pipeline:
 
         chosen = partitions or tuple(
             partition
-            for partition in self.partitions
+            for partition in self.trainable
             if self.log.bounds(partition)[1] > low and self.log.bounds(partition)[0] < high
         )
         return SampleSource(self.config.path("tables", "samples"), self.config.schema_, chosen, low, high)

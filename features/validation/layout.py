@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from features.lake import Table
-from features.schema import Feature, FieldSpec, Schema
+from features.schema import FEEDBACK, Feature, FieldSpec, Schema
 from features.validation.rules import PROFILE_KEYS, Finding, columns_of_events
 
 
@@ -19,7 +19,7 @@ def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
     """
     return [
         Finding(role, "", check, 1, 0, message)
-        for role in roles(schema)
+        for role in [*roles(schema), *([FEEDBACK] if schema.delayed_tasks else [])]
         for check, (broken, message) in layout_checks(role, tables.get(role), schema).items()
         if broken
     ]
@@ -91,12 +91,16 @@ def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]
         crossed = schema.cross_keys if role == "items" else ()
         keys = dict.fromkeys(crossed, (_is_key, "a text or an integer, or a list of them"))
         return keys | {feature.source: _accepts(feature) for feature in side} | own
+    if role == FEEDBACK:
+        names = {"request_id": identifier, "item_id": identifier, "label": identifier, "ts": moment, "dt": partition}
+        return names | {"value": (_is_label, "an integer or a boolean")}
     counts = {one.aggregate.column: (_is_number, "a number") for one in schema.counts_of(role) if one.aggregate}
     counted = {column: accepts for column, accepts in counts.items() if column is not None}
     if any(one.side != "user" for one in schema.counts_of(role)):
         counted["item_id"] = identifier
     if role == "impressions":
-        labels = {task.source: (_is_label, "an integer or a boolean") for task in schema.tasks}
+        own_labels = [task for task in schema.tasks if task.attribution_window is None]
+        labels = {task.source: (_is_label, "an integer or a boolean") for task in own_labels}
         own = {"request_id": identifier, "user_id": identifier, "item_id": identifier, "ts": moment, "dt": partition}
         return counted | {feature.source: _accepts(feature) for feature in schema.side("context")} | labels | own
     fields = [field for sequence in schema.sequences if sequence.events == role for field in sequence.fields]

@@ -89,6 +89,8 @@ def row_rules(schema: Schema, partition: str, grain: Grain, now: int) -> dict[st
     for column in ("request_id", "user_id", "item_id"):
         rules[f"negative_{column}"] = (is_negative(column), f"have a negative {column}, which is no id")
     for task in schema.tasks:
+        if task.attribution_window is not None:
+            continue  # not a column of impressions
         label = pl.col(task.source).cast(pl.Int64)
         bad = ~label.is_in([0, 1])
         rules[f"label_{task.name}"] = (bad.fill_null(False), f"have a label {task.source} outside {{0, 1}}")

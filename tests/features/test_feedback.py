@@ -1,0 +1,81 @@
+"""Labels that arrive after their impression."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from features.fold import SAMPLES, BuildSettings, fold_bucket
+from features.lake import Table
+from features.schema import SECOND, Task, partition_bounds
+from tests.features.worlds import DAY, DAYS, SCHEMA, settings, write_world
+
+WINDOW = 86_400.0
+BOUGHT = SCHEMA.model_copy(update={"tasks": (*SCHEMA.tasks, Task(name="bought", attribution_window_seconds=WINDOW))})
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> dict[str, Table]:
+    """A log whose feedback says yes, no, yes and then no, or too late, of some candidates."""
+    tables = write_world(tmp_path, seed=5)
+    shown = tables["impressions"].scan().collect().sort("dt", "request_id", "position").to_dicts()
+    rows: list[dict[str, Any]] = []
+
+    def tell(row: dict[str, Any], value: int, after: int, label: str = "bought") -> None:
+        ts = row["ts"] + after
+        day = next(day for day in [*DAYS, "2026-01-08", "2026-01-09"] if ts < partition_bounds(day, "day")[1])
+        identity = {"request_id": row["request_id"], "item_id": row["item_id"]}
+        rows.append({**identity, "label": label, "value": value, "ts": ts, "dt": day})
+
+    for number, row in enumerate(shown):
+        match number % 6:
+            case 0:
+                tell(row, 1, 0)
+            case 1:
+                tell(row, 0, 5 * SECOND)
+            case 2:
+                tell(row, 1, 5 * SECOND)
+                tell(row, 0, 9 * SECOND)
+            case 3:
+                tell(row, 1, DAY + 1)
+            case 4:
+                tell(row, 1, DAY, label="bought")
+                tell(row, 1, 7, label="shared")
+    pl.DataFrame(rows).write_delta(str(tmp_path / "feedback"), delta_write_options={"partition_by": ["dt"]})
+    return tables | {"feedback": Table("feedback", str(tmp_path / "feedback"))}
+
+
+def labels(one: BuildSettings, tables: dict[str, Table]) -> dict[tuple[str, str], list[int | None]]:
+    """By day and whether feedback's rule (number % 6) expects a yes: the labels of its candidates."""
+    shown = tables["impressions"].scan().collect().sort("dt", "request_id", "position")
+    wanted = {
+        (row["request_id"], str(row["item_id"])): number % 6 in (0, 4) for number, row in enumerate(shown.to_dicts())
+    }
+    found: dict[tuple[str, str], list[int | None]] = {}
+    for bucket in range(one.buckets):
+        for table, day, content, _ in fold_bucket(one, bucket, DAYS, []):
+            for row in content.to_pylist() if table == SAMPLES else ():
+                for request in row["requests"]:
+                    for candidate in request["candidates"]:
+                        kind = "yes" if wanted[request["request_id"], candidate["item_id"]] else "no"
+                        found.setdefault((day, kind), []).append(candidate["label__bought"])
+    return found
+
+
+def test_the_newest_feedback_within_the_window_is_the_label(world: dict[str, Table], tmp_path: Path) -> None:
+    found = labels(settings(world, tmp_path / "out", schema=BOUGHT), world)
+    assert {day for day, _ in found} == set(DAYS)
+    for (_, kind), values in found.items():
+        assert set(values) == {int(kind == "yes")}
+
+
+def test_labels_are_masked_until_the_window_has_passed(world: dict[str, Table], tmp_path: Path) -> None:
+    one = settings(world, tmp_path / "out", schema=BOUGHT)
+    # the window of the second day's last moment has just passed, that of the third has not
+    now = partition_bounds(DAYS[1], "day")[1] + DAY
+    found = labels(BuildSettings(**{**vars(one), "now": now}), world)
+    for (day, kind), values in found.items():
+        assert set(values) == ({None} if day == DAYS[2] else {int(kind == "yes")})

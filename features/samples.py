@@ -22,32 +22,19 @@ from pyarrow import fs
 from features.batch import sample_schema
 from features.encoding import bucket_column
 from features.errors import CorankError
-from features.fold import (
+from features.fold import fold_bucket, fold_items, item_deltas
+from features.lake import DataFile, Table, replace_partition, write_file
+from features.states import (
     ITEM_AGGREGATES,
     SAMPLES,
     STATE,
     USER_AGGREGATES,
     BuildSettings,
-    fold_bucket,
-    fold_items,
     item_aggregates_schema,
-    item_deltas,
     partitioned,
     state_schema,
     user_aggregates_schema,
 )
-from features.lake import DataFile, Table, replace_partition, write_file
-
-__all__ = [
-    "ITEM_AGGREGATES",
-    "SAMPLES",
-    "STATE",
-    "USER_AGGREGATES",
-    "BuildSettings",
-    "PartitionCounts",
-    "build_partitions",
-]
-
 
 LAID_OUT = "laid_out"
 """Folder of the copies by (dt, bucket) of tables that their owner laid out otherwise."""

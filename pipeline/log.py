@@ -8,8 +8,8 @@ from typing import Any
 import polars as pl
 
 from features.errors import ConfigError, CorankError, DataGateError
-from features.fold import feedback_partitions
 from features.lake import reads_as
+from features.logs import feedback_partitions
 from features.records import Records, digest
 from features.schema import FEEDBACK, SECOND, Side, partition_bounds, partition_of
 from features.validation import check_tables, columns_read

@@ -30,7 +30,7 @@ from features.maintenance import (
     size_in_storage,
     vacuum,
 )
-from features.samples import SAMPLES
+from features.states import SAMPLES
 from pipeline.registry import CHAMPION, PREVIOUS
 from pipeline.stages import Pipeline
 

@@ -18,9 +18,9 @@ import polars as pl
 
 from features.batch import end_column, feature_column, timeline_column
 from features.errors import CorankError
-from features.fold import BuildSettings
 from features.reader import SampleSource
 from features.schema import Schema, partition_bounds
+from features.states import BuildSettings
 from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize
 from features.store.push import OnlineWriter
 from features.validation import distinct_events

@@ -25,8 +25,8 @@ from pipeline.runtime import ensure_ray, quiet
 from pipeline.version import code_version
 
 if TYPE_CHECKING:
-    from features.fold import BuildSettings
     from features.reader import SampleSource
+    from features.states import BuildSettings
     from features.store.online import FeatureStoreSettings
     from pipeline.registry import ModelRegistry, ModelVersion
     from serving.ranking import ServingSettings
@@ -636,7 +636,7 @@ class Pipeline:
         return int(record["close"]) if record else None
 
     def build_settings(self) -> BuildSettings:
-        from features.fold import BuildSettings
+        from features.states import BuildSettings
 
         config = self.config
         return BuildSettings(

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import polars as pl
 
-from features.batch import end_column, feature_column, label_column, timeline_column
-from features.encoding import encode
+from features.batch import end_column, event_id_column, feature_column, label_column, timeline_column
+from features.encoding import encode, hash_ids
 from features.lake import Table
-from features.samples import SAMPLES, STATE
 from features.schema import Feature, partition_bounds
+from features.states import SAMPLES, STATE
 from tests.benchmarks.worlds import LOG_DELAY, SCHEMA
 
 SEQUENCE = SCHEMA.sequences[0]
 TIMELINE = [timeline_column(SEQUENCE, field) for field in (None, *SEQUENCE.fields)]
+EVENT_IDS = event_id_column(SEQUENCE)
 
 
 def build(log: Path, output: Path) -> None:
@@ -50,11 +51,15 @@ def build(log: Path, output: Path) -> None:
         )
         .sort("user_id", "ts", "event_id")
         .collect()
-        .with_columns(pl.int_range(pl.len(), dtype=pl.Int64).over("user_id").alias("before"))
+        .with_columns(
+            pl.int_range(pl.len(), dtype=pl.Int64).over("user_id").alias("before"),
+            hash_ids(pl.col("event_id")).alias(EVENT_IDS),
+        )
     )
     timelines = events.group_by("user_id", maintain_order=True).agg(
         pl.col("ts").alias(TIMELINE[0]),
         *[pl.col(field.name).alias(name) for field, name in zip(SEQUENCE.fields, TIMELINE[1:], strict=True)],
+        EVENT_IDS,
     )
     moments = events.select("user_id", "ts", upto=pl.col("before") + 1)
     active = events.select("user_id", "dt").unique()
@@ -144,7 +149,7 @@ def _write_states(active: pl.DataFrame, moments: pl.DataFrame, timelines: pl.Dat
         part.sort("user_id").join(timelines, on="user_id", how="left", maintain_order="left").select(
             pl.col("user_id").cast(pl.String),
             pl.col("close").alias("ts"),
-            *[pl.col(name).list.slice(start, pl.col("happened") - start) for name in TIMELINE],
+            *[pl.col(name).list.slice(start, pl.col("happened") - start) for name in (*TIMELINE, EVENT_IDS)],
         ).write_parquet(output / f"{partition}.parquet", compression="zstd")
 
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from features.encoding import bucket_column
 from features.lake import DataFile, Table, replace_partition, write_file
-from features.samples import BuildSettings
 from features.schema import SECOND, Feature, FieldSpec, Schema, Sequence, Task, partition_bounds
+from features.states import BuildSettings
 
 Array = NDArray[Any]
 

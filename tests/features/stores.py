@@ -9,8 +9,9 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from features.fold import STATE, fold_bucket
+from features.fold import fold_bucket
 from features.lake import Table
+from features.states import STATE
 from features.store.online import FeatureStoreSettings, OnlineReader
 from tests.features.worlds import DAYS, SCHEMA, settings
 

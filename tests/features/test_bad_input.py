@@ -15,8 +15,9 @@ from deltalake.transaction import AddAction
 from ray.exceptions import RayTaskError
 
 from features.errors import CorankError, DataGateError, UnreadableError
+from features.fold import fold_bucket
 from features.lake import Table, reads_as
-from features.samples import build_partitions, fold_bucket
+from features.samples import build_partitions
 from features.schema import SECOND, partition_bounds
 from features.validation import PartitionValidation, ValidationRules, distinct_events, quarantine, validate_partitions
 from pipeline.cli import _find_cause

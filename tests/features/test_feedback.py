@@ -8,9 +8,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from features.fold import SAMPLES, BuildSettings, fold_bucket
+from features.fold import fold_bucket
 from features.lake import Table
 from features.schema import SECOND, Task, partition_bounds
+from features.states import SAMPLES, BuildSettings
 from tests.features.worlds import DAY, DAYS, SCHEMA, settings, write_world
 
 WINDOW = 86_400.0

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from features.batch import candidate_counts, timeline_column
+from features.batch import candidate_counts, sample_schema, timeline_column
+from features.fold import fold_bucket
 from features.lake import Table, replace_partition, write_file
 from features.maintenance import (
     compact,
@@ -30,7 +31,7 @@ from features.maintenance import (
     vacuum,
 )
 from features.reader import SampleSource
-from features.samples import SAMPLES, fold_bucket, sample_schema, state_schema
+from features.states import SAMPLES, state_schema
 from features.store.erase import erase_users as erase_online_users
 from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize
 from tests.features import test_store

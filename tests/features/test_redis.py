@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from features.lake import Table
-from features.samples import STATE
 from features.schema import partition_bounds
+from features.states import STATE
 from features.store.online import apply, materialize
 from features.store.push import OnlineWriter
 from features.store.query import Query

@@ -16,22 +16,20 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from features.batch import sample_schema
-from features.fold import (
+from features.fold import fold_bucket, fold_items, item_deltas
+from features.lake import DataFile, Table, replace_partition, write_file
+from features.samples import build_partitions
+from features.schema import SECOND
+from features.states import (
     ITEM_AGGREGATES,
     SAMPLES,
     STATE,
     USER_AGGREGATES,
     BuildSettings,
-    fold_bucket,
-    fold_items,
     item_aggregates_schema,
-    item_deltas,
     state_schema,
     user_aggregates_schema,
 )
-from features.lake import DataFile, Table, replace_partition, write_file
-from features.samples import build_partitions
-from features.schema import SECOND
 from tests.features.worlds import COUNTING, DAY, DAYS, expected_rows, settings, write_world
 
 GAPPED = ["2026-01-05", "2026-01-06", "2026-01-08", "2026-01-09", "2026-01-13"]

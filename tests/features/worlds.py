@@ -11,7 +11,6 @@ import polars as pl
 
 from features.batch import end_column, feature_column, label_column, timeline_column
 from features.encoding import bucket_of, hash_id
-from features.fold import BuildSettings
 from features.lake import Table
 from features.schema import (
     SECOND,
@@ -25,6 +24,7 @@ from features.schema import (
     partition_number,
     partition_of,
 )
+from features.states import BuildSettings
 
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]
 DAY = 86_400 * SECOND

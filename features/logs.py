@@ -1,0 +1,140 @@
+"""What one bucket reads of the user's own tables: good rows, events once, late labels, profiles as of a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import polars as pl
+
+from features.aggregates import (
+    KEY,
+    cross_column,
+)
+from features.batch import (
+    feature_column,
+)
+from features.encoding import bucket_column, encode, hash_ids
+from features.schema import FEEDBACK, Feature, Grain, partition_bounds
+from features.schema import Sequence as BehaviourSequence
+from features.states import EVENT_ID, BuildSettings
+from features.validation import distinct_events, quarantine
+
+
+def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict[str, pl.DataFrame], dict[str, int]]:
+    """One bucket's rows of every log in a partition, keys as text, and how many impressions there were.
+
+    Of impressions only the good ones; of events each once.
+    """
+    raw = {role: settings.tables[role].slice([partition], bucket, settings.buckets) for role in settings.schema.logs}
+    good, rejected = quarantine(raw["impressions"], settings.schema, partition, settings.grain, settings.now)
+    counts = {"impressions": raw["impressions"].height, "quarantined": rejected.height}
+    good = _with_feedback(settings, good, partition)
+    raw = {role: good if role == "impressions" else distinct_events(rows) for role, rows in raw.items()}
+    keys = ("request_id", "user_id", "item_id")
+    return {
+        role: rows.with_columns(pl.col(key).cast(pl.String) for key in keys if key in rows.columns)
+        for role, rows in raw.items()
+    }, counts
+
+
+def _with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition: str) -> pl.DataFrame:
+    """Impressions with the labels that came later, as columns named like their tasks.
+
+    A label is the value of the newest row of ``feedback`` within the attribution window, 0 without one, and null
+    (masked) for the whole partition until the window of its last moment has passed.
+    """
+    tasks = settings.schema.delayed_tasks
+    if not tasks:
+        return impressions
+    opening, close = partition_bounds(partition, settings.grain)
+    table = settings.tables[FEEDBACK]
+    window = settings.schema.attribution_window
+    parts = feedback_partitions(table.partitions(), opening, close + window, settings.grain)
+    keys = ["request_id", "item_id"]
+    own = impressions.select(*[pl.col(key).cast(pl.String) for key in keys], pl.col("ts").alias("shown"))
+    given = table.scan(parts).select(
+        *[pl.col(key).cast(pl.String) for key in keys],
+        pl.col("label").cast(pl.String),
+        pl.col("value").cast(pl.Int64),
+        "ts",
+    )
+    rows = table.collect(given.filter(pl.col("label").is_in([task.name for task in tasks])), parts)
+    rows = own.join(rows, on=keys, how="inner")
+    labels = []
+    for task in tasks:
+        last = pl.col("shown") + (task.attribution_window or 0)
+        newest = (
+            rows.filter((pl.col("label") == task.name) & pl.col("ts").is_between("shown", last))
+            .drop_nulls("value")
+            .sort("ts", "value")
+            .unique(keys, keep="last")
+            .select(*keys, (pl.col("value") > 0).cast(pl.Int8).alias(task.name))
+        )
+        label = own.join(newest, on=keys, how="left", maintain_order="left")[task.name].fill_null(0)
+        is_known = close + (task.attribution_window or 0) <= settings.now
+        labels.append(label if is_known else pl.repeat(None, len(own), dtype=pl.Int8, eager=True).alias(task.name))
+    return impressions.with_columns(labels)
+
+
+def feedback_partitions(partitions: Iterable[str], low: int, high: int, grain: Grain) -> list[str]:
+    """The partitions of feedback that can hold rows of ``low ≤ ts < high``, microseconds UTC, and the one at high."""
+    bounds = {partition: partition_bounds(partition, grain) for partition in partitions}
+    return [partition for partition, (opening, close) in bounds.items() if close > low and opening <= high]
+
+
+def profiles_of(
+    settings: BuildSettings, role: str, key: str, features: Sequence[Feature], bucket: int | None
+) -> pl.DataFrame:
+    """Profile snapshots ordered by updated_at: key, updated_at, known, a code per feature; keys to cross as text."""
+    table = settings.tables[role]
+    if bucket is not None and table.is_bucketed():
+        frame = table.collect(table.scan().filter(pl.col("bucket").cast(pl.Int32) == bucket))
+    else:
+        frame = table.collect(table.scan())
+        if bucket is not None:
+            frame = frame.filter(bucket_column(pl.col(key), settings.buckets) == bucket)
+    texts = []
+    for column in settings.schema.cross_keys if role == "items" else ():
+        kind = pl.List(pl.String) if isinstance(frame.schema[column], pl.List) else pl.String
+        texts.append(pl.col(column).cast(kind).alias(cross_column(column)))
+    return frame.select(
+        pl.col(key).cast(pl.String),
+        "updated_at",
+        pl.lit(True).alias("known"),
+        *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in features],
+        *texts,
+    ).sort("updated_at", maintain_order=True)
+
+
+def new_events(settings: BuildSettings, sequence: BehaviourSequence, events: pl.DataFrame) -> pl.DataFrame:
+    """Encoded events of one partition, ordered by (user, ts, event_id)."""
+    if sequence.where is not None:
+        events = events.filter(pl.sql_expr(sequence.where))
+    return events.sort("user_id", "ts", "event_id").select(
+        "user_id",
+        "ts",
+        *[encode(event_field, pl.col(event_field.source)).alias(event_field.name) for event_field in sequence.fields],
+        hash_ids(pl.col("event_id")).alias(EVENT_ID),
+    )
+
+
+def crossed(rows: pl.DataFrame, items: pl.DataFrame, key: str) -> pl.DataFrame:
+    """Rows of a log with the ``key`` of their item as of their own time; one row per key when it has several."""
+    if key == "item_id":
+        return rows.with_columns(pl.col("item_id").alias(KEY)).drop_nulls(KEY)
+    profiles = items.select("item_id", "updated_at", pl.col(cross_column(key)).alias(KEY))
+    joined = join_as_of(rows.drop(KEY, strict=False), profiles, "item_id")
+    return (
+        joined.explode(KEY, empty_as_null=True, keep_nulls=True) if isinstance(joined.schema[KEY], pl.List) else joined
+    ).drop_nulls(KEY)
+
+
+def join_as_of(rows: pl.DataFrame, profiles: pl.DataFrame, key: str) -> pl.DataFrame:
+    """Rows, in their order, with the columns of the newest profile that has ``updated_at ≤ ts``."""
+    return (
+        rows.with_row_index("row")
+        .sort("ts")
+        .join_asof(profiles, left_on="ts", right_on="updated_at", by=key, strategy="backward", check_sortedness=False)
+        .sort("row")
+        .drop("row", "updated_at", strict=False)
+    )

@@ -1,0 +1,284 @@
+"""The builder's own tables: their layout, and how a fold goes on from where earlier partitions left them.
+
+Per owner and partition with a change one row, versioned by ``dt``; now and then a snapshot of all owners. So reading
+the newest states goes back a bounded number of partitions, and a new partition writes in proportion to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+
+from features.aggregates import (
+    KEY,
+    Tally,
+    delta_column,
+    key_column,
+    state_fields,
+    value_columns,
+)
+from features.batch import (
+    code_type,
+    event_id_column,
+    timeline_column,
+)
+from features.lake import Table
+from features.schema import Feature, Grain, Schema, partition_bounds, partition_number
+from features.schema import Sequence as BehaviourSequence
+
+SAMPLES, STATE, USER_AGGREGATES, ITEM_AGGREGATES = "samples", "state", "user_aggregates", "item_aggregates"
+
+SNAPSHOT_EVERY = 16
+"""A state table holds all its owners in one of so many partitions, so that reading it never goes back further."""
+
+EVENT_ID = "__event_id"
+"""Hashed ids of events while a bucket is folded; no field of the user's own has this name."""
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What the builder reads and writes; picklable, sent to every task.
+
+    Attributes:
+        tables: impressions, users, items and every event table.
+        log_delay: microseconds; a request sees events with ``event.ts < request.ts − log_delay``.
+        root: below it lie the tables ``samples``, ``state``, ``user_aggregates`` and ``item_aggregates``.
+        now: microseconds UTC; later timestamps are quarantined.
+        aggregates_delay: microseconds after a partition's close at which its counts become known.
+    """
+
+    tables: Mapping[str, Table]
+    schema: Schema
+    grain: Grain
+    buckets: int
+    log_delay: int
+    root: str
+    now: int
+    storage_options: Mapping[str, str] = field(default_factory=dict)
+    aggregates_delay: int = 0
+
+    def table_root(self, table: str) -> str:
+        return f"{self.root}/{table}"
+
+    def table(self, table: str) -> Table:
+        """One of the builder's own tables."""
+        return Table(table, self.table_root(table), {}, self.storage_options)
+
+    def pinned(self) -> BuildSettings:
+        """For one task: every log opened once, at the version it has now."""
+        return replace(self, tables={role: table.pinned() for role, table in self.tables.items()})
+
+    def known_at(self, partition: str) -> int:
+        """When the counts as of this partition's close become known, microseconds UTC."""
+        return partition_bounds(partition, self.grain)[1] + self.aggregates_delay
+
+
+def state_schema(schema: Schema) -> pa.Schema:
+    """Arrow schema of the state table: a user's newest events per sequence, as of ``ts`` (the close of dt)."""
+    lists = [
+        pa.field(timeline_column(sequence, event_field), pa.list_(kind))
+        for sequence in schema.sequences
+        for event_field, kind in _timeline_types(sequence)
+    ]
+    ids = [pa.field(event_id_column(sequence), pa.list_(pa.int64())) for sequence in schema.sequences]
+    return partitioned([pa.field("user_id", pa.string()), pa.field("ts", pa.int64()), *lists, *ids])
+
+
+def user_aggregates_schema(schema: Schema) -> pa.Schema:
+    """A user's counts in the window and, in lists, those per key; known from ``ts`` on. One row per change."""
+    fields = state_fields(schema.aggregates("user"), schema.aggregates("cross"))
+    return partitioned([pa.field("user_id", pa.string()), pa.field("ts", pa.int64()), *fields])
+
+
+def item_aggregates_schema(schema: Schema) -> pa.Schema:
+    """An item's counts in the window, known from ``ts`` on. One row per change."""
+    fields = state_fields(schema.aggregates("item"))
+    return partitioned([pa.field("item_id", pa.string()), pa.field("ts", pa.int64()), *fields])
+
+
+def partitioned(fields: list[pa.Field]) -> pa.Schema:
+    """These columns, and dt and bucket."""
+    return pa.schema([*fields, pa.field("dt", pa.string()), pa.field("bucket", pa.string())])
+
+
+def unpartitioned(schema: pa.Schema) -> pa.Schema:
+    """The columns of a Parquet file below dt=…/bucket=…"""
+    return pa.schema([one for one in schema if one.name not in ("dt", "bucket")])
+
+
+def is_snapshot(partition: str, previous: str | None, grain: Grain) -> bool:
+    """Whether the state tables hold all owners in this partition; decided by the calendar, so always alike."""
+    if previous is None:
+        return True
+    return partition_number(partition, grain) // SNAPSHOT_EVERY != partition_number(previous, grain) // SNAPSHOT_EVERY
+
+
+def since_snapshot(settings: BuildSettings, earlier: Sequence[str], known_by: int | None = None) -> Sequence[str]:
+    """The newest of the earlier partitions that hold, together, the state of every owner.
+
+    Args:
+        known_by: the state is wanted as of this moment (microseconds UTC); default: the newest.
+    """
+    for index in range(len(earlier) - 1, -1, -1):
+        previous = earlier[index - 1] if index else None
+        known = known_by is None or settings.known_at(earlier[index]) <= known_by
+        if known and is_snapshot(earlier[index], previous, settings.grain):
+            return earlier[index:]
+    return earlier
+
+
+def _timeline_types(sequence: BehaviourSequence) -> Iterator[tuple[Any, pa.DataType]]:
+    yield None, pa.int64()
+    for event_field in sequence.fields:
+        yield event_field, code_type(event_field)
+
+
+def timeline_lists(sequence: BehaviourSequence) -> list[pl.Expr]:
+    return [
+        pl.col("ts").alias(timeline_column(sequence, None)),
+        *[pl.col(event_field.name).alias(timeline_column(sequence, event_field)) for event_field in sequence.fields],
+    ]
+
+
+def state_rows(
+    settings: BuildSettings, state: Mapping[str, pl.DataFrame], owners: Mapping[str, pl.DataFrame], close: int
+) -> pa.Table:
+    """State of the users with a row in ``owners``, ordered by user."""
+    schema = settings.schema
+    arrow = unpartitioned(state_schema(schema))
+    if not owners:
+        return arrow.empty_table()
+    rows = pl.concat([events.select("user_id") for events in owners.values()]).unique().sort("user_id")
+    rows = rows.with_columns(pl.lit(close, pl.Int64).alias("ts"))
+    for sequence in schema.sequences:
+        event_ids = pl.col(EVENT_ID).alias(event_id_column(sequence))
+        lists = state[sequence.name].group_by("user_id", maintain_order=True).agg(*timeline_lists(sequence), event_ids)
+        rows = rows.join(lists, on="user_id", how="left", maintain_order="left")
+    return to_arrow(rows.select(arrow.names), arrow)
+
+
+def to_arrow(rows: pl.DataFrame, schema: pa.Schema) -> pa.Table:
+    """Cast to the table's Arrow types; who has nothing has an empty list, never null."""
+    lists = [
+        pl.col(column.name).fill_null(pl.lit([], dtype=rows.schema[column.name]))
+        for column in schema
+        if pa.types.is_list(column.type)
+    ]
+    table = rows.with_columns(lists).to_arrow(compat_level=pl.CompatLevel.oldest())
+    return table.cast(schema)
+
+
+def load_state(
+    settings: BuildSettings, bucket: int, earlier: Sequence[str], users: pl.DataFrame | None = None
+) -> dict[str, pl.DataFrame]:
+    """The newest state of these users of the bucket (default: all), one row per event and sequence.
+
+    Partitions are read newest first, only until everyone is found.
+    """
+    schema, missing = settings.schema, users
+    found = [pl.DataFrame(pl.from_arrow(state_schema(schema).empty_table()))]
+    for partition in reversed(since_snapshot(settings, earlier)):
+        if missing is not None and missing.is_empty():
+            break
+        rows = bucket_rows(settings, STATE, state_schema(schema), bucket, [partition])
+        if missing is not None:
+            rows = rows.join(missing, on="user_id", how="semi", maintain_order="left")
+            missing = missing.join(rows, on="user_id", how="anti")
+        found.append(rows)
+    rows = pl.concat(found).unique("user_id", keep="first", maintain_order=True)
+    state = {}
+    for sequence in schema.sequences:
+        columns = [timeline_column(sequence, event_field) for event_field, _ in _timeline_types(sequence)]
+        columns.append(event_id_column(sequence))
+        names = ["ts", *(event_field.name for event_field in sequence.fields), EVENT_ID]
+        filled = rows.filter(pl.col(columns[0]).list.len() > 0)
+        state[sequence.name] = (
+            filled.select("user_id", *columns).explode(columns).rename(dict(zip(columns, names, strict=True)))
+        )
+    return state
+
+
+def restore_users(
+    settings: BuildSettings, own: Tally, cross: Sequence[Tally], bucket: int, earlier: Sequence[str], opening: int
+) -> None:
+    """Bring the user's tallies to where the earlier partitions left them."""
+    needed = needed_partitions(settings, [own, *cross], earlier, opening)
+    rows = bucket_rows(settings, USER_AGGREGATES, user_aggregates_schema(settings.schema), bucket, needed).sort("ts")
+    restore(settings, own, rows, earlier, opening)
+    for tally in cross:
+        (feature,) = tally.features
+        columns = [key_column(feature), *with_deltas([feature])]
+        long = rows.select("user_id", "ts", "dt", *columns).filter(pl.col(columns[0]).list.len() > 0).explode(columns)
+        newest = rows.filter(pl.col("ts") <= opening).group_by("user_id").agg(pl.col("ts").max().alias("newest"))
+        # a list is a user's whole state: keys that only an older list has are gone
+        long = long.join(newest, on="user_id", how="left", maintain_order="left").filter(
+            (pl.col("ts") >= pl.col("newest")) | pl.col("newest").is_null() | (pl.col(delta_column(columns[1])) != 0)
+        )
+        stale = pl.col("ts") < pl.col("newest")
+        restore(settings, tally, long.rename({columns[0]: KEY}), earlier, opening, ~stale.fill_null(False))
+
+
+def restore_items(settings: BuildSettings, counted: Tally, earlier: Sequence[str], opening: int) -> None:
+    """The counts of items that a request from ``opening`` on can read; the fold of items has written them."""
+    counted.rows = item_rows(settings, counted, since_snapshot(settings, earlier, opening))
+    counted.forget_before(opening)
+
+
+def item_rows(settings: BuildSettings, counted: Tally, partitions: Sequence[str]) -> pl.DataFrame:
+    rows = bucket_rows(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), None, partitions)
+    return rows.sort("ts").select(counted.rows.columns)
+
+
+def needed_partitions(
+    settings: BuildSettings, tallies: Sequence[Tally], earlier: Sequence[str], opening: int
+) -> Sequence[str]:
+    """The earlier partitions that the tallies are restored from: states as of ``opening``, and open windows."""
+    since = since_snapshot(settings, earlier, opening)
+    longest = max((window for tally in tallies for window in tally.windows), default=0)
+    first = partition_number(earlier[-1], settings.grain) - longest + 1 if earlier else 0
+    inside = [one for one in earlier if partition_number(one, settings.grain) >= first]
+    return max(since, inside, key=len)
+
+
+def restore(
+    settings: BuildSettings,
+    tally: Tally,
+    rows: pl.DataFrame,
+    earlier: Sequence[str],
+    opening: int,
+    current: pl.Expr | None = None,
+) -> None:
+    """Fill a tally from rows of its state table, ordered by ts; ``current`` marks those that are states."""
+    if not earlier:
+        return
+    columns = value_columns(tally.features)
+    states = rows if current is None else rows.filter(current)
+    tally.rows = states.select(*tally.keys, "ts", *columns)
+    tally.forget_before(opening)
+    tally.number = partition_number(earlier[-1], settings.grain)
+    numbers = {one: partition_number(one, settings.grain) for one in earlier}
+    adds = pl.any_horizontal(pl.lit(False), *[pl.col(delta_column(column)) != 0 for column in columns])
+    recent = rows.filter(adds).with_columns(pl.col("dt").replace_strict(numbers, return_dtype=pl.Int64).alias("number"))
+    tally.recent = recent.filter(pl.col("number") > tally.number - max(tally.windows, default=0)).select(
+        *tally.keys, "number", *[pl.col(delta_column(column)).alias(column) for column in columns]
+    )
+
+
+def with_deltas(features: Sequence[Feature]) -> list[str]:
+    return [name for column in value_columns(features) for name in (column, delta_column(column))]
+
+
+def bucket_rows(
+    settings: BuildSettings, table: str, schema: pa.Schema, bucket: int | None, partitions: Sequence[str]
+) -> pl.DataFrame:
+    """Rows of one of the builder's tables in some partitions, of one bucket or all."""
+    if not partitions or not settings.table(table).exists():
+        return pl.DataFrame(pl.from_arrow(schema.empty_table()))
+    rows = settings.table(table).scan(partitions)
+    if bucket is not None:
+        rows = rows.filter(pl.col("bucket") == str(bucket))
+    return settings.table(table).collect(rows.select(schema.names), partitions)

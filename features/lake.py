@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,6 +142,16 @@ class Table:
             # every file can be read, so either the query is wrong, or a file was away only meanwhile
             if isinstance(error, OSError):
                 raise UnreadableError(f"table {self.name} at {self.uri}: {error}; run again") from error
+            raise
+
+    def portions(
+        self, frame: pl.LazyFrame, rows: int, partitions: Iterable[str] | None = None
+    ) -> Iterator[pl.DataFrame]:
+        """The result of a query on this table's :meth:`scan`, some rows at a time; raises like :meth:`collect`."""
+        try:
+            yield from frame.collect_batches(chunk_size=rows)
+        except READ_ERRORS:
+            self.check_files(partitions, whole=True)
             raise
 
     def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:

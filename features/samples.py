@@ -1,4 +1,4 @@
-"""The sample builder's plan on Ray Data: which bucket is folded where, and what becomes visible when.
+"""The sample builder's plan on Ray: which bucket is folded where, and what becomes visible when.
 
     log laid out otherwise ──► a copy by (dt, bucket), for as long as the build takes
     log ──► deltas of items, by bucket of users ──(shuffle)──► fold of items ──► item_aggregates
@@ -9,10 +9,9 @@ Tasks write Parquet files; nothing is visible until the driver commits a partiti
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
@@ -42,6 +41,9 @@ LAID_OUT = "laid_out"
 WHOLE = "all"
 """The one partition of a copied profile table."""
 
+SHARDS = 16
+"""Largest number of tasks that fold items; each takes its share of the buckets."""
+
 SPREAD_ROWS = 1_000_000
 """Rows that are copied at a time; bounds memory."""
 
@@ -64,6 +66,20 @@ class PartitionCounts:
         return self
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a task wrote of one table and partition: the file, None without rows, and counts for the totals."""
+
+    table: str
+    partition: str
+    file: DataFile | None
+    counts: dict[str, int]
+
+
+Files = dict[tuple[str, str], list[DataFile]]
+"""Written files by (table, partition)."""
+
+
 def build_partitions(
     settings: BuildSettings,
     partitions: Sequence[str],
@@ -71,7 +87,10 @@ def build_partitions(
     impressions: Mapping[str, int],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, PartitionCounts]:
-    """Build and commit these partitions on Ray, each in one atomic commit per table.
+    """Build and commit these partitions in Ray tasks, each in one atomic commit per table.
+
+    A task holds one bucket; so memory is bounded by a bucket's size times the tasks that run at once, whatever the
+    size of the object store, which only ever holds the deltas of items.
 
     Args:
         partitions: consecutive, oldest first.
@@ -82,40 +101,13 @@ def build_partitions(
     Raises:
         CorankError: the rows of a partition do not close: impressions ≠ candidates + quarantined, or fewer were
             read than the partition holds. No samples are committed then.
+        UnreadableError: a file of a log cannot be read; it is named.
     """
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
     with _laid_out(settings, partitions, progress) as by_bucket:
-        return _build(by_bucket, partitions, earlier, impressions, progress)
-
-
-def _build(
-    settings: BuildSettings,
-    partitions: Sequence[str],
-    earlier: Sequence[str],
-    impressions: Mapping[str, int],
-    progress: Callable[[str, int, int], None],
-) -> dict[str, PartitionCounts]:
-    import ray.data
-
-    arguments = (settings, tuple(partitions), tuple(earlier))
-    buckets = ray.data.from_items(
-        [{"bucket": bucket} for bucket in range(settings.buckets)], override_num_blocks=settings.buckets
-    )
-    count_items: Any = _count_items  # Ray's type of a batch function does not know fn_args
-    items: Any = _fold_items
-    users: Any = _fold_users
-    counted = buckets.map_batches(count_items, batch_size=1, batch_format="pyarrow", fn_args=arguments[:2])
-    folded = counted.repartition(settings.buckets, keys=["bucket"]).map_batches(
-        items, batch_size=None, batch_format="pyarrow", fn_args=arguments
-    )
-    files, _ = _written(folded, "buckets of items", partitions, settings.buckets, progress)
-    _commit(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), partitions, files)
-
-    folded = buckets.map_batches(users, batch_size=1, batch_format="pyarrow", fn_args=arguments)
-    files, counts = _written(folded, "buckets of users", partitions, settings.buckets, progress)
+        files = _fold_all_items(by_bucket, partitions, earlier, progress)
+        _commit(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), partitions, files)
+        calls = [(by_bucket, bucket, partitions, earlier) for bucket in range(settings.buckets)]
+        files, counts = _gathered(_tasks(_fold_users, calls), "buckets of users", partitions, len(calls), progress)
     for partition in partitions:
         _check_counts(settings, partition, counts[partition], impressions[partition])
     # the samples last: a partition's record follows them
@@ -123,6 +115,24 @@ def _build(
     _commit(settings, USER_AGGREGATES, user_aggregates_schema(settings.schema), partitions, files)
     _commit(settings, SAMPLES, sample_schema(settings.schema), partitions, files)
     return counts
+
+
+def _fold_all_items(
+    settings: BuildSettings,
+    partitions: Sequence[str],
+    earlier: Sequence[str],
+    progress: Callable[[str, int, int], None],
+) -> Files:
+    """Count every bucket of users' items, exchange the counts by bucket of items, and fold them."""
+    import ray
+
+    shards = min(settings.buckets, SHARDS)
+    count = ray.remote(_count_items).options(num_returns=shards)
+    counted = [count.remote(settings, bucket, partitions, shards) for bucket in range(settings.buckets)]
+    # with a single return value Ray gives the reference itself
+    parts: list[Any] = [[one] if shards == 1 else one for one in counted]
+    calls = [(settings, shard, shards, partitions, earlier, *(own[shard] for own in parts)) for shard in range(shards)]
+    return _gathered(_tasks(_fold_items, calls), "shares of items", partitions, shards, progress)[0]
 
 
 @contextmanager
@@ -134,8 +144,6 @@ def _laid_out(
     A user's own table that is not is read once, hashed by user, and written by bucket; else every bucket would have
     to read it whole. The copies are deleted in the end; those of a killed build, when the next one begins.
     """
-    import ray.data
-
     local = "://" not in settings.root
     store, path = (fs.LocalFileSystem(), settings.root) if local else fs.FileSystem.from_uri(settings.root)
     folder = f"{path}/{LAID_OUT}"
@@ -145,23 +153,16 @@ def _laid_out(
     if not roles:
         yield settings
         return
-    slices = [{"role": role, "dt": dt} for role in roles for dt in (partitions if role != "users" else [WHOLE])]
-    spread: Any = _spread  # Ray's type of a batch function does not know fn_args
-    plan = ray.data.from_items(slices, override_num_blocks=len(slices)).map_batches(
-        spread, batch_size=1, batch_format="pyarrow", fn_args=(settings,)
-    )
-    files: Files = {}
+    slices = {role: list(partitions) if role != "users" else [WHOLE] for role in roles}
+    calls = [(settings, role, dt) for role in roles for dt in slices[role]]
     try:
-        blocks: Iterator[Any] = iter(plan.iter_batches(batch_size=None, batch_format="pyarrow"))
-        for done, block in enumerate(blocks, start=1):
-            for row in block.to_pylist():
-                files.setdefault((row["table"], row["partition"]), []).append(DataFile(**json.loads(row["file"])))
-            progress("slices of tables laid out by user", done, len(slices))
+        what = "slices of tables laid out by user"
+        files, _ = _gathered(_tasks(_spread, calls), what, [*partitions, WHOLE], len(calls), progress)
         tables = dict(settings.tables)
         for role in roles:
             root = f"{settings.root}/{LAID_OUT}/{role}"
             schema = partitioned(list(_layout(settings.tables[role])))
-            for dt in partitions if role != "users" else [WHOLE]:
+            for dt in slices[role]:
                 replace_partition(root, dt, files.get((role, dt), []), schema, settings.storage_options)
             tables[role] = Table(role, root, {}, settings.storage_options)
         yield replace(settings, tables=tables)
@@ -170,32 +171,44 @@ def _laid_out(
             store.delete_dir(folder)
 
 
-Files = dict[tuple[str, str], list[DataFile]]
+def _tasks(function: Callable[..., list[Written]], calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Written]]:
+    """Run a function in Ray tasks, as many at once as there are CPUs; results as they come.
+
+    Plain tasks: a plan of Ray Data takes seconds more, most of all its shuffle, which is as long as a small
+    partition's whole build.
+    """
+    import ray
+
+    remote = ray.remote(function)
+    pending = [remote.remote(*call) for call in calls]
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1)
+        yield ray.get(done[0])
 
 
-def _written(
-    folded: Any, what: str, partitions: Sequence[str], buckets: int, progress: Callable[[str, int, int], None]
+def _gathered(
+    results: Iterator[list[Written]],
+    what: str,
+    partitions: Sequence[str],
+    total: int,
+    progress: Callable[[str, int, int], None],
 ) -> tuple[Files, dict[str, PartitionCounts]]:
-    """Run a plan whose tasks write files: the files by (table, partition), and what was counted."""
+    """What tasks wrote: the files by (table, partition), and what was counted."""
     files: Files = {}
     counts = {partition: PartitionCounts() for partition in partitions}
-    done: set[int] = set()
-    blocks: Iterator[Any] = iter(folded.iter_batches(batch_size=None, batch_format="pyarrow"))
-    for block in blocks:
-        for row in block.to_pylist():
-            if row["file"] is not None:
-                files.setdefault((row["table"], row["partition"]), []).append(DataFile(**json.loads(row["file"])))
-            counts[row["partition"]] += json.loads(row["counts"])
-            done.add(row["bucket"])
-        progress(what, len(done), buckets)
-    if len(done) != buckets:
-        raise CorankError(f"only {len(done)} of {buckets} {what} came back; nothing was committed. Run again")
+    for done, written in enumerate(results, start=1):
+        for one in written:
+            if one.file is not None:
+                files.setdefault((one.table, one.partition), []).append(one.file)
+            counts[one.partition] += one.counts
+        progress(what, done, total)
     return files, counts
 
 
 def _commit(settings: BuildSettings, table: str, schema: pa.Schema, partitions: Sequence[str], files: Files) -> None:
     for partition in partitions:
-        written = files.get((table, partition), [])
+        # tasks end in any order; the reader's order of files must not hang on it
+        written = sorted(files.get((table, partition), []), key=lambda file: file.path)
         replace_partition(settings.table_root(table), partition, written, schema, settings.storage_options)
 
 
@@ -216,14 +229,6 @@ def _check_counts(settings: BuildSettings, partition: str, count: PartitionCount
 
 # --- tasks --------------------------------------------------------------------------------------------
 
-WRITTEN = pa.schema(
-    [
-        pa.field("bucket", pa.int64()),
-        *[pa.field(name, pa.string()) for name in ("table", "partition", "file", "counts")],
-    ]
-)
-"""What a folding task gives back per table and partition: the file it wrote, if any, and counts, as JSON."""
-
 
 def _layout(table: Table) -> pa.Schema:
     """Columns of a table as :meth:`Table.scan` gives them, without the partition's."""
@@ -232,62 +237,61 @@ def _layout(table: Table) -> pa.Schema:
     return pa.schema([one for one in layout if one.name not in ("dt", "bucket")])
 
 
-def _spread(batch: pa.Table, settings: BuildSettings) -> pa.Table:
+def _spread(settings: BuildSettings, role: str, dt: str) -> list[Written]:
     """Write one partition of a table by bucket of users, a portion of rows at a time."""
-    written = []
-    for role, dt in zip(batch["role"].to_pylist(), batch["dt"].to_pylist(), strict=True):
-        table = settings.tables[role]
-        names = _layout(table).names
-        for portion in table.scan(None if dt == WHOLE else [dt]).collect_batches(chunk_size=SPREAD_ROWS):
-            marked = portion.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
-            for (bucket,), part in marked.partition_by("bucket", as_dict=True).items():
-                content = part.select(names).to_arrow(compat_level=pl.CompatLevel.oldest())
-                written.append(_write(settings, f"{LAID_OUT}/{role}", dt, int(bucket), content, {}) | {"table": role})
-    return pa.Table.from_pylist(written, schema=WRITTEN)
+    table = settings.tables[role]
+    names, written = _layout(table).names, []
+    partitions = None if dt == WHOLE else [dt]
+    for portion in table.portions(table.scan(partitions), SPREAD_ROWS, partitions):
+        marked = portion.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
+        for (bucket,), part in marked.partition_by("bucket", as_dict=True).items():
+            content = part.select(names).to_arrow(compat_level=pl.CompatLevel.oldest())
+            one = _write(settings, f"{LAID_OUT}/{role}", dt, int(bucket), content, {})
+            written.append(replace(one, table=role))
+    return written
 
 
-def _count_items(batch: pa.Table, settings: BuildSettings, partitions: Sequence[str]) -> pa.Table:
-    """What a bucket of users adds to the counts of items; a row without item per bucket, so that none is missed."""
-    parts = [one for bucket in batch["bucket"].to_pylist() for one in item_deltas(settings, bucket, partitions)]
-    every = pl.DataFrame({"bucket": range(settings.buckets)}, schema={"bucket": pl.Int32})
-    return pl.concat([*parts, every], how="diagonal").to_arrow(compat_level=pl.CompatLevel.oldest())
+def _count_items(settings: BuildSettings, bucket: int, partitions: Sequence[str], shards: int) -> Any:
+    """What a bucket of users adds to the counts of items, by share of the buckets of items."""
+    parts = pl.concat(item_deltas(settings, bucket, partitions))
+    shares = [parts.filter(pl.col("bucket") % shards == shard) for shard in range(shards)]
+    return shares if shards > 1 else shares[0]
 
 
 def _fold_items(
-    batch: pa.Table, settings: BuildSettings, partitions: Sequence[str], earlier: Sequence[str]
-) -> pa.Table:
-    """Fold the buckets of items in a block; it holds each of its buckets whole."""
-    rows: list[dict[str, Any]] = []
-    parts: pl.DataFrame = pl.DataFrame(pl.from_arrow(batch)) if batch.num_rows else pl.DataFrame()
-    for (bucket,), part in parts.partition_by("bucket", as_dict=True).items() if batch.num_rows else ():
-        for partition, content in fold_items(settings, int(bucket), part, partitions, earlier):
-            rows.append(_write(settings, ITEM_AGGREGATES, partition, int(bucket), content, {}))
-    return pa.Table.from_pylist(rows, schema=WRITTEN)
+    settings: BuildSettings,
+    shard: int,
+    shards: int,
+    partitions: Sequence[str],
+    earlier: Sequence[str],
+    *parts: pl.DataFrame,
+) -> list[Written]:
+    """Fold a share of the buckets of items."""
+    every = pl.concat(parts)
+    return [
+        _write(settings, ITEM_AGGREGATES, partition, bucket, content, {})
+        for bucket in range(shard, settings.buckets, shards)
+        for partition, content in fold_items(
+            settings, bucket, every.filter(pl.col("bucket") == bucket), partitions, earlier
+        )
+    ]
 
 
 def _fold_users(
-    batch: pa.Table, settings: BuildSettings, partitions: Sequence[str], earlier: Sequence[str]
-) -> pa.Table:
-    """Fold buckets of users."""
-    rows = [
+    settings: BuildSettings, bucket: int, partitions: Sequence[str], earlier: Sequence[str]
+) -> list[Written]:
+    """Fold a bucket of users."""
+    return [
         _write(settings, table, partition, bucket, content, counts)
-        for bucket in batch["bucket"].to_pylist()
         for table, partition, content, counts in fold_bucket(settings, bucket, partitions, earlier)
     ]
-    return pa.Table.from_pylist(rows, schema=WRITTEN)
 
 
 def _write(
     settings: BuildSettings, table: str, partition: str, bucket: int, content: pa.Table, counts: Mapping[str, int]
-) -> dict[str, Any]:
-    written = None
+) -> Written:
+    file = None
     if content.num_rows:
         where = {"dt": partition, "bucket": str(bucket)}
-        written = write_file(settings.table_root(table), content, where, settings.storage_options)
-    return {
-        "bucket": bucket,
-        "table": table,
-        "partition": partition,
-        "file": json.dumps(asdict(written)) if written else None,
-        "counts": json.dumps(counts),
-    }
+        file = write_file(settings.table_root(table), content, where, settings.storage_options)
+    return Written(table, partition, file, dict(counts))

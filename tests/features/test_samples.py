@@ -75,7 +75,7 @@ def sample_rows(one: BuildSettings, day: str) -> dict[str, dict[str, Any]]:
     return dict(zip(users, rows, strict=True))
 
 
-@settings_of_hypothesis(max_examples=20, deadline=None)
+@settings_of_hypothesis(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     log_delay=st.sampled_from([0, 3 * SECOND]),

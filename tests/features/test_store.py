@@ -212,7 +212,7 @@ def test_items_are_read_through(settings: FeatureStoreSettings, monkeypatch: pyt
     monkeypatch.setattr(reader._items, "_max_age", -1.0)
     for _ in range(5):  # replaced rows are dropped along the way
         assert reader.items(["1", "2"], 6 * DAY)["feature__genre"].to_list() == [2, 0]
-    assert len(reader._items._table) <= 2 * len(reader._items._rows) + 1
+    assert len(reader._items._read_at) <= 2 * len(reader._items._rows) + 1
     monkeypatch.setattr(reader._items, "_max_items", 1)
     assert reader.items(["9", "1"], 6 * DAY)["feature__genre"].to_list() == [0, 2]
     assert set(reader._items._rows) == {"9", "1"}

@@ -118,7 +118,9 @@ class Pipeline:
         """Names the candidate: the newest samples and everything that shapes training. The same for a run
         and a retraining, so that one finds the other's work done."""
         settings = [self.config.digest_of(*MODEL_SECTIONS), self.config.gate_task]
-        return digest([[self.sample_inputs[partition] for partition in self.trainable], settings])
+        # retired partitions too: dropping old samples makes no other candidate
+        known = [self.sample_inputs[partition] for partition in self.partitions if self.log.is_attributed(partition)]
+        return digest([known, settings])
 
     @property
     def evaluation_key(self) -> str:

@@ -80,22 +80,9 @@ def features_materialize(
                 typer.echo(f"Nothing to do: the online store is up to date with the log up to {newest}.")
                 return
             _require_built(pipeline, partitions)
-            _require_forward(pipeline, partitions[-1])
             rows = pipeline.fill_store(partitions)
         for view, count in rows.items():
             typer.echo(f"{view:<28} {count:>12,} rows")
-
-
-def _require_forward(pipeline: Pipeline, newest: str) -> None:
-    """An online store keeps the newest value of a key: going back would leave old and new values side by side."""
-    from features.errors import ConfigError
-
-    stored = (pipeline.records.get("feature_store", "online") or {}).get("partitions", {})
-    if stored and max(stored) > newest:
-        raise ConfigError(
-            f"--until {newest}: the online store already holds partitions up to {max(stored)} and cannot go back; "
-            "fill it without --until"
-        )
 
 
 def _print_registry(settings: FeatureStoreSettings) -> None:

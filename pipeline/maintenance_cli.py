@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
+
 if TYPE_CHECKING:
     from features.maintenance import Size
     from pipeline.maintenance import Forgotten
-
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "-c", envvar="CORANK_CONFIG", help="The YAML file of the pipeline.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of a failure.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -38,8 +34,6 @@ def compact(
 
     No row and no order changes, and nothing is rebuilt or trained again because of it.
     """
-    from pipeline.cli import _load, _pipeline, guarded
-
     with guarded(debug):
         from features.errors import ConfigError
         from pipeline.maintenance import compact_tables
@@ -68,8 +62,6 @@ def forget(
 
     Your own tables are never changed: remove the users there too, or the next rebuild brings them back.
     """
-    from pipeline.cli import _load, _pipeline, guarded
-
     with guarded(debug):
         from pipeline import maintenance
         from pipeline.stages import exclusive
@@ -80,10 +72,7 @@ def forget(
         for result in results:
             _print_forgotten(result, pipeline.config.path("records", "forgotten"))
         if any(result.found for result in results):
-            typer.echo(
-                "Not changed: the weights of models trained before, until a training from scratch; and the history of "
-                "runs in Dagster, whose deployments may name a user as the example."
-            )
+            typer.echo("Not changed: the weights of models trained before, until a training from scratch.")
 
 
 def _print_forgotten(result: Forgotten, folder: str) -> None:
@@ -116,8 +105,6 @@ def retain(
 
     What the champion, or the version that a rollback returns to, was made from stays.
     """
-    from pipeline.cli import _load, _pipeline, guarded
-
     with guarded(debug):
         from pipeline import maintenance
         from pipeline.stages import exclusive

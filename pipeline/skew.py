@@ -24,6 +24,7 @@ from features.states import BuildSettings
 from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize
 from features.store.push import OnlineWriter
 from features.validation import distinct_events
+from pipeline.verification import raw_contexts
 from serving.rows import build_row
 
 
@@ -89,7 +90,7 @@ def replay(
         raise CorankError(f"samples, partition {partition}: there are no requests to replay; run `corank run` first")
     opening, close = partition_bounds(partition, build.grain)
     raw = {role: build.tables[role].collect(build.tables[role].scan([partition]), [partition]) for role in schema.logs}
-    contexts = _contexts(schema, raw["impressions"])
+    contexts = raw_contexts(schema, raw["impressions"])
     users = pl.DataFrame({"user_id": sorted({row["user_id"] for row, _ in requests})}, schema={"user_id": pl.String})
     events = {
         role: distinct_events(rows)
@@ -150,13 +151,6 @@ def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], d
         if (request["ts"], request["request_id"]) in chosen
     ]
     return sorted(found, key=lambda one: (one[1]["ts"], one[1]["request_id"]))
-
-
-def _contexts(schema: Schema, impressions: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    sources = list(dict.fromkeys(feature.source for feature in schema.side("context")))
-    order = [name for name in ("position", "item_id") if name in impressions.columns]
-    first = impressions.sort(order).unique("request_id", keep="first", maintain_order=True)
-    return {str(row["request_id"]): {name: row[name] for name in sources} for row in first.iter_rows(named=True)}
 
 
 def _changes(build: BuildSettings, opening: int, close: int) -> list[int]:

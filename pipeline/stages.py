@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from features.errors import CorankError, DataGateError
+from features.errors import ConfigError, CorankError, DataGateError
 from features.records import Records, digest
 from pipeline.config import Config, EvaluationConfig
 from pipeline.log import Log, close_text
@@ -303,9 +303,19 @@ class Pipeline:
         return runs
 
     def fill_store(self, partitions: Sequence[str]) -> dict[str, int]:
-        """Feast apply and materialise these partitions into the online store."""
+        """Feast apply and materialise these partitions into the online store.
+
+        Raises:
+            ConfigError: the store holds later partitions: going back would leave old and new values side by side.
+        """
         from features.store.online import apply, materialize
 
+        stored = (self.records.get("feature_store", "online") or {}).get("partitions", {})
+        if stored and max(stored) > partitions[-1]:
+            raise ConfigError(
+                f"--until {partitions[-1]}: the online store already holds partitions up to {max(stored)} and cannot "
+                "go back; fill it without --until"
+            )
         with self.progress.stage("feature_store") as stage:
             stage.say("registering features")
             settings = self.store_settings()

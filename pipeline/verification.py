@@ -50,7 +50,7 @@ def verify_endpoint(
             f"model {artifact_path}: its self-check requests differ by {drift:.2e} from the stored scores"
         )
     impressions = asked_again(build, partitions[-1], moment, limit)
-    contexts = _contexts(schema, impressions)
+    contexts = raw_contexts(schema, impressions)
     rows = rows_after(build, partitions, impressions)
     candidates, largest = 0, 0.0
     example: dict[str, Any] = {}
@@ -92,9 +92,9 @@ def asked_again(build: BuildSettings, partition: str, moment: int, limit: int) -
     return rows.with_columns(pl.lit(moment, pl.Int64).alias("ts"))
 
 
-def _contexts(schema: Schema, impressions: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Raw context by request id, as the first candidate has it."""
+def raw_contexts(schema: Schema, impressions: pl.DataFrame) -> dict[str, dict[str, Any]]:
+    """Raw context by request id, as the first candidate has it: what a caller of the endpoint sends."""
     sources = list(dict.fromkeys(feature.source for feature in schema.side("context")))
     position = [name for name in ("position", "item_id") if name in impressions.columns]
     first = impressions.sort(position).unique("request_id", keep="first", maintain_order=True)
-    return {row["request_id"]: {name: row[name] for name in sources} for row in first.iter_rows(named=True)}
+    return {str(row["request_id"]): {name: row[name] for name in sources} for row in first.iter_rows(named=True)}

@@ -1,7 +1,11 @@
-"""Shared by all tests: one quiet local Ray per session, started when the first test needs it."""
+"""Shared by all tests: one quiet local Ray and one Redis per session, started when the first test needs them."""
 
 from __future__ import annotations
 
+import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -18,3 +22,32 @@ def local_ray() -> Iterator[None]:
     ensure_ray(RayConfig())
     yield
     stop_ray()
+
+
+@pytest.fixture(scope="session")
+def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """``host:port`` of a Redis server of the tests' own, which keeps nothing on disk."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed (apt-get install redis-server)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("redis")
+    options = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": folder}
+    arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    server = subprocess.Popen([binary, *arguments], stdout=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 20
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None, f"redis-server ended with {server.returncode}"
+                assert time.monotonic() < until, "redis-server does not answer"
+                time.sleep(0.05)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(10)

@@ -7,7 +7,9 @@ items alone), so an erased user is unknown to it from the next request on.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Collection
+from typing import Any
 
 from feast import FeatureStore, FeatureView
 from feast.infra.key_encoding_utils import serialize_entity_key
@@ -42,9 +44,14 @@ def erase_users(settings: FeatureStoreSettings, users: Collection[str]) -> dict[
         )
         for user in users
     }
+    failures: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+    if settings.online == "redis":
+        from redis import RedisError
+
+        failures = (RedisError, OSError)
     try:
         removed = _erase_sqlite(store, views, keys) if settings.online == "sqlite" else _erase_redis(store, keys)
-    except Exception as error:
+    except failures as error:
         where = settings.sqlite_path if settings.online == "sqlite" else settings.redis
         raise CorankError(
             f"online store {settings.online} at {where}: users cannot be erased: {error}. "
@@ -85,5 +92,6 @@ def _erase_redis(store: FeatureStore, keys: dict[str, bytes]) -> dict[str, int]:
     return {user: int(client.delete(key + project)) for user, key in keys.items()}
 
 
-def _online(store: FeatureStore):  # type: ignore[no-untyped-def]  # the class depends on the config
+def _online(store: FeatureStore) -> Any:
+    """Feast's class of the online store, which depends on the config."""
     return store._get_provider().online_store

@@ -127,8 +127,11 @@ UNITS = {"seconds": (1, SECOND), "milliseconds": (1, 1_000), "nanoseconds": (1_0
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_wrong_unit_is_recognised_with_an_example(tmp_path: Path, tables: dict[str, Table], unit: str) -> None:
     times, over = UNITS[unit]
-    convert = lambda column: lambda f: f.with_columns(pl.col(column) * times // over)  # noqa: E731
-    bad = {name: changed(tables[name], convert("ts")) for name in ("impressions", "events")}
+
+    def converted(rows: pl.DataFrame) -> pl.DataFrame:
+        return rows.with_columns(pl.col("ts") * times // over)
+
+    bad = {name: changed(tables[name], converted) for name in ("impressions", "events")}
     late = tables["users"].scan().collect().with_columns(updated_at=pl.lit(OPEN, pl.Int64) * times // over)
     late.write_delta(f"{tables['users'].uri}_late")
     bad["users"] = replace(tables["users"], uri=f"{tables['users'].uri}_late")
@@ -306,7 +309,7 @@ def test_a_file_that_breaks_after_validation_is_named_through_ray_and_earlier_sa
     before = samples.scan().collect()
     path = file_of(tables["events"], DAY)
     truncate(path)
-    with pytest.raises(Exception) as caught:  # noqa: PT011  Ray's own wrapping; what counts is inside
+    with pytest.raises(UnreadableError) as caught:
         build_partitions(build, DAYS[1:], DAYS[:1], shown, lambda *_: None)
     cause = _find_cause(caught.value, CorankError)
     assert str(cause).startswith(f"table events, partition {DAY}: file {path} has ")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,37 +181,13 @@ def test_dropping_partitions_leaves_the_others_as_they_are(tables: dict[str, Tab
     assert drop_partitions(samples, DAYS[:2]) == 0
 
 
-@pytest.fixture
-def redis() -> Iterator[str]:
-    """A Redis of its own, in memory only; host:port."""
-    from tests.pipeline.workspaces import free_port
-
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    port = free_port()
-    server = subprocess.Popen(
-        [binary, "--port", str(port), "--save", "", "--bind", "127.0.0.1"], stdout=subprocess.DEVNULL
-    )
-    client = pytest.importorskip("redis").Redis(port=port)
-    for _ in range(100):
-        try:
-            client.ping()
-            break
-        except Exception:
-            time.sleep(0.05)
-    yield f"127.0.0.1:{port}"
-    server.terminate()
-    server.wait()
-
-
 @pytest.mark.parametrize("online", ["sqlite", "redis"])
 def test_a_user_erased_online_is_unknown_and_all_others_stay(
     store_settings: FeatureStoreSettings, online: str, request: pytest.FixtureRequest
 ) -> None:
     own = store_settings
     if online == "redis":
-        own = replace(own, online="redis", redis=request.getfixturevalue("redis"))
+        own = replace(own, online="redis", redis=request.getfixturevalue("redis_address"))
     apply(own)
     materialize(own, 0, 20 * test_store.DAY)
     reader = OnlineReader(own)  # as the endpoint holds it: opened before

@@ -16,6 +16,7 @@ from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
 from features.batch import sample_schema
+from features.errors import CorankError
 from features.fold import fold_bucket, fold_items, item_deltas
 from features.lake import DataFile, Table, replace_partition, write_file
 from features.samples import build_partitions
@@ -153,7 +154,7 @@ def test_building_a_partition_again_replaces_it_in_one_commit(tmp_path: Path, lo
 def test_another_number_of_buckets_than_the_layout_is_an_error(tmp_path: Path, local_ray: None, buckets: int) -> None:
     tables = write_world(tmp_path, seed=2, users=8, buckets=2)
     one = settings(tables, tmp_path / "out", buckets=buckets)
-    with pytest.raises(Exception, match="Set `buckets` in the config"):
+    with pytest.raises(CorankError, match="Set `buckets` in the config"):
         build_partitions(one, DAYS, [], shown(tables), lambda *_: None)
     assert not Table(SAMPLES, one.table_root(SAMPLES)).exists()
 

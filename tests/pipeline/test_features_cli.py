@@ -10,7 +10,7 @@ import pytest
 
 from features.errors import ConfigError
 from pipeline.config import load_config
-from pipeline.features_cli import _print_registry, _require_forward
+from pipeline.features_cli import _print_registry
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.stages import Pipeline
@@ -79,7 +79,7 @@ def test_features_are_registered_materialized_once_and_listed(config: Path, caps
     _print_registry(pipeline.store_settings())
     assert "online up to 2026-01-07 00:00:00 UTC" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=f"already holds partitions up to {DAYS[1]}"):
-        _require_forward(pipeline, DAYS[0])
+        pipeline.fill_store(DAYS[:1])
 
 
 def test_stats_and_export_count_the_candidates_of_the_log(config: Path, data: Path, tmp_path: Path) -> None:

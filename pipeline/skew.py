@@ -21,8 +21,9 @@ from features.errors import CorankError
 from features.reader import SampleSource
 from features.schema import Schema, partition_bounds
 from features.states import BuildSettings
-from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize
+from features.store.online import FeatureStoreSettings, apply, materialize
 from features.store.push import OnlineWriter
+from features.store.reader import OnlineReader
 from features.validation import distinct_events
 from pipeline.verification import raw_contexts
 from serving.rows import build_row

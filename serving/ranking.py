@@ -30,7 +30,8 @@ from starlette.exceptions import HTTPException
 from features.batch import collate, concatenate, cut
 from features.errors import CorankError
 from features.schema import Schema
-from features.store.online import FeatureStoreSettings, OnlineReader
+from features.store.online import FeatureStoreSettings
+from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
 from serving.rows import InvalidRequestError, RequestRow, build_row

@@ -17,7 +17,7 @@ import pyarrow as pa
 from features.batch import end_column, label_column, sample_schema, timeline_column
 from features.errors import CorankError
 from features.schema import Feature, Schema
-from features.store.online import History, OnlineReader, encode_features
+from features.store.reader import History, OnlineReader, encode_features
 
 MOST = float(np.finfo(np.float32).max)
 

@@ -23,14 +23,9 @@ from features.errors import CorankError
 from features.schema import Sequence
 from features.store.definitions import sequence_view
 from features.store.delta import microseconds
-from features.store.online import (
-    READ_ROWS,
-    FeatureStoreSettings,
-    entity_values,
-    open_store,
-    registered_view,
-)
+from features.store.online import FeatureStoreSettings, entity_values, open_store, registered_view
 from features.store.query import TIME
+from features.store.reader import READ_ROWS
 
 EVENT_ID = "__event_id"
 """Hashed id of an event in a frame of events; no field of the user's own has these names."""

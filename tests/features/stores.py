@@ -12,7 +12,8 @@ import pyarrow as pa
 from features.fold import fold_bucket
 from features.lake import Table
 from features.states import STATE
-from features.store.online import FeatureStoreSettings, OnlineReader
+from features.store.online import FeatureStoreSettings
+from features.store.reader import OnlineReader
 from tests.features.worlds import DAYS, SCHEMA, settings
 
 BUCKETS = 2

@@ -30,7 +30,8 @@ from features.maintenance import (
 from features.reader import SampleSource
 from features.states import SAMPLES, state_schema
 from features.store.erase import erase_users as erase_online_users
-from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize
+from features.store.online import FeatureStoreSettings, apply, materialize
+from features.store.reader import OnlineReader
 from tests.features import test_store
 from tests.features.worlds import DAYS, SCHEMA, settings, write_world
 

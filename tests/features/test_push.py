@@ -13,8 +13,9 @@ from features.batch import end_column, timeline_column
 from features.encoding import hash_id
 from features.errors import CorankError
 from features.schema import SECOND, partition_bounds
-from features.store.online import OnlineReader, apply, materialize
+from features.store.online import apply, materialize
 from features.store.push import OnlineWriter
+from features.store.reader import OnlineReader
 from tests.features.stores import build_state, online_content, store_settings
 from tests.features.worlds import DAY, DAYS, SCHEMA, write_world
 

@@ -23,8 +23,9 @@ from features.errors import ConfigError, CorankError
 from features.lake import Table
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
 from features.store.delta import DeltaOfflineStore, DeltaSource, delta_source, moment
-from features.store.online import FeatureStoreSettings, OnlineReader, apply, materialize, open_store
+from features.store.online import FeatureStoreSettings, apply, materialize, open_store
 from features.store.query import SLICE_BYTES, Partitions, Query
+from features.store.reader import OnlineReader
 
 DAY = 86_400_000_000
 BIG = 2**62 + 1  # changes when it passes through a float

@@ -12,7 +12,7 @@ from deltalake import DeltaTable
 
 from features.batch import candidate_counts, request_times
 from features.maintenance import find_users
-from features.store.online import OnlineReader
+from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.config import Config
 from pipeline.importers.synthetic import import_synthetic

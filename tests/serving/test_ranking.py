@@ -21,7 +21,8 @@ from features.encoding import hash_id
 from features.errors import CorankError
 from features.lake import Table
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
-from features.store.online import FeatureStoreSettings, History, OnlineReader, apply, materialize
+from features.store.online import FeatureStoreSettings, apply, materialize
+from features.store.reader import History, OnlineReader
 from models.artifact import save_artifact
 from models.mixformer import MixFormer, MixFormerConfig
 from serving.client import RankingClient

@@ -162,8 +162,8 @@ def retrain(
 
 def _execute(pipeline: Pipeline, serve: bool) -> None:
     from pipeline.maintenance import retain
-    from pipeline.stages import exclusive
     from pipeline.summary import print_summary
+    from pipeline.workspace import exclusive
     from serving.ports import require_free
 
     with exclusive(pipeline.config):
@@ -205,7 +205,7 @@ def validate(
     """Run the Great Expectations gate alone and print what it found. Exit code 3 when it does not pass."""
     with guarded(debug):
         from features.errors import DataGateError
-        from pipeline.stages import exclusive
+        from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config))
         if partition is not None and partition not in pipeline.partitions:

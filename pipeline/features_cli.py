@@ -44,7 +44,7 @@ def features_list(config: ConfigOption, debug: DebugOption = False) -> None:
 def features_apply(config: ConfigOption, debug: DebugOption = False) -> None:
     """Register the config's features in Feast and create their online tables. Doing it twice changes nothing."""
     with guarded(debug):
-        from pipeline.stages import exclusive
+        from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config))
         with exclusive(pipeline.config), pipeline.progress.stage("features") as stage:
@@ -70,7 +70,7 @@ def features_materialize(
 ) -> None:
     """Fill the online store with the newest profiles and sequences, as the stage feature_store of `corank run` does."""
     with guarded(debug):
-        from pipeline.stages import exclusive
+        from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config), until)
         with exclusive(pipeline.config):
@@ -178,7 +178,7 @@ def features_export(
     with guarded(debug):
         from features.export import export_impressions
         from pipeline.runtime import ensure_ray
-        from pipeline.stages import exclusive
+        from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config))
         with exclusive(pipeline.config):
@@ -213,7 +213,7 @@ def _samples(pipeline: Pipeline, chosen: list[str] | None) -> SampleSource:
         CorankError: a chosen partition is not built from the present log and config, or no partition is.
     """
     from features.errors import ConfigError, CorankError
-    from pipeline.stages import FOREVER
+    from pipeline.workspace import FOREVER
 
     known, stale = pipeline.partitions, set(pipeline.stale_samples())
     if unknown := [one for one in chosen or [] if one not in known]:
@@ -332,7 +332,7 @@ def features_skew(
 
         from features.errors import CorankError
         from pipeline.skew import replay
-        from pipeline.stages import FOREVER, exclusive
+        from pipeline.workspace import FOREVER, exclusive
 
         pipeline = _pipeline(_load(config))
         with exclusive(pipeline.config), pipeline.progress.stage("skew") as stage:

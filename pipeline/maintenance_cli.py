@@ -37,7 +37,7 @@ def compact(
     with guarded(debug):
         from features.errors import ConfigError
         from pipeline.maintenance import compact_tables
-        from pipeline.stages import exclusive
+        from pipeline.workspace import exclusive
 
         if keep_hours == 0 and not yes:
             raise ConfigError(
@@ -64,7 +64,7 @@ def forget(
     """
     with guarded(debug):
         from pipeline import maintenance
-        from pipeline.stages import exclusive
+        from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config))
         with exclusive(pipeline.config):
@@ -107,7 +107,7 @@ def retain(
     """
     with guarded(debug):
         from pipeline import maintenance
-        from pipeline.stages import exclusive
+        from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config))
         keep = pipeline.config.retention.partitions

@@ -189,11 +189,11 @@ def _compare(
         end = end_column(sequence)
         for one in (None, *sequence.fields):
             column = timeline_column(sequence, one)
-            windows = [
+            offline, served = (
                 side[column][max(0, at[end] - sequence.length) : at[end]]
                 for side, at in ((row, request), (online, answered))
-            ]
-            report.compare(f"{sequence.name}.{one.name if one else 'ts'}", *windows, where)
+            )
+            report.compare(f"{sequence.name}.{one.name if one else 'ts'}", offline, served, where)
 
 
 def same(offline: Any, online: Any) -> bool:

@@ -200,7 +200,7 @@ def movielens_rows(folder: Path) -> tuple[pa.Table, Schema]:
     """The sample table of the MovieLens example, every row, shuffled."""
     from pipeline.importers.movielens import import_movielens
     from pipeline.runtime import stop_ray
-    from pipeline.stages import FOREVER
+    from pipeline.workspace import FOREVER
     from tests.benchmarks.movielens import example_pipeline
 
     import_movielens(folder / "data")

@@ -24,8 +24,9 @@ from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.runtime import ensure_ray
 from pipeline.skew import replay
-from pipeline.stages import FOREVER, Pipeline, gate_reasons
+from pipeline.stages import Pipeline, gate_reasons
 from pipeline.verification import asked_again
+from pipeline.workspace import FOREVER
 from serving.client import RankingClient
 from serving.deploy import stop
 from tests.pipeline.workspaces import START, load

@@ -13,7 +13,8 @@ from features.schema import SECOND, partition_bounds
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.log import now_us
 from pipeline.progress import Progress
-from pipeline.stages import FOREVER, Pipeline
+from pipeline.stages import Pipeline
+from pipeline.workspace import FOREVER
 from tests.pipeline.workspaces import START, load
 
 DAYS = ["2026-01-05", "2026-01-06"]

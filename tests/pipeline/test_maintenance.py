@@ -27,7 +27,8 @@ from pipeline.maintenance import (
 )
 from pipeline.progress import Progress
 from pipeline.registry import PREVIOUS
-from pipeline.stages import FOREVER, Pipeline
+from pipeline.stages import Pipeline
+from pipeline.workspace import FOREVER
 from tests.pipeline.workspaces import START, load, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]

@@ -221,10 +221,12 @@ def _samples(pipeline: Pipeline, chosen: list[str] | None) -> SampleSource:
             f"--partition {unknown[0]}: it has no rows or is not closed; "
             f"there are {len(known)} from {known[0]} to {known[-1]}"
         )
-    built = [one for one in known if one not in stale]
+    built = [one for one in pipeline.kept if one not in stale]
     if not built:
         raise CorankError("no samples are built from this log and config yet; `corank run` builds them")
     partitions = sorted(set(chosen)) if chosen else built
+    if retired := sorted(set(partitions) - set(pipeline.kept)):
+        raise CorankError(f"table samples, partition {retired[0]}: `retention` has dropped its samples")
     _require_built(pipeline, partitions)
     if not chosen and stale:
         pipeline.progress.note(f"{len(stale)} of {len(known)} partitions are not built yet and left out")
@@ -336,7 +338,7 @@ def features_skew(
 
         pipeline = _pipeline(_load(config))
         with exclusive(pipeline.config), pipeline.progress.stage("skew") as stage:
-            built = [one for one in pipeline.partitions if pipeline.records.get("samples", one)]
+            built = [one for one in pipeline.kept if pipeline.records.get("samples", one)]
             chosen = partition or (built[-1] if built else None)
             if chosen is None or chosen not in built:
                 raise CorankError(

@@ -195,7 +195,8 @@ class Pipeline(Workspace):
             ensure_ray(config.ray)
             cuts = self.cuts()
             champion = self.registry.champion() if self.warm_start else None
-            weights, low, statistics = None, cuts.train, None
+            weights, low = None, cuts.train
+            statistics: dict[str, tuple[float, float]] | None = None
             if champion is not None:
                 from models.artifact import load_artifact
                 from models.profile import on_meta

@@ -58,14 +58,13 @@ def outcome(config: Config) -> dict[str, Any]:
     pipeline = Pipeline(config, Progress())
     champion = pipeline.registry.champion()
     assert champion is not None
-    samples = Table("samples", config.path("tables", "samples")).scan().collect()
-    state = Table("state", config.path("tables", "state")).scan().collect()
+    owners = {"samples": "user_id", "state": "user_id", "user_aggregates": "user_id", "item_aggregates": "item_id"}
+    tables = {name: Table(name, config.path("tables", name)).scan().collect() for name in owners}
     return {
         "pending": pipeline.pending(),
         "model": champion.tags["content"],
         "versions": len(pipeline.registry.versions()),
-        "samples": samples.sort("dt", "user_id").to_dicts(),
-        "state": state.sort("dt", "user_id").to_dicts(),
+        **{name: rows.sort("dt", owners[name]).to_dicts() for name, rows in tables.items()},
         "store": (pipeline.records.get("feature_store", "online") or {})["rows"],
     }
 

@@ -50,6 +50,7 @@ def delta_column(column: str) -> str:
 
 
 def value_columns(features: Iterable[Feature]) -> list[str]:
+    """The columns of counts and sums, feature by feature."""
     return [column for feature in features for column in (count_column(feature), sum_column(feature))]
 
 
@@ -111,10 +112,10 @@ def deltas(features: Sequence[Feature], keys: Sequence[str], sources: Mapping[st
                 pl.col("value").sum().alias(sum_column(feature)),
             )
         )
-    return _summed(parts, keys, features)
+    return summed(parts, keys, features)
 
 
-def _summed(parts: Sequence[pl.DataFrame], keys: Sequence[str], features: Sequence[Feature]) -> pl.DataFrame:
+def summed(parts: Sequence[pl.DataFrame], keys: Sequence[str], features: Sequence[Feature]) -> pl.DataFrame:
     """The parts added up per owner, ordered by owner; a column that a part lacks adds nothing."""
     empty = _empty(keys, features)
     stacked = pl.concat([empty, *parts], how="diagonal")
@@ -124,11 +125,6 @@ def _summed(parts: Sequence[pl.DataFrame], keys: Sequence[str], features: Sequen
 def _empty(keys: Sequence[str], features: Sequence[Feature], **others: pl.DataType) -> pl.DataFrame:
     kinds = {column: pl.Int64 if column.startswith("count") else pl.Float64 for column in value_columns(features)}
     return pl.DataFrame(schema={**dict.fromkeys(keys, pl.String), **others, **kinds})
-
-
-def sum_deltas(parts: pl.DataFrame, features: Sequence[Feature], keys: Sequence[str]) -> pl.DataFrame:
-    """Deltas of one partition that several tasks counted, as one."""
-    return _summed([parts], keys, features)
 
 
 def _any_nonzero(columns: Iterable[str]) -> pl.Expr:
@@ -183,7 +179,7 @@ class Tally:
             columns = value_columns([one for one in self.features if aggregate_of(one).window == window])
             moves.append(self.recent.filter(leaving).select(*self.keys, *[-pl.col(column) for column in columns]))
         columns = value_columns(self.features)
-        moved = _summed(moves, self.keys, self.features)
+        moved = summed(moves, self.keys, self.features)
         adding = [move.filter(_any_nonzero(move.columns[len(self.keys) :])).select(self.keys) for move in moves]
         touched = pl.concat(adding).unique().with_columns(pl.lit(True).alias("touched"))
         before = moved.select(self.keys).join(self.current(), on=self.keys, how="left", maintain_order="left")

@@ -24,7 +24,7 @@ from features.aggregates import (
     deltas,
     item_tally,
     key_column,
-    sum_deltas,
+    summed,
     user_tallies,
     value_columns,
 )
@@ -33,7 +33,7 @@ from features.batch import (
     sample_schema,
 )
 from features.encoding import bucket_column
-from features.logs import crossed, log_rows, new_events, profiles_of
+from features.logs import crossed, log_rows, new_events, profiles_of, with_feedback
 from features.requests import in_order, newest, sample_rows
 from features.schema import partition_bounds, partition_number
 from features.states import (
@@ -92,7 +92,8 @@ def fold_bucket(
             state = load_state(settings, bucket, earlier, None if whole or len(partitions) > 1 else touched)
         new = {s.name: new_events(settings, s, rows[s.events]) for s in schema.sequences}
         timelines = {name: in_order(pl.concat([state[name], new[name]])) for name in new}
-        samples = sample_rows(settings, rows["impressions"], timelines, users, items, own, cross, counted)
+        shown = with_feedback(settings, rows["impressions"], partition)
+        samples = sample_rows(settings, shown, timelines, users, items, own, cross, counted)
         sizes = candidate_counts(samples)
         yield (
             SAMPLES,
@@ -217,7 +218,8 @@ def fold_items(
             needed = needed_partitions(settings, [tally], earlier, opening)
             rows = bucket_rows(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), bucket, needed)
             restore(settings, tally, rows.sort("ts"), earlier, opening)
-        delta = sum_deltas(parts.filter(pl.col("dt") == partition).drop("dt", "bucket"), tally.features, tally.keys)
+        of_partition = parts.filter(pl.col("dt") == partition).drop("dt", "bucket")
+        delta = summed([of_partition], tally.keys, tally.features)
         ts = settings.known_at(partition)
         changed = tally.advance(delta, partition_number(partition, settings.grain), ts)
         if is_snapshot(partition, previous, settings.grain):

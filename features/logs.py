@@ -28,7 +28,6 @@ def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict
     raw = {role: settings.tables[role].slice([partition], bucket, settings.buckets) for role in settings.schema.logs}
     good, rejected = quarantine(raw["impressions"], settings.schema, partition, settings.grain, settings.now)
     counts = {"impressions": raw["impressions"].height, "quarantined": rejected.height}
-    good = _with_feedback(settings, good, partition)
     raw = {role: good if role == "impressions" else distinct_events(rows) for role, rows in raw.items()}
     keys = ("request_id", "user_id", "item_id")
     return {
@@ -37,7 +36,7 @@ def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict
     }, counts
 
 
-def _with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition: str) -> pl.DataFrame:
+def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition: str) -> pl.DataFrame:
     """Impressions with the labels that came later, as columns named like their tasks.
 
     A label is the value of the newest row of ``feedback`` within the attribution window, 0 without one, and null

@@ -25,7 +25,7 @@ from features.batch import (
 )
 from features.encoding import encode, hash_ids
 from features.logs import join_as_of
-from features.schema import Feature
+from features.schema import Feature, Task
 from features.states import BuildSettings, timeline_lists, to_arrow, unpartitioned
 
 
@@ -54,7 +54,7 @@ def sample_rows(
         "ts",
         position.alias("position"),
         weight.cast(pl.Float32).alias("weight"),
-        *[pl.col(task.source).cast(pl.Int8).alias(label_column(task)) for task in schema.tasks],
+        *[_label(task, impressions.columns).alias(label_column(task)) for task in schema.tasks],
         *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in schema.side("context")],
     ).sort("user_id", "ts", "request_id", "position", "item_id")
     candidates = _as_known(candidates, items, "item_id", schema.side("item"), counted)
@@ -101,6 +101,12 @@ def sample_rows(
     nested = requests.group_by("user_id", maintain_order=True).agg(request.alias("requests"))
     rows = rows.join(nested, on="user_id", maintain_order="left")
     return to_arrow(rows.select(arrow.names), arrow)
+
+
+def _label(task: Task, columns: Sequence[str]) -> pl.Expr:
+    """The label as the log has it; one that arrives later is null where feedback was not asked."""
+    known = task.attribution_window is None or task.name in columns
+    return pl.col(task.source).cast(pl.Int8) if known else pl.lit(None, pl.Int8)
 
 
 def _as_known(

@@ -138,6 +138,7 @@ def _timeline_types(sequence: BehaviourSequence) -> Iterator[tuple[Any, pa.DataT
 
 
 def timeline_lists(sequence: BehaviourSequence) -> list[pl.Expr]:
+    """A user's events as the list columns of a timeline."""
     return [
         pl.col("ts").alias(timeline_column(sequence, None)),
         *[pl.col(event_field.name).alias(timeline_column(sequence, event_field)) for event_field in sequence.fields],
@@ -229,6 +230,7 @@ def restore_items(settings: BuildSettings, counted: Tally, earlier: Sequence[str
 
 
 def item_rows(settings: BuildSettings, counted: Tally, partitions: Sequence[str]) -> pl.DataFrame:
+    """All items' states of some partitions, ordered by ts, as :attr:`Tally.rows` holds them."""
     rows = bucket_rows(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), None, partitions)
     return rows.sort("ts").select(counted.rows.columns)
 
@@ -269,6 +271,7 @@ def restore(
 
 
 def with_deltas(features: Sequence[Feature]) -> list[str]:
+    """The value columns, each followed by its delta's."""
     return [name for column in value_columns(features) for name in (column, delta_column(column))]
 
 

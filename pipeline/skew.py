@@ -18,6 +18,7 @@ import polars as pl
 
 from features.batch import end_column, feature_column, timeline_column
 from features.errors import CorankError
+from features.export import Unnested
 from features.reader import SampleSource
 from features.schema import Schema, partition_bounds
 from features.states import BuildSettings
@@ -90,16 +91,17 @@ def replay(
     if not requests:
         raise CorankError(f"samples, partition {partition}: there are no requests to replay; run `corank run` first")
     opening, close = partition_bounds(partition, build.grain)
-    raw = {role: build.tables[role].collect(build.tables[role].scan([partition]), [partition]) for role in schema.logs}
-    contexts = raw_contexts(schema, raw["impressions"])
-    users = pl.DataFrame({"user_id": sorted({row["user_id"] for row, _ in requests})}, schema={"user_id": pl.String})
+    users = sorted({row["user_id"] for row, _ in requests})
+
+    def of_users(role: str) -> pl.DataFrame:
+        table = build.tables[role]
+        rows = table.scan([partition]).with_columns(pl.col("user_id").cast(pl.String))
+        return table.collect(rows.filter(pl.col("user_id").is_in(users)), [partition])
+
+    contexts = raw_contexts(schema, of_users("impressions"))
     events = {
-        role: distinct_events(rows)
-        .with_columns(pl.col("user_id").cast(pl.String))
-        .join(users, on="user_id", how="semi")
-        .sort("ts")
-        for role, rows in raw.items()
-        if role in {sequence.events for sequence in schema.sequences}
+        role: distinct_events(of_users(role)).sort("ts")
+        for role in dict.fromkeys(sequence.events for sequence in schema.sequences)
     }
     changes = _changes(build, opening, close)
     report = SkewReport(partition)
@@ -136,21 +138,20 @@ def replay(
 
 def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Sample rows with one of their requests each, by time; every so many of them when there are more than limit."""
-    times = sorted(
-        (request["ts"], request["request_id"])
-        for file in samples.files()
-        for requests in samples.read(file)["requests"].to_pylist()
-        for request in requests
-    )
-    step = max(len(times) // limit, 1) if limit else 1
-    chosen = set(times[::step])
-    found = [
-        (row, request)
-        for file in samples.files()
-        for row in samples.read(file).to_pylist()
-        for request in row["requests"]
-        if (request["ts"], request["request_id"]) in chosen
-    ]
+    times: list[tuple[int, str]] = []
+    for file in samples.files():
+        requests = Unnested.of(samples.read(file)).requests
+        times += zip(requests.field("ts").to_pylist(), requests.field("request_id").to_pylist(), strict=True)
+    times.sort()
+    chosen = set(times[:: max(len(times) // limit, 1) if limit else 1])
+    found = []
+    for file in samples.files():
+        part = Unnested.of(samples.read(file))
+        ids = zip(part.requests.field("ts").to_pylist(), part.requests.field("request_id").to_pylist(), strict=True)
+        for index, key in enumerate(ids):
+            if key in chosen:
+                row = part.rows.slice(int(part.row_of_request[index]), 1).to_pylist()[0]
+                found.append((row, part.requests[index].as_py()))
     return sorted(found, key=lambda one: (one[1]["ts"], one[1]["request_id"]))
 
 

@@ -81,15 +81,24 @@ def verify_endpoint(
 
 
 def asked_again(build: BuildSettings, partition: str, moment: int, limit: int) -> pl.DataFrame:
-    """Impressions of the last request of some users of a partition, asked again at ``moment`` (microseconds UTC)."""
-    good, _ = quarantine(
-        build.tables["impressions"].scan([partition]).collect(), build.schema, partition, build.grain, build.now
-    )
-    keys = [pl.col(key).cast(pl.String) for key in ("request_id", "user_id", "item_id")]
-    last = good.with_columns(keys).sort("ts", "request_id").unique("user_id", keep="last", maintain_order=True)
-    chosen = last.tail(limit).select("request_id", "user_id")
-    rows = good.with_columns(keys).join(chosen, on=["request_id", "user_id"], how="semi", maintain_order="left")
-    return rows.with_columns(pl.lit(moment, pl.Int64).alias("ts"))
+    """Impressions of the last request of some users of a partition, asked again at ``moment`` (microseconds UTC).
+
+    Raises:
+        CorankError: none of them is good.
+    """
+    table = build.tables["impressions"]
+    keys = [pl.col(key).cast(pl.String) for key in ("request_id", "user_id")]
+    asked = table.collect(table.scan([partition]).select(*keys, "ts").drop_nulls().unique(), [partition])
+    last = asked.sort("ts", "request_id").unique("user_id", keep="last", maintain_order=True).tail(limit)
+    rows = table.scan([partition]).filter(pl.col("request_id").cast(pl.String).is_in(last["request_id"].to_list()))
+    good, _ = quarantine(table.collect(rows, [partition]), build.schema, partition, build.grain, build.now)
+    if good.is_empty():
+        raise CorankError(
+            f"table impressions, partition {partition}: all rows of its last requests are quarantined, so the "
+            "deployment cannot be verified; correct them and run again"
+        )
+    text = [pl.col(key).cast(pl.String) for key in ("request_id", "user_id", "item_id")]
+    return good.with_columns(*text, pl.lit(moment, pl.Int64).alias("ts"))
 
 
 def raw_contexts(schema: Schema, impressions: pl.DataFrame) -> dict[str, dict[str, Any]]:

@@ -8,11 +8,12 @@ from typing import Any
 import polars as pl
 import pytest
 
-from features.fold import fold_bucket
+from features.fold import fold_bucket, rows_after
 from features.lake import Table
+from features.logs import log_rows
 from features.schema import SECOND, Task, partition_bounds
 from features.states import SAMPLES, BuildSettings
-from tests.features.worlds import DAY, DAYS, SCHEMA, settings, write_world
+from tests.features.worlds import DAY, DAYS, SCHEMA, fold_all, settings, write_world
 
 WINDOW = 86_400.0
 BOUGHT = SCHEMA.model_copy(update={"tasks": (*SCHEMA.tasks, Task(name="bought", attribution_window_seconds=WINDOW))})
@@ -80,3 +81,14 @@ def test_labels_are_masked_until_the_window_has_passed(world: dict[str, Table], 
     found = labels(BuildSettings(**{**vars(one), "now": now}), world)
     for (day, kind), values in found.items():
         assert set(values) == ({None} if day == DAYS[2] else {int(kind == "yes")})
+
+
+def test_requests_after_the_log_ask_for_no_label_that_comes_later(world: dict[str, Table], tmp_path: Path) -> None:
+    one = settings(world, tmp_path / "out", schema=BOUGHT)
+    fold_all(one, DAYS, [])
+    shown, _ = log_rows(one, DAYS[2], 0)
+    asked = shown["impressions"].with_columns(ts=pl.lit(partition_bounds(DAYS[2], "day")[1], pl.Int64))
+    rows = rows_after(one, DAYS, asked)
+    candidates = [one for row in rows.to_pylist() for request in row["requests"] for one in request["candidates"]]
+    assert len(candidates) == asked.height
+    assert {candidate["label__bought"] for candidate in candidates} == {None}

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from features.batch import sample_schema
 from features.errors import CorankError
-from features.fold import fold_bucket, fold_items, item_deltas
-from features.lake import DataFile, Table, replace_partition, write_file
+from features.lake import Table
 from features.samples import build_partitions
 from features.schema import SECOND
 from features.states import (
@@ -27,45 +24,11 @@ from features.states import (
     STATE,
     USER_AGGREGATES,
     BuildSettings,
-    item_aggregates_schema,
-    state_schema,
-    user_aggregates_schema,
 )
-from tests.features.worlds import COUNTING, DAY, DAYS, expected_rows, settings, write_world
+from tests.features.worlds import COUNTING, DAY, DAYS, expected_rows, fold_all, settings, write_world
 
 GAPPED = ["2026-01-05", "2026-01-06", "2026-01-08", "2026-01-09", "2026-01-13"]
 """Days with gaps; a snapshot of the states falls between them."""
-
-
-def fold_all(one: BuildSettings, days: list[str], earlier: list[str]) -> None:
-    """What :func:`build_partitions` does, in this process."""
-    parts = pl.concat([part for bucket in range(one.buckets) for part in item_deltas(one, bucket, days)])
-    schemas = {
-        ITEM_AGGREGATES: item_aggregates_schema(one.schema),
-        STATE: state_schema(one.schema),
-        USER_AGGREGATES: user_aggregates_schema(one.schema),
-        SAMPLES: sample_schema(one.schema),
-    }
-    files: dict[tuple[str, str], list[DataFile]] = {(table, day): [] for table in schemas for day in days}
-
-    def write(table: str, day: str, bucket: int, rows: pa.Table) -> None:
-        if rows.num_rows:
-            where = {"dt": day, "bucket": str(bucket)}
-            files[table, day].append(write_file(one.table_root(table), rows, where, {}))
-
-    for bucket in range(one.buckets):
-        for day, rows in fold_items(one, bucket, parts.filter(pl.col("bucket") == bucket), days, earlier):
-            write(ITEM_AGGREGATES, day, bucket, rows)
-    for day in days:
-        replace_partition(
-            one.table_root(ITEM_AGGREGATES), day, files[ITEM_AGGREGATES, day], schemas[ITEM_AGGREGATES], {}
-        )
-    for bucket in range(one.buckets):
-        for table, day, rows, _ in fold_bucket(one, bucket, days, earlier):
-            write(table, day, bucket, rows)
-    for table, day in files:
-        if table != ITEM_AGGREGATES:
-            replace_partition(one.table_root(table), day, files[table, day], schemas[table], {})
 
 
 def sample_rows(one: BuildSettings, day: str) -> dict[str, dict[str, Any]]:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 
-from features.batch import end_column, feature_column, label_column, timeline_column
+from features.batch import end_column, feature_column, label_column, sample_schema, timeline_column
 from features.encoding import bucket_of, hash_id
-from features.lake import Table
+from features.fold import fold_bucket, fold_items, item_deltas
+from features.lake import DataFile, Table, replace_partition, write_file
 from features.schema import (
     SECOND,
     Aggregate,
@@ -24,7 +26,16 @@ from features.schema import (
     partition_number,
     partition_of,
 )
-from features.states import BuildSettings
+from features.states import (
+    ITEM_AGGREGATES,
+    SAMPLES,
+    STATE,
+    USER_AGGREGATES,
+    BuildSettings,
+    item_aggregates_schema,
+    state_schema,
+    user_aggregates_schema,
+)
 
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]
 DAY = 86_400 * SECOND
@@ -311,3 +322,34 @@ class World:
 def _as_of(table: Table, key: str, value: str, ts: int) -> dict[str, Any] | None:
     rows = [row for row in table.scan().collect().to_dicts() if str(row[key]) == value and row["updated_at"] <= ts]
     return max(rows, key=lambda row: row["updated_at"], default=None)
+
+
+def fold_all(one: BuildSettings, days: list[str], earlier: list[str]) -> None:
+    """What :func:`build_partitions` does, in this process."""
+    parts = pl.concat([part for bucket in range(one.buckets) for part in item_deltas(one, bucket, days)])
+    schemas = {
+        ITEM_AGGREGATES: item_aggregates_schema(one.schema),
+        STATE: state_schema(one.schema),
+        USER_AGGREGATES: user_aggregates_schema(one.schema),
+        SAMPLES: sample_schema(one.schema),
+    }
+    files: dict[tuple[str, str], list[DataFile]] = {(table, day): [] for table in schemas for day in days}
+
+    def write(table: str, day: str, bucket: int, rows: pa.Table) -> None:
+        if rows.num_rows:
+            where = {"dt": day, "bucket": str(bucket)}
+            files[table, day].append(write_file(one.table_root(table), rows, where, {}))
+
+    for bucket in range(one.buckets):
+        for day, rows in fold_items(one, bucket, parts.filter(pl.col("bucket") == bucket), days, earlier):
+            write(ITEM_AGGREGATES, day, bucket, rows)
+    for day in days:
+        replace_partition(
+            one.table_root(ITEM_AGGREGATES), day, files[ITEM_AGGREGATES, day], schemas[ITEM_AGGREGATES], {}
+        )
+    for bucket in range(one.buckets):
+        for table, day, rows, _ in fold_bucket(one, bucket, days, earlier):
+            write(table, day, bucket, rows)
+    for table, day in files:
+        if table != ITEM_AGGREGATES:
+            replace_partition(one.table_root(table), day, files[table, day], schemas[table], {})

@@ -318,9 +318,33 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
     store = fs.PyFileSystem(DeltaStorageHandler(root, options=dict(options)))
+    times = [path for name, path in _leaves(rows.schema) if name == "ts" or name.endswith("__ts")]
+    # no value comes twice, so a dictionary of them is only work
+    plain = [path for name, path in _leaves(rows.schema) if name.endswith("__event_id")]
     with store.open_output_stream(path) as sink:
-        pq.write_table(rows, sink, compression="zstd")
+        pq.write_table(
+            rows,
+            sink,
+            compression="zstd",
+            use_dictionary=[path for _, path in _leaves(rows.schema) if path not in (*times, *plain)],
+            column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
+        )
     return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition))
+
+
+def _leaves(schema: pa.Schema) -> list[tuple[str, str]]:
+    """Name and path of every column that Parquet stores; a list's or a struct's parts have paths of their own."""
+
+    def below(path: str, kind: pa.DataType) -> Iterator[str]:
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            yield from below(f"{path}.list.element", kind.value_type)
+        elif pa.types.is_struct(kind):
+            for part in kind:
+                yield from below(f"{path}.{part.name}", part.type)
+        else:
+            yield path
+
+    return [(column.name, path) for column in schema for path in below(column.name, column.type)]
 
 
 def replace_partition(

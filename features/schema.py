@@ -25,6 +25,9 @@ Name = Annotated[str, Field(pattern=NAME)]
 SECOND = 1_000_000
 """Time is int64 microseconds UTC everywhere; this is one second of it."""
 
+OTHER_UNITS = {"seconds": (10**8, 10**10), "milliseconds": (10**11, 10**13), "nanoseconds": (10**17, 2**63 - 1)}
+"""Where times since 1973 lie in other units; read as microseconds they would be early in 1970, or far off."""
+
 PARTITION_FORMATS: dict[Grain, str] = {"hour": "%Y-%m-%dT%H", "day": "%Y-%m-%d", "week": "%Y-%m-%d"}
 GRAIN_LENGTH: dict[Grain, timedelta] = {
     "hour": timedelta(hours=1),

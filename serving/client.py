@@ -46,6 +46,19 @@ class RankingClient:
             body["ts"] = ts
         return self._call("POST", "/v1/rank", body)
 
+    def push(self, events: Sequence[Mapping[str, Any]], table: str = "events") -> dict[str, int]:
+        """Append new events to the online sequences; the next request sees them. May be repeated.
+
+        Args:
+            events: event_id, user_id, ts (microseconds UTC) and the columns that the sequences of the table read.
+            table: the event table of the config that they belong to.
+
+        Returns:
+            events added per sequence.
+        """
+        body = {"events": [dict(event) for event in events], "table": table}
+        return cast(dict[str, int], self._call("POST", "/v1/events", body)["added"])
+
     def healthz(self) -> dict[str, Any]:
         """``{"status": "ok"}`` when the model answers."""
         return self._call("GET", "/healthz")

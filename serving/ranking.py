@@ -11,32 +11,40 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import NoneType
 from typing import Annotated, Any, Protocol
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, StrictInt
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from features.batch import collate, concatenate, cut
 from features.errors import CorankError
-from features.schema import Schema
+from features.schema import OTHER_UNITS, Schema
 from features.store.online import FeatureStoreSettings
+from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
 from serving.rows import InvalidRequestError, RequestRow, build_row
 
 APPLICATION = "corank"
+
+MOST_EVENTS = 10_000
+"""Events of one push."""
+
 LOG = logging.getLogger("ray.serve")
 
 
@@ -97,7 +105,27 @@ def _identifier(value: Any) -> str | int:
     return value
 
 
+def _scalar(value: Any) -> Any:
+    fits = -(2**63) <= value < 2**63 if isinstance(value, (int, float)) else isinstance(value, (str, NoneType))
+    if not fits:  # NaN neither
+        raise ValueError("must be a text, a number of at most 64 bits, a boolean or null")
+    return value
+
+
 Identifier = Annotated[str | int, PlainValidator(_identifier, json_schema_input_type=str | int)]
+Scalar = Annotated[
+    str | int | float | bool | None, PlainValidator(_scalar, json_schema_input_type=str | int | float | bool | None)
+]
+
+
+def _in_microseconds(ts: int) -> int:
+    for unit, (low, high) in OTHER_UNITS.items():
+        if low <= ts < high:
+            raise ValueError(f"looks like {unit}; send microseconds UTC")
+    return ts
+
+
+Microseconds = Annotated[StrictInt, Field(ge=0, lt=2**62), AfterValidator(_in_microseconds)]
 
 
 class RankRequest(BaseModel):
@@ -108,9 +136,27 @@ class RankRequest(BaseModel):
     user_id: Identifier
     candidates: Annotated[list[Identifier], Field(min_length=1, description="item ids")]
     context: Annotated[dict[str, Any], Field(description="context features by the column they come from")] = {}
-    ts: Annotated[
-        StrictInt | None, Field(ge=0, lt=2**62, description="time of the request, microseconds UTC; default: now")
-    ] = None
+    ts: Annotated[Microseconds | None, Field(description="time of the request, microseconds UTC; default: now")] = None
+
+
+class Event(BaseModel):
+    """One new event: its id, user and time, and the columns that the sequences of its table read."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    event_id: Identifier
+    user_id: Identifier
+    ts: Annotated[Microseconds, Field(description="time of the event, microseconds UTC")]
+
+
+class EventsRequest(BaseModel):
+    """Body of ``POST /v1/events``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    events: Annotated[list[Event], Field(min_length=1, max_length=MOST_EVENTS)]
+    table: Annotated[str, Field(description="the event table of the config that they belong to")] = "events"
 
 
 class OverloadedError(CorankError):
@@ -122,6 +168,8 @@ class Service(Protocol):
 
     async def rank(self, request: RankRequest) -> dict[str, Any]: ...
 
+    async def push(self, request: EventsRequest) -> dict[str, Any]: ...
+
     async def describe(self) -> ModelDescription: ...
 
 
@@ -132,6 +180,10 @@ def build_api(service: Service) -> FastAPI:
     @api.post("/v1/rank")
     async def rank(request: RankRequest) -> JSONResponse:
         return JSONResponse(await service.rank(request))
+
+    @api.post("/v1/events")
+    async def events(request: EventsRequest) -> JSONResponse:
+        return JSONResponse(await service.push(request))
 
     @api.get("/healthz")
     async def healthz() -> JSONResponse:
@@ -234,9 +286,9 @@ def answer(
 
 
 class RankingService:
-    """Validates requests, reads their features from the online store and asks the ranker.
+    """Validates requests, reads their features from the online store and asks the ranker; stores new events.
 
-    The store is read in one thread of its own, so that health and overload are answered meanwhile.
+    The store is read and written in one thread of its own, so that health and overload are answered meanwhile.
     """
 
     def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
@@ -246,6 +298,7 @@ class RankingService:
         self._opening = asyncio.Lock()
         self._model: ModelDescription | None = None
         self._reader: OnlineReader | None = None
+        self._writer: OnlineWriter | None = None
         self._admitted = 0
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -273,10 +326,7 @@ class RankingService:
             raise InvalidRequestError(
                 "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
             )
-        if self._admitted >= limits.admitted:
-            raise OverloadedError(f"{self._admitted} requests are being worked on, which is the limit; try again later")
-        self._admitted += 1
-        try:
+        with self._admission():
             model, reader = await self._open()
             ts = request.ts if request.ts is not None else time.time_ns() // 1_000
             row = await self._in_thread(
@@ -291,6 +341,43 @@ class RankingService:
             )
             scores: np.ndarray = await self._ranker.rank.remote(row.rows)
             return answer(request, ts, row, model, scores)
+
+    async def push(self, request: EventsRequest) -> dict[str, Any]:
+        """Append events to the online sequences; the next request sees them.
+
+        Returns:
+            ``added``: events that each sequence got; what it had already, or does not select, is not counted.
+
+        Raises:
+            InvalidRequestError: the events are not what the sequences of this table read; none is stored.
+            OverloadedError: too many requests are being worked on.
+        """
+        with self._admission():
+            return {"added": await self._in_thread(lambda: self._push(request))}
+
+    def _push(self, request: EventsRequest) -> dict[str, int]:
+        if self._writer is None:  # of the newest config, whose views the store has; a model may read fewer of them
+            self._writer = OnlineWriter(self._settings.store, self._settings.log_delay)
+        try:
+            # ids of several kinds in one column become text, which is what they are coded by
+            rows = [event.model_dump() for event in request.events]
+            frame = pl.DataFrame(rows, infer_schema_length=None, strict=False)
+            return self._writer.push(frame, request.table)
+        except CorankError as error:
+            raise InvalidRequestError("events", str(error)) from error
+
+    @contextmanager
+    def _admission(self) -> Iterator[None]:
+        """One of the requests that are worked on at a time.
+
+        Raises:
+            OverloadedError: there are too many.
+        """
+        if self._admitted >= self._settings.admitted:
+            raise OverloadedError(f"{self._admitted} requests are being worked on, which is the limit; try again later")
+        self._admitted += 1
+        try:
+            yield
         finally:
             self._admitted -= 1
 

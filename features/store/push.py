@@ -20,7 +20,7 @@ from feast.types import String
 from features.batch import event_id_column, timeline_column
 from features.encoding import encode, hash_ids
 from features.errors import CorankError
-from features.schema import Sequence
+from features.schema import OTHER_UNITS, Sequence
 from features.store.definitions import sequence_view
 from features.store.delta import microseconds
 from features.store.online import FeatureStoreSettings, entity_values, open_store, registered_view
@@ -71,14 +71,18 @@ class OnlineWriter:
             events added per sequence of this table.
 
         Raises:
-            CorankError: no sequence reads the table; a column is missing, or an event has no id, user or time.
-                Nothing is written then.
+            CorankError: no sequence reads the table; a column is missing or of a wrong type, an event has no id, user
+                or time, or a time in another unit. Nothing is written then.
         """
         sequences = [sequence for sequence in self.schema.sequences if sequence.events == table]
         if not sequences:
             known = sorted({sequence.events for sequence in self.schema.sequences})
             raise CorankError(f"push: no sequence reads the table {table!r}; tables of sequences are {known}")
-        coded = {sequence.name: _coded(_checked(events, table), sequence, table) for sequence in sequences}
+        checked = _checked(events, table)
+        try:
+            coded = {sequence.name: _coded(checked, sequence, table) for sequence in sequences}
+        except pl.exceptions.PolarsError as failure:
+            raise CorankError(f"push to {table}: a column has another type than the log's: {failure}") from failure
         with self._lock:
             return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
 
@@ -165,6 +169,12 @@ def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
     for column in ("event_id", "user_id", "ts"):
         if missing := events[column].null_count():
             raise CorankError(f"push to {table}: {missing:,} of {events.height:,} events have no {column}")
+    for unit, span in OTHER_UNITS.items():
+        if wrong := events.select(pl.col("ts").is_between(*span, closed="left").sum()).item():
+            raise CorankError(
+                f"push to {table}: {wrong:,} of {events.height:,} events have a ts that looks like {unit}; "
+                "send microseconds UTC"
+            )
     return events
 
 
@@ -172,13 +182,8 @@ def _coded(events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame
     """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
     _require(events, [one.source for one in sequence.fields], table)
     if sequence.where is not None:
-        try:
-            events = events.filter(pl.sql_expr(sequence.where))
-        except pl.exceptions.ColumnNotFoundError as failure:
-            raise CorankError(
-                f"push to {table}: the sequence {sequence.name} selects {sequence.where!r}, but the events have only "
-                f"the columns {events.columns}"
-            ) from failure
+        _require(events, pl.sql_expr(sequence.where).meta.root_names(), table)
+        events = events.filter(pl.sql_expr(sequence.where))
     return (
         events.sort("user_id", "ts", "event_id")
         .select(

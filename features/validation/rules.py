@@ -16,7 +16,7 @@ import polars as pl
 import polars.selectors as cs
 from pydantic import Field
 
-from features.schema import SECOND, Declaration, Feature, Grain, Schema, partition_bounds
+from features.schema import OTHER_UNITS, SECOND, Declaration, Feature, Grain, Schema, partition_bounds
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -290,8 +290,6 @@ def columns_of_events(role: str, schema: Schema) -> set[str]:
 def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rule]:
     """Rules of all snapshots of ``users`` or ``items``; each stops every partition."""
     key = PROFILE_KEYS[role]
-    # every snapshot since 1973, read as microseconds, would lie in the first weeks of 1970: valid since ever
-    units = {"seconds": (10**8, 10**10), "milliseconds": (10**11, 10**13), "nanoseconds": (10**17, 2**63 - 1)}
     return [
         Rule("rows", pl.len(), "there are no profiles; write the table", None, 1, subject="{rows:,} rows,"),
         Rule(f"null_{key}", pl.col(key).is_null().sum(), f"have no {key}; {REWRITE}"),
@@ -314,7 +312,7 @@ def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rul
                 _wrong_unit("updated_at", unit),
                 example=_example(f"updated_at_in_{unit}", pl.col("updated_at").is_between(*span, closed="left")),
             )
-            for unit, span in units.items()
+            for unit, span in OTHER_UNITS.items()
         ],
         *_null_share_rules(schema.side("user" if role == "users" else "item"), rules),
     ]

@@ -20,6 +20,7 @@ from tests.features.stores import build_state, online_content, store_settings
 from tests.features.worlds import DAY, DAYS, SCHEMA, write_world
 
 CLOSES = [partition_bounds(day, "day")[1] for day in DAYS]
+CLOSE_IN_MILLISECONDS = CLOSES[0] // 1_000
 USERS = 4
 
 
@@ -163,8 +164,12 @@ def test_a_push_that_cannot_be_read_writes_nothing_and_says_why(writer: OnlineWr
         writer.push(good, table="clicks")
     with pytest.raises(CorankError, match=r"events: the events lack the columns \['seconds'\]"):
         writer.push(good.drop("seconds"))
-    with pytest.raises(CorankError, match="selects \"action = 'watch'\""):
+    with pytest.raises(CorankError, match=r"events: the events lack the columns \['action'\]"):
         writer.push(good.drop("action"))
+    with pytest.raises(CorankError, match="events: a column has another type than the log's"):
+        writer.push(good.with_columns(action=pl.lit("watch"), seconds=pl.lit("long")))
+    with pytest.raises(CorankError, match="1 of 2 events have a ts that looks like milliseconds"):
+        writer.push(good.with_columns(pl.Series("ts", [DAY, CLOSE_IN_MILLISECONDS])))
     with pytest.raises(CorankError, match="1 of 2 events have no event_id"):
         writer.push(good.with_columns(pl.Series("event_id", ["a", None])))
     assert bought(reader) == []

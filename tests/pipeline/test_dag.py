@@ -174,6 +174,27 @@ def test_unknown_users_and_items_are_scored_and_named(config: Config) -> None:
         assert client.model()["tasks"] == ["click", "purchase"]
 
 
+def test_an_event_sent_to_the_endpoint_changes_the_next_answer_once(config: Config) -> None:
+    close = Pipeline(config, Progress(), DAYS[1]).store_close()
+    assert close is not None
+    known, category = config.table("items").scan().select("item_id", "category").head(1).collect().row(0)
+    event = {"event_id": "new", "user_id": "somebody", "item_id": known, "ts": close}
+    event |= {"category": category, "duration": 60.0}
+    with RankingClient(f"http://127.0.0.1:{config.serving.port}") as client:
+
+        def score() -> float:
+            return float(client.rank("somebody", [known], {"device": "tv"}, close + 1)["scores"]["click"][0])
+
+        before = score()
+        assert client.push([event], "watches") == {"watched": 1}
+        after = score()
+        assert after != before
+        assert client.push([event], "watches") == {"watched": 0}
+        assert score() == after
+        with pytest.raises(CorankError, match=r"events: .*no sequence reads the table 'events'"):
+            client.push([event])
+
+
 def test_training_refuses_a_partition_without_a_passing_record(config: Config) -> None:
     pipeline = Pipeline(config, Progress(), DAYS[2])
     with pytest.raises(DataGateError, match=DAYS[2]):

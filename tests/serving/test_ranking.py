@@ -213,6 +213,7 @@ def test_merged_requests_score_alike(settings: ServingSettings) -> None:
         ({"candidates": [1]}, "user_id"),
         (body(ts="now"), "ts"),
         (body(ts=-1), "ts"),
+        (body(ts=1_767_571_200), "ts"),
         (body(more=1), "more"),
         (body(context={**CONTEXT, "x": 1}), "context.x"),
         (body(context={"device": "ios"}), "context.hour"),
@@ -221,6 +222,49 @@ def test_merged_requests_score_alike(settings: ServingSettings) -> None:
 def test_malformed_requests_name_the_field(client: TestClient, request_body: dict[str, Any], field: str) -> None:
     response = client.post("/v1/rank", json=request_body)
     assert response.status_code == 422
+    error = response.json()["error"]
+    assert (error["type"], error["field"]) == ("invalid_request", field)
+    assert error["message"]
+
+
+def new_events(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"events": [{"event_id": "e1", "user_id": 9, "item_id": 1, "ts": NOW - 5} | row for row in rows], **more}
+
+
+def test_the_next_request_sees_pushed_events(client: TestClient, settings: ServingSettings) -> None:
+    def seen() -> list[int]:
+        (row,) = build_row(OnlineReader(settings.store), 2, "9", ["1"], CONTEXT, NOW).rows.to_pylist()
+        return list(row["clicks__ts"])
+
+    request = body(user_id=9)
+    before = client.post("/v1/rank", json=request).json()
+    assert seen() == []
+    pushed = new_events({}, {"event_id": 2, "item_id": "2", "ts": NOW - 4}, {"event_id": 3, "ts": NOW - 2})
+    assert client.post("/v1/events", json=pushed).json() == {"added": {"clicks": 3}}
+    assert seen() == [NOW - 5, NOW - 4]  # the third is within the delay
+    after = client.post("/v1/rank", json=request).json()
+    assert after["scores"] != before["scores"]
+    assert client.post("/v1/events", json=pushed).json() == {"added": {"clicks": 0}}
+    assert client.post("/v1/rank", json=request).json() == after
+
+
+@pytest.mark.parametrize(
+    ("request_body", "field"),
+    [
+        ({"events": []}, "events"),
+        ({}, "events"),
+        (new_events({"user_id": None}), "events.0.user_id"),
+        (new_events({}, {"ts": "now"}), "events.1.ts"),
+        (new_events({"ts": 1_767_571_200}), "events.0.ts"),
+        (new_events({"item_id": [1]}), "events.0.item_id"),
+        (new_events({"item_id": 2**70}), "events.0.item_id"),
+        (new_events({}, table="views"), "events"),
+        ({"events": [{"event_id": 1, "user_id": 9, "ts": NOW}]}, "events"),
+    ],
+)
+def test_malformed_events_name_the_field(client: TestClient, request_body: dict[str, Any], field: str) -> None:
+    response = client.post("/v1/events", json=request_body)
+    assert response.status_code == 422, response.text
     error = response.json()["error"]
     assert (error["type"], error["field"]) == ("invalid_request", field)
     assert error["message"]

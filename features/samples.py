@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import polars as pl
@@ -89,8 +90,8 @@ def build_partitions(
 ) -> dict[str, PartitionCounts]:
     """Build and commit these partitions in Ray tasks, each in one atomic commit per table.
 
-    A task holds one bucket; so memory is bounded by a bucket's size times the tasks that run at once, whatever the
-    size of the object store, which only ever holds the deltas of items.
+    A task holds one bucket; so memory is bounded by a bucket's size times the tasks that run at once
+    (``settings.at_once``), whatever the size of the object store, which only ever holds the deltas of items.
 
     Args:
         partitions: consecutive, oldest first.
@@ -107,7 +108,7 @@ def build_partitions(
         files = _fold_all_items(by_bucket, partitions, earlier, progress)
         _commit(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), partitions, files)
         calls = [(by_bucket, bucket, partitions, earlier) for bucket in range(settings.buckets)]
-        files, counts = _gathered(_tasks(_fold_users, calls), "buckets of users", partitions, len(calls), progress)
+        files, counts = _gathered(by_bucket, _fold_users, calls, "buckets of users", partitions, progress)
     for partition in partitions:
         _check_counts(settings, partition, counts[partition], impressions[partition])
     # the samples last: a partition's record follows them
@@ -124,15 +125,16 @@ def _fold_all_items(
     progress: Callable[[str, int, int], None],
 ) -> Files:
     """Count every bucket of users' items, exchange the counts by bucket of items, and fold them."""
-    import ray
-
     shards = min(settings.buckets, SHARDS)
-    count = ray.remote(_count_items).options(num_returns=shards)
-    counted = [count.remote(settings, bucket, partitions, shards) for bucket in range(settings.buckets)]
-    # with a single return value Ray gives the reference itself
-    parts: list[Any] = [[one] if shards == 1 else one for one in counted]
-    calls = [(settings, shard, shards, partitions, earlier, *(own[shard] for own in parts)) for shard in range(shards)]
-    return _gathered(_tasks(_fold_items, calls), "shares of items", partitions, shards, progress)[0]
+    buckets = [(settings, bucket, partitions, shards) for bucket in range(settings.buckets)]
+    counted: list[list[Any]] = [[] for _ in buckets]
+    for done, (bucket, shares) in enumerate(_ended(_count_items, buckets, settings.at_once, shards), start=1):
+        counted[bucket] = shares
+        progress("buckets counted", done, settings.buckets)
+    calls = [
+        (settings, shard, shards, partitions, earlier, *(own[shard] for own in counted)) for shard in range(shards)
+    ]
+    return _gathered(settings, _fold_items, calls, "shares of items", partitions, progress)[0]
 
 
 @contextmanager
@@ -157,7 +159,7 @@ def _laid_out(
     calls = [(settings, role, dt) for role in roles for dt in slices[role]]
     try:
         what = "slices of tables laid out by user"
-        files, _ = _gathered(_tasks(_spread, calls), what, [*partitions, WHOLE], len(calls), progress)
+        files, _ = _gathered(settings, _spread, calls, what, [*partitions, WHOLE], progress)
         tables = dict(settings.tables)
         for role in roles:
             root = f"{settings.root}/{LAID_OUT}/{role}"
@@ -171,38 +173,50 @@ def _laid_out(
             store.delete_dir(folder)
 
 
-def _tasks(function: Callable[..., list[Written]], calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Written]]:
-    """Run a function in Ray tasks, as many at once as there are CPUs; results as they come.
+def _gathered(
+    settings: BuildSettings,
+    function: Callable[..., list[Written]],
+    calls: Sequence[tuple[Any, ...]],
+    what: str,
+    partitions: Sequence[str],
+    progress: Callable[[str, int, int], None],
+) -> tuple[Files, dict[str, PartitionCounts]]:
+    """Run tasks; what they wrote, by (table, partition), and what they counted."""
+    import ray
+
+    files: Files = {}
+    counts = {partition: PartitionCounts() for partition in partitions}
+    for done, (_, (written,)) in enumerate(_ended(function, calls, settings.at_once), start=1):
+        for one in ray.get(written):
+            if one.file is not None:
+                files.setdefault((one.table, one.partition), []).append(one.file)
+            counts[one.partition] += one.counts
+        progress(what, done, len(calls))
+    return files, counts
+
+
+def _ended(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], at_once: int | None, returns: int = 1
+) -> Iterator[tuple[int, list[Any]]]:
+    """Run a function in Ray tasks; the number of a call and the references to what it returned, as they end.
 
     Plain tasks: the shuffle of a Ray Data plan alone takes five seconds on two cores, many times as long as the
     build of a small partition, and makes Ray start its workers anew.
     """
     import ray
 
-    remote = ray.remote(function)
-    pending = [remote.remote(*call) for call in calls]
-    while pending:
-        done, pending = ray.wait(pending, num_returns=1)
-        yield ray.get(done[0])
-
-
-def _gathered(
-    results: Iterator[list[Written]],
-    what: str,
-    partitions: Sequence[str],
-    total: int,
-    progress: Callable[[str, int, int], None],
-) -> tuple[Files, dict[str, PartitionCounts]]:
-    """What tasks wrote: the files by (table, partition), and what was counted."""
-    files: Files = {}
-    counts = {partition: PartitionCounts() for partition in partitions}
-    for done, written in enumerate(results, start=1):
-        for one in written:
-            if one.file is not None:
-                files.setdefault((one.table, one.partition), []).append(one.file)
-            counts[one.partition] += one.counts
-        progress(what, done, total)
-    return files, counts
+    task = ray.remote(function).options(num_returns=returns)
+    waiting = iter(enumerate(calls))
+    running: dict[Any, tuple[int, list[Any]]] = {}
+    while True:
+        for number, call in islice(waiting, None if at_once is None else at_once - len(running)):
+            # with a single return value Ray gives the reference itself
+            references = task.remote(*call) if returns > 1 else [task.remote(*call)]
+            running[references[0]] = number, references
+        if not running:
+            return
+        (first, *_), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+        yield running.pop(first)
 
 
 def _commit(settings: BuildSettings, table: str, schema: pa.Schema, partitions: Sequence[str], files: Files) -> None:

@@ -49,6 +49,7 @@ class BuildSettings:
         root: below it lie the tables ``samples``, ``state``, ``user_aggregates`` and ``item_aggregates``.
         now: microseconds UTC; later timestamps are quarantined.
         aggregates_delay: microseconds after a partition's close at which its counts become known.
+        at_once: buckets built at a time; None: as many as there are CPUs.
     """
 
     tables: Mapping[str, Table]
@@ -60,6 +61,7 @@ class BuildSettings:
     now: int
     storage_options: Mapping[str, str] = field(default_factory=dict)
     aggregates_delay: int = 0
+    at_once: int | None = None
 
     def table_root(self, table: str) -> str:
         return f"{self.root}/{table}"

@@ -128,9 +128,21 @@ class RetentionConfig(Declaration):
     )
 
 
+LEAST_OBJECT_STORE = 80_000_000
+"""Bytes; Ray starts with no smaller object store."""
+
+
 class RayConfig(Declaration):
     address: str | None = Field(None, description="an existing cluster, e.g. auto; default: a local Ray")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; default: all")
+    object_store_memory: int | None = Field(
+        None, ge=LEAST_OBJECT_STORE, description="bytes of the local Ray's object store; default: as Ray chooses"
+    )
+    concurrent_buckets: int | None = Field(
+        None,
+        ge=1,
+        description="buckets built at a time; memory is bounded by a bucket times this; default: one per CPU",
+    )
 
 
 class FeastConfig(Declaration):

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pipeline.config import RayConfig
 
@@ -68,7 +69,10 @@ def ensure_ray(config: RayConfig) -> None:
     quiet()
     if ray.is_initialized():
         return
-    local = {} if config.address else {"num_cpus": config.num_cpus, "include_dashboard": False}
+    local: dict[str, Any] = {}
+    if not config.address:
+        local = {"num_cpus": config.num_cpus, "include_dashboard": False}
+        local["object_store_memory"] = config.object_store_memory
     global _cluster
     _cluster = config.address
     on_terminate = signal.getsignal(signal.SIGTERM)

@@ -249,6 +249,7 @@ class Workspace:
             root=config.path("tables"),
             now=self.log.now,
             aggregates_delay=config.aggregates_delay,
+            at_once=config.ray.concurrent_buckets,
         )
 
     def store_settings(self) -> FeatureStoreSettings:

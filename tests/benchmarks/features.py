@@ -1,4 +1,4 @@
-"""The sample builder and the offline store: speed, growth, memory, bytes, and right answers, on synthetic Delta tables.
+"""The sample builder, the reader and the offline store on synthetic Delta tables: speed, memory, bytes, right answers.
 
 ``python -m tests.benchmarks.features [--quick] [--events N] [--data DIR]``: 20 million events in ten daily partitions
 unless told. Times of the builder are those of whole builds on Ray, from Delta to committed Delta, into a folder of
@@ -29,18 +29,31 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 from polars.testing import assert_frame_equal
 from rich.console import Console
 from rich.table import Table as PrintedTable
 
-from features.batch import end_column, feature_column, label_column, timeline_column
+from features.batch import (
+    RequestBatch,
+    collate,
+    compress,
+    end_column,
+    feature_column,
+    label_column,
+    timeline_column,
+)
 from features.lake import STAMP, Table
+from features.reader import SampleSource
 from features.samples import build_partitions
 from features.schema import Schema
 from features.states import SAMPLES, STATE
-from pipeline.config import RayConfig
+from models.losses import task_losses
+from models.registry import build_model
+from pipeline.config import LEAST_OBJECT_STORE, RayConfig, TrainingConfig
 from pipeline.progress import Progress
 from pipeline.runtime import ensure_ray, quiet, stop_ray
+from pipeline.training import split_parameters
 from tests.benchmarks.measure import at_least, at_most, print_results
 from tests.benchmarks.worlds import SCHEMA, World, WrittenWorld, write_world
 
@@ -52,6 +65,8 @@ CHECKED_UP_TO = 1_000_000
 FLATTENED_FILES = 60
 """Of a larger sample table so many files (slices of dt and bucket), evenly spread, are flattened."""
 ENTITY_ROWS, HISTORICAL_REPEATS = 20_000, 3
+TRAINED_BATCHES = 20
+"""Steps of the model that the reader is compared with."""
 MEBIBYTE = 1 << 20
 
 
@@ -189,9 +204,18 @@ def measure_builds(bench: Bench, log: WrittenWorld, output: Path) -> float:
         idle_memory_mib=idle,
         polars_peak_memory_mib=other_memory,
     )
+    total = 0.0
     for name in (SAMPLES, STATE):
         written = sum(file.stat().st_size for file in (output / name).rglob("*.parquet")) / MEBIBYTE
+        total += written
         bench.report(f"table {name} on disk", f"{written:,.1f} MiB", **{f"{name}_file_mib": written})
+    store = LEAST_OBJECT_STORE / MEBIBYTE
+    bench.report(
+        "both against Ray's object store",
+        f"{total / store:.1f}×",
+        f"of {store:.0f} MiB",
+        written_of_store=total / store,
+    )
     # a partition that is built again reads and writes what a new one does
     early, last = (
         float(np.median([bench.build(log, output, [day], f"partition {day}") for _ in range(1 if bench.quick else 3)]))
@@ -234,6 +258,52 @@ def check_equal(log: WrittenWorld, output: Path, other: Path) -> None:
             wanted = pl.read_parquet(other / name / f"{partition}.parquet").sort("user_id")
             ours = Table(name, str(output / name)).scan([partition]).drop("dt", "bucket").sort("user_id").collect()
             assert_frame_equal(ours.join(wanted, on="user_id", how="semi", maintain_order="left"), wanted)
+
+
+def measure_reader(bench: Bench, log: WrittenWorld, output: Path) -> None:
+    """Candidates per second out of the sample table, shuffled and ready for a step, beside what ``tiny`` trains at."""
+    torch.manual_seed(0)
+    source = SampleSource(str(output / SAMPLES), SCHEMA, tuple(log.world.partitions), 0, 2**62)
+    options = TrainingConfig()
+    budget = options.batch_candidates, options.batch_events
+    rates: dict[str, float] = {}
+    batches: list[RequestBatch] = []
+    for name, in_process in (("ray", False), ("in_process", True)):
+        with bench.progress.stage(f"read, {name}") as stage:
+            read, started = 0, time.perf_counter()
+            for rows in source.batches(*budget, seed=0, in_process=in_process):
+                batch = compress(collate(rows, SCHEMA))
+                read += batch.candidates
+                stage.say(f"{read:,} candidates")
+                if in_process and len(batches) < TRAINED_BATCHES:
+                    batches.append(batch)
+            rates[name] = read / (time.perf_counter() - started)
+    model = build_model(SCHEMA, "ui-mixformer", "tiny", {}, options.id_dropout)
+    dense, embeddings = split_parameters(model)
+    optimizers = [torch.optim.AdamW(dense), torch.optim.Adagrad(embeddings)]
+    seconds = []
+    with bench.progress.stage("train tiny") as stage:
+        for number, batch in enumerate(batches):
+            started = time.perf_counter()
+            loss, weight = task_losses(model(batch), batch.labels, batch.label_mask, batch.weight)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            (loss / weight.clamp(min=1)).sum().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            seconds.append(time.perf_counter() - started)
+            stage.say(f"{number + 1}/{len(batches)} steps")
+    trained = float(np.median([batch.candidates / taken for batch, taken in zip(batches, seconds, strict=True)]))
+    slower = min(rates.values())
+    bench.report(
+        "reading samples on Ray, in one process",
+        f"{rates['ray']:,.0f}, {rates['in_process']:,.0f} /s",
+        f"candidates; a step of tiny takes {trained:,.0f} /s: reading is {slower / trained:.1f}× as fast",
+        read_on_ray_candidates_per_second=rates["ray"],
+        read_in_process_candidates_per_second=rates["in_process"],
+        trained_candidates_per_second=trained,
+        read_over_trained=slower / trained,
+    )
 
 
 def measure_growth(bench: Bench, world: World, full: float) -> None:
@@ -427,6 +497,8 @@ def goals(results: dict[str, float]) -> dict[str, Any]:
     return {
         "speed_of_polars": at_least(0.5, results.get("speed_of_polars")),
         "growth_exponent": at_most(1.1, results.get("growth_exponent")),
+        "written_of_store": at_least(3, results.get("written_of_store")),
+        "read_over_trained": at_least(3, results.get("read_over_trained")),
         "flattened_over_samples_arrow": at_least(10, results.get("flattened_over_samples_arrow")),
         "flattened_over_samples_parquet": at_least(4, results.get("flattened_over_samples_parquet")),
         "historical_delta_rows_right": at_least(ENTITY_ROWS, results.get("historical_delta_rows_right")),
@@ -451,11 +523,12 @@ def main() -> None:
         try:
             log = bench.write(world)
             measure_historical_features(bench, log)
-            ensure_ray(RayConfig(num_cpus=os.cpu_count()))
+            ensure_ray(RayConfig(num_cpus=os.cpu_count(), object_store_memory=LEAST_OBJECT_STORE))
             with bench.scratch() as output:  # the workers' imports are paid once, before anything is measured
                 bench.build(log, output, world.partitions[:1], "warm-up")
             with bench.scratch() as output:
                 full = measure_builds(bench, log, output)
+                measure_reader(bench, log, output)
                 measure_bytes(bench, output)
             measure_growth(bench, world, full)
         finally:

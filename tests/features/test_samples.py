@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def test_a_request_never_sees_an_event_of_its_own_time(tmp_path: Path) -> None:
 def test_day_by_day_builds_the_same_tables_as_all_at_once(tmp_path: Path, local_ray: None) -> None:
     tables = write_world(tmp_path, seed=1, users=12)
     whole, steps = (settings(tables, tmp_path / name, schema=COUNTING) for name in ("whole", "steps"))
+    steps = replace(steps, at_once=1)
     counts = build_partitions(whole, DAYS, [], shown(tables), lambda *_: None)
     for index, day in enumerate(DAYS):
         counts_of_day = build_partitions(steps, [day], DAYS[:index], shown(tables), lambda *_: None)

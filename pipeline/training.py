@@ -1,9 +1,8 @@
 """Training on Ray Train: a global step is a list of rows cut by a budget and dealt to the workers.
 
-Every worker streams the same seeded order (Ray Data, order kept) and takes its share of each step; losses
-are normalised by the global weight. So the number of workers changes speed, and the draw of dropout, but neither
-the steps nor their rows.
-A killed run continues from its last epoch.
+Every worker streams the same seeded order (Ray Data, order kept; a single one on the CPU reads by itself) and takes its
+share of each step; losses are normalised by the global weight. So the number of workers changes speed, and the draw of
+dropout, but neither the steps nor their rows. A killed run continues from its last epoch.
 """
 
 from __future__ import annotations
@@ -207,6 +206,8 @@ def _worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device()
+    # the batches are the same; a plan of Ray Data takes seconds to start, twice an epoch
+    in_process = world == 1 and device.type == "cpu"
     # Ray gives a worker as many threads as CPUs it reserves; the data tasks leave the others idle most of the time
     keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
@@ -234,7 +235,7 @@ def _worker(config: dict[str, Any]) -> None:
         own.train()
         seen, loss_sum, steps = 0, 0.0, 0
         seed = options.seed * 1_000_003 + epoch
-        for rows in job.train.batches(options.batch_candidates, options.batch_events, seed):
+        for rows in job.train.batches(options.batch_candidates, options.batch_events, seed, in_process=in_process):
             loss, count = _step(job, model, rows, rank, world, device, weights)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
@@ -254,7 +255,7 @@ def _worker(config: dict[str, Any]) -> None:
             if rank == 0 and steps % 10 == 0:
                 config["reports"].put({"epoch": epoch + 1, "candidates": seen})
         published: RankingModel = averaged.module if averaged is not None else own
-        metrics = _validate(job, published, device) if rank == 0 else {}
+        metrics = _validate(job, published, device, in_process) if rank == 0 else {}
         metrics = {"epoch": epoch + 1, "loss": loss_sum / max(steps, 1), "candidates": seen, **metrics}
         state["history"].append(metrics)
         score = metrics.get(f"{job.gate_task}_auc", 0.0)
@@ -302,10 +303,11 @@ def probabilities(model: RankingModel, batch: RequestBatch) -> np.ndarray:
     return model(batch).float().sigmoid().cpu().numpy()  # type: ignore[no-any-return]
 
 
-def _validate(job: TrainingJob, model: RankingModel, device: torch.device) -> dict[str, float]:
+def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_process: bool) -> dict[str, float]:
     model.eval()
     labels, masks, scores, users, requests = [], [], [], [], []
-    for rows in job.validation.batches(4 * job.training.batch_candidates, 4 * job.training.batch_events):
+    budget = 4 * job.training.batch_candidates, 4 * job.training.batch_events
+    for rows in job.validation.batches(*budget, in_process=in_process):
         batch = collate(rows, job.schema)
         scores.append(probabilities(model, batch.to(device)))
         labels.append(batch.labels.numpy())

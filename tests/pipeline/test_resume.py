@@ -74,39 +74,39 @@ def ray_processes() -> list[str]:
     return [name for name in names if name.startswith(("ray::", "raylet", "gcs_server"))]
 
 
-def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
+def interrupt_when(folder: Path, happened: Any) -> None:
+    """Ctrl-C as soon as something is seen in its workspace and two seconds have passed; no process stays behind."""
+    before = len(ray_processes())
+    process = start(folder)
+    while not happened():
+        assert process.poll() is None, (folder / "run.log").read_text()
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, (folder / "run.log").read_text()
+    deadline = time.monotonic() + 15
+    while len(ray_processes()) > before:
+        assert time.monotonic() < deadline, ray_processes()
+        time.sleep(0.2)
+    assert "stopped" in (folder / "run.log").read_text()
+
+
+def test_a_run_killed_or_interrupted_anywhere_continues_and_ends_the_same(tmp_path: Path) -> None:
     data = tmp_path / "data"
     import_synthetic(data, days=2, users=80, items=80, seed=2, start=START, buckets=2, say=lambda _: None)
     undisturbed, killed = load(tmp_path / "a", data), load(tmp_path / "b", data)
     finish(tmp_path / "a")
     work = killed.local_path()
-    moments = {
+    stages = {
         "validated": lambda: len(list(work.glob("records/validated/*.json"))) >= 1,
         "samples": lambda: bool(list(work.glob("tables/samples/dt=*/*/*.parquet"))),
         "feature_store": lambda: (work / "feast" / "online.db").exists(),
         "candidate": lambda: bool(list(work.glob("checkpoints/*/*/state.pt"))),
         "champion": lambda: bool(list(work.glob("records/evaluation/*.json"))),
     }
-    for happened in moments.values():
+    for name, happened in stages.items():
         kill_when(tmp_path / "b", happened)
+        if name == "feature_store":  # in the middle of training
+            interrupt_when(tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))))
     finish(tmp_path / "b")
     assert outcome(killed) == outcome(undisturbed)
-
-
-def test_an_interrupted_run_leaves_no_process_behind(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    import_synthetic(data, days=2, users=60, items=60, seed=3, start=START, buckets=2, say=lambda _: None)
-    config = load(tmp_path, data)
-    before = len(ray_processes())
-    process = start(tmp_path)
-    while not list(config.local_path().glob("records/feature_store/*.json")):
-        assert process.poll() is None, (tmp_path / "run.log").read_text()
-        time.sleep(0.05)
-    time.sleep(2)  # in the middle of training
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (tmp_path / "run.log").read_text()
-    deadline = time.monotonic() + 15
-    while len(ray_processes()) > before:
-        assert time.monotonic() < deadline, ray_processes()
-        time.sleep(0.2)
-    assert "stopped" in (tmp_path / "run.log").read_text()

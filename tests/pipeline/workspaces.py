@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipeline.config import Config, load_config
+from tests.servers import free_port
 
 EXAMPLE = Path("pipeline/examples/synthetic.yaml")
 START = "2026-01-05"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_config(folder: Path, data: Path, **changes: Any) -> Path:

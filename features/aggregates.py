@@ -20,7 +20,7 @@ import pyarrow as pa
 from features.encoding import encode
 from features.schema import Aggregate, Feature, Schema
 
-KEY = "key"
+KEY = "__key"
 """What is crossed with the user, as text; also the prefix of its list column in the state table."""
 
 
@@ -105,7 +105,7 @@ def deltas(features: Sequence[Feature], keys: Sequence[str], sources: Mapping[st
         value = pl.lit(1.0) if aggregate.column is None else pl.col(aggregate.column).cast(pl.Float64)
         parts.append(
             rows.select(*keys, value.alias("value"))
-            .drop_nulls("value")
+            .filter(pl.col("value").is_finite())  # nor null; one NaN would stay in the sum for ever
             .group_by(keys, maintain_order=True)
             .agg(
                 pl.len().cast(pl.Int64).alias(count_column(feature)),

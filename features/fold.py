@@ -37,6 +37,7 @@ from features.logs import crossed, log_rows, new_events, profiles_of, with_feedb
 from features.requests import in_order, newest, sample_rows
 from features.schema import partition_bounds, partition_number
 from features.states import (
+    EVENT_ID,
     ITEM_AGGREGATES,
     SAMPLES,
     STATE,
@@ -90,7 +91,13 @@ def fold_bucket(
         if index == 0:
             touched = pl.concat([one.select("user_id") for one in rows.values()]).unique()
             state = load_state(settings, bucket, earlier, None if whole or len(partitions) > 1 else touched)
-        new = {s.name: new_events(settings, s, rows[s.events]) for s in schema.sequences}
+        new = {
+            # an event delivered again in a later partition counts once, as online
+            s.name: new_events(settings, s, rows[s.events]).join(
+                state[s.name], on=["user_id", EVENT_ID], how="anti", maintain_order="left"
+            )
+            for s in schema.sequences
+        }
         timelines = {name: in_order(pl.concat([state[name], new[name]])) for name in new}
         shown = with_feedback(settings, rows["impressions"], partition)
         samples = sample_rows(settings, shown, timelines, users, items, own, cross, counted)

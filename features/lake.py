@@ -190,8 +190,8 @@ class Table:
             remedy = "restore the files, or write their partition again"
             raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
 
-    def slice(self, partitions: Iterable[str], bucket: int, buckets: int) -> pl.DataFrame:
-        """The rows of one bucket in these partitions.
+    def slice(self, partitions: Iterable[str] | None, bucket: int, buckets: int) -> pl.DataFrame:
+        """The rows of one bucket in these partitions; None: of the whole table.
 
         Read directly where the table is laid out by (dt, bucket), by hashing the users where not.
 
@@ -199,12 +199,16 @@ class Table:
             CorankError: the table is laid out with another number of buckets.
             UnreadableError: a file cannot be read; it is named.
         """
-        partitions = list(partitions)
+        partitions = None if partitions is None else list(partitions)
         frame = self.scan(partitions)
         if self.is_bucketed():
+            most = (
+                buckets if partitions is not None else max(int(one["bucket"]) for one in self.delta().partitions()) + 1
+            )
             rows = self.collect(frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket"), partitions)
             users = rows.select(pl.col("user_id").unique())
-            if not users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item():
+            right = users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item()
+            if not right or most > buckets:
                 raise CorankError(
                     f"table {self.name} at {self.uri}: its column bucket is not the user hash modulo {buckets}. "
                     "Set `buckets` in the config to the number the table was laid out with."
@@ -318,33 +322,38 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
     store = fs.PyFileSystem(DeltaStorageHandler(root, options=dict(options)))
-    times = [path for name, path in _leaves(rows.schema) if name == "ts" or name.endswith("__ts")]
+    leaves = _leaves(rows.schema)
+    times = [
+        path
+        for name, path, kind in leaves
+        if (name == "ts" or name.endswith("__ts")) and pa.types.is_signed_integer(kind)
+    ]
     # no value comes twice, so a dictionary of them is only work
-    plain = [path for name, path in _leaves(rows.schema) if name.endswith("__event_id")]
+    plain = [path for name, path, _ in leaves if name.endswith("__event_id")]
     with store.open_output_stream(path) as sink:
         pq.write_table(
             rows,
             sink,
             compression="zstd",
-            use_dictionary=[path for _, path in _leaves(rows.schema) if path not in (*times, *plain)],
+            use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
             column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
         )
     return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition))
 
 
-def _leaves(schema: pa.Schema) -> list[tuple[str, str]]:
-    """Name and path of every column that Parquet stores; a list's or a struct's parts have paths of their own."""
+def _leaves(schema: pa.Schema) -> list[tuple[str, str, pa.DataType]]:
+    """Name, path and type of every column that Parquet stores; parts of a list or struct have paths of their own."""
 
-    def below(path: str, kind: pa.DataType) -> Iterator[str]:
+    def below(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             yield from below(f"{path}.list.element", kind.value_type)
         elif pa.types.is_struct(kind):
             for part in kind:
                 yield from below(f"{path}.{part.name}", part.type)
         else:
-            yield path
+            yield path, kind
 
-    return [(column.name, path) for column in schema for path in below(column.name, column.type)]
+    return [(column.name, *leaf) for column in schema for leaf in below(column.name, column.type)]
 
 
 def replace_partition(

@@ -13,11 +13,15 @@ from features.aggregates import (
 from features.batch import (
     feature_column,
 )
-from features.encoding import bucket_column, encode, hash_ids
-from features.schema import FEEDBACK, Feature, Grain, partition_bounds
+from features.encoding import encode, hash_ids
+from features.errors import DataGateError
+from features.schema import FEEDBACK, OTHER_UNITS, Feature, Grain, partition_bounds
 from features.schema import Sequence as BehaviourSequence
 from features.states import EVENT_ID, BuildSettings
 from features.validation import distinct_events, quarantine
+
+FEEDBACK_ROWS = 1_000_000
+"""Rows of feedback that are looked at together."""
 
 
 def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict[str, pl.DataFrame], dict[str, int]]:
@@ -56,9 +60,13 @@ def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition:
         pl.col("label").cast(pl.String),
         pl.col("value").cast(pl.Int64),
         "ts",
+        pl.col("dt").cast(pl.String),
     )
-    rows = table.collect(given.filter(pl.col("label").is_in([task.name for task in tasks])), parts)
-    rows = own.join(rows, on=keys, how="inner")
+    found = []
+    for portion in table.portions(given, FEEDBACK_ROWS, parts):  # no more in memory than this, and the bucket's own
+        _refuse_bad_feedback(portion, settings.grain)
+        found.append(portion.join(own, on=keys, how="inner"))
+    rows = pl.concat([given.clear().collect().join(own, on=keys, how="inner"), *found])
     labels = []
     for task in tasks:
         last = pl.col("shown") + (task.attribution_window or 0)
@@ -75,6 +83,42 @@ def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition:
     return impressions.with_columns(labels)
 
 
+def _refuse_bad_feedback(rows: pl.DataFrame, grain: Grain) -> None:
+    """Raise on rows that would silently give no label, or a wrong one.
+
+    Raises:
+        DataGateError: table, partition and count of rows without a key, with another value than 0 or 1, or with a ts
+            outside of their partition.
+    """
+    bounds = {str(partition): partition_bounds(str(partition), grain) for partition in rows["dt"].unique()}
+    spans = pl.DataFrame(
+        [(partition, *span) for partition, span in bounds.items()],
+        schema={"dt": pl.String, "opening": pl.Int64, "close": pl.Int64},
+        orient="row",
+    )
+    rows = rows.join(spans, on="dt", how="left")
+    rules = {
+        "lack request_id, item_id, label or ts": pl.any_horizontal(
+            pl.col("request_id", "item_id", "label", "ts").is_null()
+        ),
+        "have a value that is not 0 or 1": ~pl.col("value").is_in([0, 1]),
+        **{
+            f"have a wrong unit: ts looks like {unit}; cast to microseconds": pl.col("ts").is_between(
+                *span, closed="left"
+            )
+            for unit, span in OTHER_UNITS.items()
+        },
+        "have a ts outside of the partition": ~pl.col("ts").is_between("opening", "close", closed="left"),
+    }
+    for problem, broken in rules.items():
+        bad = rows.filter(broken.fill_null(False))
+        if bad.height:
+            raise DataGateError(
+                f"table {FEEDBACK}, partition {bad['dt'].sort()[0]}: {bad.height:,} rows {problem}; correct them and "
+                "write their partition again"
+            )
+
+
 def feedback_partitions(partitions: Iterable[str], low: int, high: int, grain: Grain) -> list[str]:
     """The partitions of feedback that can hold rows of ``low ≤ ts < high``, microseconds UTC, and the one at high."""
     bounds = {partition: partition_bounds(partition, grain) for partition in partitions}
@@ -86,12 +130,7 @@ def profiles_of(
 ) -> pl.DataFrame:
     """Profile snapshots ordered by updated_at: key, updated_at, known, a code per feature; keys to cross as text."""
     table = settings.tables[role]
-    if bucket is not None and table.is_bucketed():
-        frame = table.collect(table.scan().filter(pl.col("bucket").cast(pl.Int32) == bucket))
-    else:
-        frame = table.collect(table.scan())
-        if bucket is not None:
-            frame = frame.filter(bucket_column(pl.col(key), settings.buckets) == bucket)
+    frame = table.collect(table.scan()) if bucket is None else table.slice(None, bucket, settings.buckets)
     texts = []
     for column in settings.schema.cross_keys if role == "items" else ():
         kind = pl.List(pl.String) if isinstance(frame.schema[column], pl.List) else pl.String
@@ -131,9 +170,9 @@ def crossed(rows: pl.DataFrame, items: pl.DataFrame, key: str) -> pl.DataFrame:
 def join_as_of(rows: pl.DataFrame, profiles: pl.DataFrame, key: str) -> pl.DataFrame:
     """Rows, in their order, with the columns of the newest profile that has ``updated_at ≤ ts``."""
     return (
-        rows.with_row_index("row")
+        rows.with_row_index("__row")
         .sort("ts")
         .join_asof(profiles, left_on="ts", right_on="updated_at", by=key, strategy="backward", check_sortedness=False)
-        .sort("row")
-        .drop("row", "updated_at", strict=False)
+        .sort("__row")
+        .drop("__row", "updated_at", strict=False)
     )

@@ -146,11 +146,7 @@ def _laid_out(
     A user's own table that is not is read once, hashed by user, and written by bucket; else every bucket would have
     to read it whole. The copies are deleted in the end; those of a killed build, when the next one begins.
     """
-    local = "://" not in settings.root
-    store, path = (fs.LocalFileSystem(), settings.root) if local else fs.FileSystem.from_uri(settings.root)
-    folder = f"{path}/{LAID_OUT}"
-    if store.get_file_info(folder).type != fs.FileType.NotFound:
-        store.delete_dir(folder)
+    clear_copies(settings.root)
     roles = [role for role in [*settings.schema.logs, "users"] if not settings.tables[role].is_bucketed()]
     if not roles:
         yield settings
@@ -169,8 +165,14 @@ def _laid_out(
             tables[role] = Table(role, root, {}, settings.storage_options)
         yield replace(settings, tables=tables)
     finally:
-        if store.get_file_info(folder).type != fs.FileType.NotFound:
-            store.delete_dir(folder)
+        clear_copies(settings.root)
+
+
+def clear_copies(root: str) -> None:
+    """Delete the copies of the user's tables that a build, or a killed one, left below the builder's tables."""
+    store, path = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
+    if store.get_file_info(f"{path}/{LAID_OUT}").type != fs.FileType.NotFound:
+        store.delete_dir(f"{path}/{LAID_OUT}")
 
 
 def _gathered(

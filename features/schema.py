@@ -38,6 +38,10 @@ EPOCH_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
 """Weeks begin on Monday; the first Monday of Unix time anchors them."""
 
 
+TAKEN_NAMES = frozenset(("user_id", "event_id", "ts", "position", "start", "stop"))
+"""What a timeline's events are called by besides their fields."""
+
+
 class Declaration(BaseModel):
     """Base of all declarations: unknown keys are mistakes, values never change after loading."""
 
@@ -65,7 +69,9 @@ class FieldSpec(Declaration):
     @classmethod
     def _vocabulary_is_text(cls, data: object) -> object:
         if isinstance(data, dict) and isinstance(data.get("vocabulary"), list):
-            return {**data, "vocabulary": [str(value) for value in data["vocabulary"]]}
+            # a boolean is spelled as a table's boolean column is when it is cast to text
+            texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in data["vocabulary"]]
+            return {**data, "vocabulary": texts}
         return data
 
     @model_validator(mode="after")
@@ -160,6 +166,16 @@ class Sequence(Declaration):
     where: str | None = Field(None, description="SQL condition that selects the events, e.g. action = 'buy'")
     length: int = Field(100, ge=1, le=10_000, description="L: visible events of one request")
     fields: tuple[FieldSpec, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fields_have_names_of_their_own(self) -> Sequence:
+        names = [field.name for field in self.fields]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"field {name!r} is declared {names.count(name)} times")
+            if name in TAKEN_NAMES:
+                raise ValueError(f"a field cannot be called {name!r}: choose another name, with `column: {name}`")
+        return self
 
 
 class Task(Declaration):

@@ -147,7 +147,7 @@ def retrain(
         # a rejected candidate covers its partition too, else it would be trained for ever
         covered = max(version.tags["partition"] for version in pipeline.registry.versions())
         current = _pipeline(loaded, until=covered, warm_start=True)
-        newer = [partition for partition in pipeline.partitions if partition > covered]
+        newer = [partition for partition in pipeline.log.shown if partition > covered]
         if set(current.pending()) & {"evaluation", "champion"}:
             typer.echo(f"finishing partition {covered}")
             _execute(current, serve)

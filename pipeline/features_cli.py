@@ -338,12 +338,13 @@ def features_skew(
 
         pipeline = _pipeline(_load(config))
         with exclusive(pipeline.config), pipeline.progress.stage("skew") as stage:
-            built = [one for one in pipeline.kept if pipeline.records.get("samples", one)]
+            stale = set(pipeline.stale_samples())
+            built = [one for one in pipeline.kept if one not in stale]
             chosen = partition or (built[-1] if built else None)
             if chosen is None or chosen not in built:
                 raise CorankError(
-                    f"partition {chosen or '(none)'} has no samples; there are {', '.join(built[-3:]) or 'none'}. "
-                    "Run `corank run` first"
+                    f"partition {chosen or '(none)'} has no samples of the present log and config; there are "
+                    f"{', '.join(built[-3:]) or 'none'}. Run `corank run` first"
                 )
             stage.say("filling a scratch store")
             report = replay(

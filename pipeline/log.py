@@ -25,7 +25,12 @@ def now_us() -> int:
 
 
 class Log:
-    """The user's tables as partitions with fingerprints, as of the moment this object was made."""
+    """The user's tables as partitions with fingerprints, as of the moment this object was made.
+
+    Attributes:
+        shown: the closed and selected partitions of impressions, oldest first.
+        partitions: these, and those before the newest of them that hold only events: they are history.
+    """
 
     def __init__(self, config: Config, records: Records, until: str | None = None) -> None:
         """
@@ -68,23 +73,38 @@ class Log:
                 f"table impressions, partition {future[0]}: {count:,} rows lie in the future (partitions "
                 f"{', '.join(future[:5])}); correct ts and dt"
             )
-        self.partitions = [
+        self.shown = [
             partition
             for partition in found
             if bounds[partition][1] <= self.now
             and (config.start is None or partition >= config.start)
             and (until is None or partition <= until)
         ]
-        if not self.partitions:
+        if not self.shown:
             raise CorankError(
                 f"table impressions: none of its partitions {found[0]} … {found[-1]} is closed and selected"
             )
+        self.partitions = sorted({*self.shown, *self._histories()})
         self._fingerprints = self._read_fingerprints(records)
 
+    def _histories(self) -> set[str]:
+        """Partitions of event tables before the newest partition of impressions, from ``start`` on."""
+        found: set[str] = set()
+        for role in self.config.schema_.logs[1:]:  # the first is impressions
+            table = self.config.table(role)
+            known = table.partitions()
+            try:
+                for partition in known:
+                    self.bounds(partition)
+            except ValueError as error:
+                raise DataGateError(f"table {role} at {table.uri}: {error}") from None
+            found |= {one for one in known if (self.config.start or "") <= one < self.shown[-1]}
+        return found
+
     def gaps(self) -> list[str]:
-        """Partitions without impressions between the oldest and the newest."""
+        """Partitions without impressions between the oldest and the newest that have some."""
         missing = []
-        for earlier, later in zip(self.partitions, self.partitions[1:], strict=False):
+        for earlier, later in zip(self.shown, self.shown[1:], strict=False):
             moment = self.bounds(earlier)[1]
             while moment < self.bounds(later)[0]:
                 missing.append(partition_of(moment, self.config.grain))

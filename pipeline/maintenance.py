@@ -30,6 +30,7 @@ from features.maintenance import (
     size_in_storage,
     vacuum,
 )
+from features.samples import clear_copies
 from features.states import SAMPLES
 from pipeline.registry import CHAMPION, PREVIOUS
 from pipeline.stages import Pipeline
@@ -112,6 +113,7 @@ def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
 
     records, users = pipeline.records, list(dict.fromkeys(users))
     with pipeline.progress.stage("forget") as stage:
+        clear_copies(pipeline.config.path("tables"))
         found = []
         for table in workspace_tables(pipeline):
 
@@ -200,7 +202,7 @@ def _own_rows(pipeline: Pipeline, user: str) -> dict[str, int]:
         table = pipeline.config.table(role)
         if not table.exists() or "user_id" not in table.schema().names:
             continue
-        count = table.scan().filter(pl.col("user_id").cast(pl.String) == user).select(pl.len()).collect().item()
+        count = table.collect(table.scan().filter(pl.col("user_id").cast(pl.String) == user).select(pl.len())).item()
         if count:
             rows[role] = int(count)
     return rows

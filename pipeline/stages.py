@@ -55,6 +55,7 @@ class Pipeline(Workspace):
                 config.path("quarantine"),
                 self.log.now,
                 said,
+                set(self.partitions) - set(self.log.shown),
             )
             stored = []
             for result in results:
@@ -103,7 +104,8 @@ class Pipeline(Workspace):
             ensure_ray(config.ray)
             settings = self.build_settings()
             stage.say(f"{len(partitions)} partitions, {config.buckets} buckets")
-            shown = {partition: self.record("validated", partition)["rows"]["impressions"] for partition in partitions}
+            rows = {partition: self.record("validated", partition)["rows"] for partition in partitions}
+            shown = {partition: own.get("impressions", 0) for partition, own in rows.items()}
             counts: dict[str, PartitionCounts] = {}
             for consecutive in self._runs(partitions):
                 earlier = self.partitions[: self.partitions.index(consecutive[0])]
@@ -121,6 +123,7 @@ class Pipeline(Workspace):
                         **asdict(counts[partition]),
                     },
                 )
+            self._drop_old_states()
             total = {
                 name: sum(getattr(count, name) for count in counts.values())
                 for name in ("impressions", "quarantined", "candidates", "requests", "users", "timeline_events")
@@ -131,6 +134,18 @@ class Pipeline(Workspace):
                 f"{total['requests']:,} requests, {total['users']:,} timelines"
             )
         return total
+
+    def _drop_old_states(self) -> None:
+        """Drop the states of partitions that the log, or the config's ``start``, no longer has: the online store is
+        filled from these tables."""
+        from features.maintenance import drop_partitions
+        from features.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
+
+        for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES):
+            table = self.build_settings().table(name)
+            gone = [one for one in table.partitions() if one < self.partitions[-1] and one not in self.partitions]
+            if gone:
+                drop_partitions(table, gone)
 
     def _runs(self, partitions: Sequence[str]) -> list[list[str]]:
         """The partitions in runs of consecutive ones."""
@@ -167,7 +182,7 @@ class Pipeline(Workspace):
             end = max(
                 close := self.log.bounds(partitions[-1])[1], min(close + self.config.aggregates_delay, self.log.now)
             )
-            rows = materialize(settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"))
+            rows = materialize(settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"), close)
             self.records.put(
                 "feature_store",
                 "online",

@@ -141,12 +141,15 @@ class Workspace:
         return [one for one, record in records.items() if record.get("inputs") != self.sample_inputs[one]]
 
     def stale_store(self) -> list[str]:
-        stored = (self.records.get("feature_store", "online") or {}).get("partitions", {})
-        wanted = self.store_inputs()
+        record = self.records.get("feature_store", "online") or {}
+        stored, wanted = record.get("partitions", {}), self.store_inputs()
         for index, partition in enumerate(self.partitions):
             if stored.get(partition) != wanted[partition]:
                 return self.partitions[index:]
-        return []
+        newest = self.partitions[-1]
+        # it was filled before the newest counts became known, and now they are
+        known = self.log.bounds(newest)[1] + self.config.aggregates_delay
+        return [newest] if record["close"] < known <= self.log.now else []
 
     def pending(self) -> list[str]:
         """Names of the stages that have work, in order; empty when everything is up to date."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import NoneType
 from typing import Annotated, Any, Protocol
 
@@ -38,7 +39,7 @@ from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
-from serving.rows import InvalidRequestError, RequestRow, build_row
+from serving.rows import InvalidRequestError, RequestRow, as_text, build_row, check_text
 
 APPLICATION = "corank"
 
@@ -102,6 +103,10 @@ class ModelDescription:
 def _identifier(value: Any) -> str | int:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise ValueError("must be a text or an integer")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("is an integer of more than 64 bits; send it as text")
+    if isinstance(value, str):
+        check_text(value)
     return value
 
 
@@ -109,6 +114,8 @@ def _scalar(value: Any) -> Any:
     fits = -(2**63) <= value < 2**63 if isinstance(value, (int, float)) else isinstance(value, (str, NoneType))
     if not fits:  # NaN neither
         raise ValueError("must be a text, a number of at most 64 bits, a boolean or null")
+    if isinstance(value, str):
+        check_text(value)
     return value
 
 
@@ -282,6 +289,17 @@ def answer(
     }
 
 
+def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Events as a frame. A column of several kinds becomes text, value by value, as its ids are coded one by one;
+    whole and fractional numbers together stay numbers."""
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
+    for name, values in columns.items():
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 and kinds != {int, float}:
+            columns[name] = [None if value is None else as_text(value) for value in values]
+    return pl.DataFrame(columns, strict=False)
+
+
 # --- the deployments ----------------------------------------------------------------------------------
 
 
@@ -359,10 +377,7 @@ class RankingService:
         if self._writer is None:  # of the newest config, whose views the store has; a model may read fewer of them
             self._writer = OnlineWriter(self._settings.store, self._settings.log_delay)
         try:
-            # ids of several kinds in one column become text, which is what they are coded by
-            rows = [event.model_dump() for event in request.events]
-            frame = pl.DataFrame(rows, infer_schema_length=None, strict=False)
-            return self._writer.push(frame, request.table)
+            return self._writer.push(_frame([event.model_dump() for event in request.events]), request.table)
         except CorankError as error:
             raise InvalidRequestError("events", str(error)) from error
 

@@ -147,7 +147,11 @@ def apply(settings: FeatureStoreSettings) -> None:
 
 
 def materialize(
-    settings: FeatureStoreSettings, start: int, end: int, progress: Progress | None = None
+    settings: FeatureStoreSettings,
+    start: int,
+    end: int,
+    progress: Progress | None = None,
+    logged_until: int | None = None,
 ) -> dict[str, int]:
     """Write the newest row of every entity with start ≤ time ≤ end to the online store.
 
@@ -155,8 +159,8 @@ def materialize(
     the window: consecutive windows lose nothing, and a row on their border is written twice with the same
     values. Run windows in the order of time: an older one run last would bring older values back.
 
-    Events pushed with ``end`` ≤ time (:mod:`features.store.push`) stay behind the stored events: the log does not
-    hold them yet. A push that runs at the same moment for the same user may be lost until its partition is built.
+    Events pushed with ``logged_until`` ≤ time (:mod:`features.store.push`) stay behind the stored events: the log does
+    not hold them yet. A push that runs at the same moment for the same user may be lost until its partition is built.
 
     A large table is read by slices in Ray tasks, where Ray runs. Into Redis the tasks write themselves; SQLite has
     one writer, this process, which takes the tasks' results as they come. Feast's own ``materialize`` reads every
@@ -166,6 +170,7 @@ def materialize(
     Args:
         start, end: microseconds UTC.
         progress: called after every portion (SQLite) or task (Redis) with the rows written so far.
+        logged_until: close of the newest partition of the log, microseconds UTC; default: ``end``.
 
     Returns:
         rows written per view.
@@ -189,7 +194,7 @@ def materialize(
         )
         partitions = Partitions(query, settings.slice_bytes)
         rows = 0
-        for count in _written(store, settings, view, partitions, end):
+        for count in _written(store, settings, view, partitions, end if logged_until is None else logged_until):
             rows += count
             if progress is not None:
                 progress(name, rows)
@@ -201,41 +206,41 @@ def materialize(
 
 
 def _written(
-    store: FeatureStore, settings: FeatureStoreSettings, view: FeatureView, partitions: Partitions, end: int
+    store: FeatureStore, settings: FeatureStoreSettings, view: FeatureView, partitions: Partitions, logged_until: int
 ) -> Iterator[int]:
     """Write the newest rows of every partition; yields how many, portion by portion."""
     query = partitions.query
     if settings.online == "redis" and partitions.count > 1:
-        yield from filter(None, partitions.map(partial(_write_partition, settings, view.name, query, end)))
+        yield from filter(None, partitions.map(partial(_write_partition, settings, view.name, query, logged_until)))
     else:
         for rows in partitions.map(partial(latest, query)):
-            yield from _write(store, view, together([rows]), end)
+            yield from _write(store, view, together([rows]), logged_until)
 
 
 def _write_partition(
-    settings: FeatureStoreSettings, name: str, query: Query, end: int, *pieces: pl.DataFrame | pa.Table
+    settings: FeatureStoreSettings, name: str, query: Query, logged_until: int, *pieces: pl.DataFrame | pa.Table
 ) -> int:
     """What a task does with its partition, when several may write."""
     store = open_store(settings)
-    return sum(_write(store, registered_view(store, name), latest(query, *pieces), end))
+    return sum(_write(store, registered_view(store, name), latest(query, *pieces), logged_until))
 
 
-def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, end: int) -> Iterator[int]:
+def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_until: int) -> Iterator[int]:
     provider = store._get_provider()
     for portion in rows.iter_slices(WRITE_ROWS) if rows.height else ():
         entries = entity_values(view, portion)
         if view.name.startswith(SEQUENCE_VIEW):
             stored = provider.online_read(store.config, view, [key for key, *_ in entries], None)
             for (_, values, _, _), (_, before) in zip(entries, stored, strict=True):
-                _keep_pushed(view, values, before or {}, end)
+                _keep_pushed(view, values, before or {}, logged_until)
         provider.online_write_batch(store.config, view, entries, None)
         yield portion.height
 
 
-def _keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any], end: int) -> None:
-    """Append to a state row's lists the stored events of ``end`` ≤ ts, which only a push can have brought."""
+def _keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any], logged_until: int) -> None:
+    """Append to a state row's lists the stored events of ``logged_until`` ≤ ts, which only a push can have brought."""
     times = before.get(f"{view.name.removeprefix(SEQUENCE_VIEW)}__ts")
-    first = bisect_left(times.int64_list_val.val, end) if times is not None else 0
+    first = bisect_left(times.int64_list_val.val, logged_until) if times is not None else 0
     if times is None or first == len(times.int64_list_val.val):
         return
     kinds = {name: before[name].WhichOneof("val") if name in before else None for name in values}

@@ -7,6 +7,7 @@ materialisation brings the same events from the log; what it does not hold yet s
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Iterable
 from datetime import datetime
@@ -20,15 +21,19 @@ from feast.types import String
 from features.batch import event_id_column, timeline_column
 from features.encoding import encode, hash_ids
 from features.errors import CorankError
-from features.schema import OTHER_UNITS, Sequence
+from features.schema import OTHER_UNITS, SECOND, Sequence
 from features.store.definitions import sequence_view
 from features.store.delta import microseconds
 from features.store.online import FeatureStoreSettings, entity_values, open_store, registered_view
 from features.store.query import TIME
 from features.store.reader import READ_ROWS
+from features.validation.rules import is_negative
 
 EVENT_ID = "__event_id"
 """Hashed id of an event in a frame of events; no field of the user's own has these names."""
+
+AHEAD = 60 * SECOND
+"""How far a sender's clock may be ahead of ours."""
 
 AS_OF, OLDEST = "__as_of", "__oldest"
 
@@ -134,7 +139,8 @@ class OnlineWriter:
                     "event ids: another schema wrote it. Materialise the newest partition again (`corank run`)."
                 )
             rows.append({"user_id": user_id, **lists})
-            as_of = microseconds(cast(datetime, written))
+            # the store may keep whole seconds only
+            as_of = max(microseconds(cast(datetime, written)), lists["ts"][-1])
             full = bisect_left(lists["ts"], as_of - self.log_delay) >= sequence.length
             bounds.append((user_id, as_of, lists["ts"][0] if full else None))
         kinds = {name: kind if name == "user_id" else pl.List(kind) for name, kind in schema.items()}
@@ -166,21 +172,32 @@ def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
     _require(events, ("event_id", "user_id", "ts"), table)
     if isinstance(events.schema["ts"], pl.Datetime):
         events = events.with_columns(pl.col("ts").dt.cast_time_unit("us").dt.timestamp("us"))
+    if not events.schema["ts"].is_integer():
+        raise CorankError(f"push to {table}: ts has type {events.schema['ts']}; send microseconds UTC, or a timestamp")
     for column in ("event_id", "user_id", "ts"):
         if missing := events[column].null_count():
             raise CorankError(f"push to {table}: {missing:,} of {events.height:,} events have no {column}")
+    for column in ("event_id", "user_id"):
+        if wrong := events.select(is_negative(column).sum()).item():
+            raise CorankError(f"push to {table}: {wrong:,} of {events.height:,} events have a negative {column}")
     for unit, span in OTHER_UNITS.items():
         if wrong := events.select(pl.col("ts").is_between(*span, closed="left").sum()).item():
             raise CorankError(
                 f"push to {table}: {wrong:,} of {events.height:,} events have a ts that looks like {unit}; "
                 "send microseconds UTC"
             )
+    # one from far ahead would stand at the end of the history until its time has come
+    if wrong := events.select((pl.col("ts") > time.time_ns() // 1_000 + AHEAD).sum()).item():
+        raise CorankError(f"push to {table}: {wrong:,} of {events.height:,} events have a ts in the future")
     return events
 
 
 def _coded(events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
     """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
     _require(events, [one.source for one in sequence.fields], table)
+    for one in sequence.fields:
+        if one.kind == "id" and events.schema[one.source].is_float():
+            raise CorankError(f"push to {table}: {one.source} is an id, but has type {events.schema[one.source]}")
     if sequence.where is not None:
         _require(events, pl.sql_expr(sequence.where).meta.root_names(), table)
         events = events.filter(pl.sql_expr(sequence.where))

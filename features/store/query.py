@@ -124,7 +124,7 @@ class Query:
         if self.end is not None:
             frame = frame.filter(clock <= self.end)
         wanted = [pl.col(column).alias(name) for name, column in {**self.keys, **self.values}.items()]
-        rows = frame.select(*wanted, TIME).drop_nulls([*self.keys, TIME]).collect()
+        rows = part.collect(frame.select(*wanted, TIME).drop_nulls([*self.keys, TIME]))
         return latest(self, rows) if self.latest else rows
 
     def slices(self, slice_bytes: int) -> list[Slice]:

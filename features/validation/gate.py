@@ -7,7 +7,7 @@ pass through the same small frame, and its Data Docs show every verdict.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -127,10 +127,12 @@ def validate_partitions(
     quarantine_root: str,
     now: int,
     progress: Callable[[PartitionValidation], None],
+    histories: Collection[str] = (),
 ) -> tuple[list[PartitionValidation], Path]:
     """Judge these partitions of every table, and write the rows to set aside.
 
     Args:
+        histories: partitions without impressions, whose events are history.
         gx_root: local folder of the Great Expectations context and its Data Docs.
         quarantine_root: Delta table of the bad rows; one commit per partition.
         now: microseconds UTC.
@@ -159,8 +161,10 @@ def validate_partitions(
             checks += len(own)
     shared = PartitionValidation("", profile_rows, 0, checks, tuple(broken), tuple(broken))
     results = []
+    events = {role: table for role, table in readable.items() if role != "impressions"}
     for partition in partitions:
-        result = _validate_partition(gate, readable, schema, partition, grain, rules, quarantine_root, now, shared)
+        own_tables = events if partition in histories else readable
+        result = _validate_partition(gate, own_tables, schema, partition, grain, rules, quarantine_root, now, shared)
         progress(result)
         results.append(result)
     return results, gate.build_docs()

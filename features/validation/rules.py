@@ -108,8 +108,8 @@ def quarantine(
 
     All rows of a user lie in one bucket, so buckets give the same result as the whole partition.
     """
-    marked = impressions.with_columns(first_broken(schema, partition, grain, now))
-    return marked.filter(pl.col("rule").is_null()).drop("rule"), marked.filter(pl.col("rule").is_not_null())
+    rule = impressions.select(first_broken(schema, partition, grain, now)).to_series()
+    return impressions.filter(rule.is_null()), impressions.with_columns(rule).filter(rule.is_not_null())
 
 
 def first_broken(schema: Schema, partition: str, grain: Grain, now: int) -> pl.Expr:

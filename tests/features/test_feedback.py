@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+from features.errors import DataGateError
 from features.fold import fold_bucket, rows_after
 from features.lake import Table
 from features.logs import log_rows
@@ -81,6 +82,26 @@ def test_labels_are_masked_until_the_window_has_passed(world: dict[str, Table], 
     found = labels(BuildSettings(**{**vars(one), "now": now}), world)
     for (day, kind), values in found.items():
         assert set(values) == ({None} if day == DAYS[2] else {int(kind == "yes")})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ts": pl.col("ts") // 1_000}, "looks like milliseconds"),
+        ({"ts": pl.col("ts") + DAY}, "outside of the partition"),
+        ({"value": pl.lit(2)}, "value that is not 0 or 1"),
+        ({"item_id": pl.lit(None, pl.Int64)}, "lack request_id, item_id, label or ts"),
+    ],
+    ids=["unit", "partition", "value", "key"],
+)
+def test_feedback_that_would_give_a_wrong_label_is_named(
+    world: dict[str, Table], tmp_path: Path, change: dict[str, pl.Expr], message: str
+) -> None:
+    bad = world["feedback"].scan().collect().with_columns(**change)
+    bad.write_delta(str(tmp_path / "bad"), delta_write_options={"partition_by": ["dt"]})
+    tables = world | {"feedback": Table("feedback", str(tmp_path / "bad"))}
+    with pytest.raises(DataGateError, match=f"table feedback, partition {DAYS[0]}: .* rows .*{message}"):
+        fold_all(settings(tables, tmp_path / "out", schema=BOUGHT), DAYS[:1], [])
 
 
 def test_requests_after_the_log_ask_for_no_label_that_comes_later(world: dict[str, Table], tmp_path: Path) -> None:

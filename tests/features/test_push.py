@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from tests.features.worlds import DAY, DAYS, SCHEMA, write_world
 CLOSES = [partition_bounds(day, "day")[1] for day in DAYS]
 CLOSE_IN_MILLISECONDS = CLOSES[0] // 1_000
 USERS = 4
+
+
+def now_us() -> int:
+    return time.time_ns() // 1_000
 
 
 def events_of(tables: dict[str, Any], *days: str) -> pl.DataFrame:
@@ -125,6 +130,16 @@ def test_materialising_a_partition_keeps_pushed_events_that_its_log_does_not_hol
     np.testing.assert_equal(online_content(live, USERS, CLOSES[2]), online_content(rested, USERS, CLOSES[2]))
 
 
+def test_events_pushed_before_counts_become_known_stay(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=5, users=USERS)
+    build_state(tables, tmp_path, 0)
+    settings = store_settings(tables, tmp_path, "delayed")
+    apply(settings)
+    OnlineWriter(settings).push(pl.DataFrame([event(CLOSES[0] + 60 * SECOND, "new")]))
+    materialize(settings, 0, CLOSES[0] + 3_600 * SECOND, logged_until=CLOSES[0])
+    assert (CLOSES[0] + 60 * SECOND, hash_id(1)) in bought(OnlineReader(settings))
+
+
 @pytest.fixture
 def writer(tmp_path: Path) -> OnlineWriter:
     tables = write_world(tmp_path, seed=0, users=USERS)
@@ -150,6 +165,16 @@ def test_the_newest_events_and_those_within_the_log_delay_stay(writer: OnlineWri
     assert [ts - DAY for ts, _ in bought(reader)] == [2, 3, 11, 12, 20]  # e1 had been dropped and stays so
 
 
+@pytest.mark.parametrize("newest", [DAY, DAY + SECOND // 4], ids=["whole second", "between seconds"])
+def test_a_burst_pushed_again_changes_nothing(writer: OnlineWriter, reader: OnlineReader, newest: int) -> None:
+    burst = pl.DataFrame([event(newest - 20, f"e{item}", item=item) for item in range(5)] + [event(newest, "last")])
+    assert writer.push(burst)["bought"] == 6
+    stored = bought(reader)
+    for _ in range(3):
+        assert writer.push(burst)["bought"] == 0
+        assert bought(reader) == stored
+
+
 def test_a_push_takes_timestamps_and_text_ids_like_the_log(writer: OnlineWriter, reader: OnlineReader) -> None:
     rows = pl.DataFrame([event(DAY, "b", item=2), event(DAY, "a", item=1)])
     typed = rows.with_columns(pl.col("ts").cast(pl.Datetime("us", "UTC")), pl.col("user_id", "item_id").cast(pl.String))
@@ -170,6 +195,14 @@ def test_a_push_that_cannot_be_read_writes_nothing_and_says_why(writer: OnlineWr
         writer.push(good.with_columns(action=pl.lit("watch"), seconds=pl.lit("long")))
     with pytest.raises(CorankError, match="1 of 2 events have a ts that looks like milliseconds"):
         writer.push(good.with_columns(pl.Series("ts", [DAY, CLOSE_IN_MILLISECONDS])))
+    with pytest.raises(CorankError, match="1 of 2 events have a ts in the future"):
+        writer.push(good.with_columns(pl.Series("ts", [DAY, now_us() + 3_600 * SECOND])))
+    with pytest.raises(CorankError, match="1 of 2 events have a negative user_id"):
+        writer.push(good.with_columns(pl.Series("user_id", [1, -1])))
+    with pytest.raises(CorankError, match="item_id is an id, but has type Float64"):
+        writer.push(good.with_columns(item_id=pl.lit(5.0)))
+    with pytest.raises(CorankError, match="ts has type String"):
+        writer.push(good.with_columns(ts=pl.lit("now")))
     with pytest.raises(CorankError, match="1 of 2 events have no event_id"):
         writer.push(good.with_columns(pl.Series("event_id", ["a", None])))
     assert bought(reader) == []

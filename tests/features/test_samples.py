@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+import polars.selectors as cs
+import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
+from features.encoding import bucket_of, encode
 from features.errors import CorankError
-from features.lake import Table
+from features.lake import Table, write_file
 from features.samples import build_partitions
-from features.schema import SECOND
+from features.schema import SECOND, Feature, FieldSpec, Sequence
 from features.states import (
     ITEM_AGGREGATES,
     SAMPLES,
@@ -141,3 +144,72 @@ def test_tables_laid_out_otherwise_give_the_same_samples(tmp_path: Path, local_r
     for day in DAYS:
         assert sample_rows(other, day) == sample_rows(one, day)
     assert not (tmp_path / "other" / "laid_out").exists()
+
+
+@pytest.mark.parametrize("name", ["user_id", "event_id", "ts", "position", "start", "stop"])
+def test_a_field_of_a_sequence_needs_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be called '{name}': choose another name, with `column: {name}`"):
+        Sequence(name="watched", events="events", fields=(FieldSpec(name=name),))
+    with pytest.raises(ValueError, match="declared 2 times"):
+        Sequence(name="watched", events="events", fields=(FieldSpec(name="item_id"), FieldSpec(name="item_id")))
+
+
+def test_booleans_in_a_vocabulary_are_coded_as_a_table_spells_them() -> None:
+    feature = Feature.model_validate({"name": "vip", "side": "user", "kind": "category", "vocabulary": [True, False]})
+    values = pl.DataFrame({"vip": [True, False, None]})
+    assert values.select(encode(feature, pl.col("vip"))).to_series().to_list() == [1, 2, 0]
+
+
+def test_an_event_delivered_again_in_a_later_partition_counts_once(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=3)
+    events = tables["events"].scan([DAYS[0]]).collect()
+    again = events.with_columns(ts=pl.col("ts") + DAY, dt=pl.lit(DAYS[1]))
+    one = settings(tables, tmp_path / "once")
+    fold_all(one, DAYS, [])
+    again.write_delta(str(tmp_path / "events"), mode="append")
+    twice = settings(tables, tmp_path / "twice")
+    fold_all(twice, DAYS, [])
+    assert again.height > 5
+    for day in DAYS:
+        rows = sample_rows(one, day)
+        assert rows
+        for user, row in sample_rows(twice, day).items():
+            # what the state still holds, the last L events, is known to have been delivered
+            assert row["watched__ts"][-1:] == rows[user]["watched__ts"][-1:]
+            assert len(set(zip(row["bought__ts"], row["bought__item_id"], strict=True))) == len(row["bought__ts"])
+
+
+def test_a_value_that_is_no_number_does_not_stay_in_a_sum(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=3)
+    events = tables["events"].scan().collect()
+    spoiled = events.with_columns(
+        seconds=pl.when(pl.col("dt") == DAYS[0]).then(float("nan")).otherwise(pl.col("seconds"))
+    )
+    clean = events.with_columns(seconds=pl.when(pl.col("dt") != DAYS[0]).then(pl.col("seconds")))
+    found = []
+    for name, rows in (("spoiled", spoiled), ("clean", clean)):
+        rows.write_delta(str(tmp_path / name), delta_write_options={"partition_by": ["dt", "bucket"]})
+        one = settings(
+            tables | {"events": Table("events", str(tmp_path / name))}, tmp_path / f"{name}-out", schema=COUNTING
+        )
+        fold_all(one, DAYS, [])
+        rows = one.table(USER_AGGREGATES).scan().collect().sort("dt", "user_id")
+        found.append(rows.select("dt", "user_id", cs.contains("seconds")).to_dicts())
+    assert found[0] == found[1]
+
+
+def test_users_laid_out_with_another_number_of_buckets_are_an_error(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=3, users=8)
+    users = tables["users"].scan().collect()
+    users = users.with_columns(bucket=pl.Series([str(bucket_of(user, 8)) for user in users["user_id"]]))
+    users.write_delta(str(tmp_path / "own"), delta_write_options={"partition_by": ["bucket"]})
+    one = settings(tables | {"users": Table("users", str(tmp_path / "own"))}, tmp_path / "out")
+    with pytest.raises(CorankError, match=r"table users .* not the user hash modulo 2"):
+        fold_all(one, DAYS, [])
+
+
+def test_a_column_called_like_a_time_may_be_of_any_type(tmp_path: Path) -> None:
+    rows = pa.table({"seen__ts": ["yesterday"], "ts": [1], "own__event_id": [None], "at__ts": [[1, None]]})
+    rows = rows.set_column(2, "own__event_id", pa.array([None], pa.int64()))
+    file = write_file(str(tmp_path), rows, {"dt": DAYS[0]}, {})
+    assert pl.read_parquet(tmp_path / file.path, hive_partitioning=False).to_dicts() == rows.to_pylist()

@@ -19,7 +19,7 @@ from feast.data_source import DataSource
 
 from features.batch import feature_column
 from features.encoding import encode, hash_id
-from features.errors import ConfigError, CorankError
+from features.errors import ConfigError, CorankError, UnreadableError
 from features.lake import Table
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
 from features.store.delta import DeltaOfflineStore, DeltaSource, delta_source, moment
@@ -477,6 +477,14 @@ def mark_deleted(path: Path, version: int, rows: list[int]) -> None:
     ]
     newest = DeltaTable(str(path)).version()
     (log / f"{newest + 1:020d}.json").write_text("\n".join(json.dumps(action) for action in commit))
+
+
+def test_a_damaged_profile_file_is_named_when_it_is_materialised(settings: FeatureStoreSettings) -> None:
+    apply(settings)
+    for path in Path(settings.users.uri).rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UnreadableError, match=r"table users: file .*parquet has .* bytes, but the Delta log says"):
+        materialize(settings, 0, 2**50)
 
 
 def test_errors_say_what_to_do(settings: FeatureStoreSettings) -> None:

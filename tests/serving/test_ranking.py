@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -248,6 +249,14 @@ def test_the_next_request_sees_pushed_events(client: TestClient, settings: Servi
     assert client.post("/v1/rank", json=request).json() == after
 
 
+def test_ids_of_several_kinds_in_one_body_are_coded_one_by_one(client: TestClient, settings: ServingSettings) -> None:
+    rows = [{"event_id": f"m{index}", "user_id": "many", "item_id": item} for index, item in enumerate((1, "x", True))]
+    pushed = new_events(*[row | {"ts": NOW - 9 + index} for index, row in enumerate(rows)])
+    assert client.post("/v1/events", json=pushed).json() == {"added": {"clicks": 3}}
+    (row,) = build_row(OnlineReader(settings.store), 2, "many", ["1"], CONTEXT, NOW).rows.to_pylist()
+    assert row["clicks__item"] == [hash_id("1"), hash_id("x"), hash_id("true")]
+
+
 @pytest.mark.parametrize(
     ("request_body", "field"),
     [
@@ -257,13 +266,18 @@ def test_the_next_request_sees_pushed_events(client: TestClient, settings: Servi
         (new_events({}, {"ts": "now"}), "events.1.ts"),
         (new_events({"ts": 1_767_571_200}), "events.0.ts"),
         (new_events({"item_id": [1]}), "events.0.item_id"),
+        (new_events({"item_id": 2.5}), "events"),
+        (new_events({"user_id": -1}), "events"),
+        (new_events({"user_id": "\ud800"}), "events.0.user_id"),
+        (new_events({"ts": 2**61}), "events.0.ts"),
         (new_events({"item_id": 2**70}), "events.0.item_id"),
         (new_events({}, table="views"), "events"),
         ({"events": [{"event_id": 1, "user_id": 9, "ts": NOW}]}, "events"),
     ],
 )
 def test_malformed_events_name_the_field(client: TestClient, request_body: dict[str, Any], field: str) -> None:
-    response = client.post("/v1/events", json=request_body)
+    # json.dumps spells what UTF-8 cannot hold as \u escapes
+    response = client.post("/v1/events", content=json.dumps(request_body), headers={"content-type": "application/json"})
     assert response.status_code == 422, response.text
     error = response.json()["error"]
     assert (error["type"], error["field"]) == ("invalid_request", field)

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
+from features.batch import sample_schema
 from features.errors import ConfigError
+from features.lake import replace_partition, write_file
 from pipeline.config import load_config
 from pipeline.features_cli import _print_registry
 from pipeline.importers.synthetic import import_synthetic
@@ -101,3 +104,27 @@ def test_stats_and_export_count_the_candidates_of_the_log(config: Path, data: Pa
     unknown = corank("features", "export", "--target", str(target), "-p", "2030-01-01", "--config", str(config))
     assert unknown.returncode == 2
     assert "--partition 2030-01-01" in unknown.stderr
+
+
+def test_skew_exits_with_1_where_samples_and_store_differ_and_names_the_feature(config: Path) -> None:
+    """Last of this module: it spoils the samples."""
+    command = ("features", "skew", "--config", str(config), "--partition", DAYS[1], "--requests", "20")
+    equal = corank(*command)
+    assert equal.returncode == 0, equal.stderr
+    samples = Pipeline(load_config(config), Progress()).build_settings().table("samples")
+    rows = samples.scan([DAYS[1]]).collect()
+    spoiled = rows.with_columns(pl.col("watched__duration").list.eval(pl.element() + 1)).to_arrow()
+    schema = sample_schema(load_config(config).schema_)
+    layout = pa.schema([one for one in schema if one.name not in ("dt", "bucket")])
+    file = write_file(samples.uri, spoiled.select(layout.names).cast(layout), {"dt": DAYS[1], "bucket": "0"}, {})
+    replace_partition(samples.uri, DAYS[1], [file], schema, {})
+    differing = corank(*command)
+    assert differing.returncode == 1, differing.stderr
+    assert f"skew, partition {DAYS[1]}" in differing.stderr
+    assert "more than --threshold 0.0000%" in differing.stderr
+    (line,) = [line for line in differing.stdout.splitlines() if "watched.duration" in line]
+    assert " 0.00%" not in line  # but for requests without a history
+    assert corank(*command, "--threshold", "0.5").returncode == 0
+    unknown = corank("features", "skew", "--config", str(config), "--partition", "2026-02-01")
+    assert unknown.returncode == 1
+    assert "partition 2026-02-01 has no samples of the present log and config" in unknown.stderr

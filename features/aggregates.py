@@ -21,7 +21,7 @@ from features.encoding import encode
 from features.schema import Aggregate, Feature, Schema
 
 KEY = "__key"
-"""What is crossed with the user, as text; also the prefix of its list column in the state table."""
+"""What is crossed with the user, as text; no column of the user's own has this name."""
 
 
 def count_column(feature: Feature) -> str:
@@ -36,7 +36,7 @@ def sum_column(feature: Feature) -> str:
 
 def key_column(feature: Feature) -> str:
     """The keys that a user has rows of (side cross), a list beside those of counts and sums."""
-    return f"{KEY}__{feature.name}"
+    return f"key__{feature.name}"
 
 
 def cross_column(key: str) -> str:

@@ -93,7 +93,7 @@ def fold_bucket(
             state = load_state(settings, bucket, earlier, None if whole or len(partitions) > 1 else touched)
         new = {
             # an event delivered again in a later partition counts once, as online
-            s.name: new_events(settings, s, rows[s.events]).join(
+            s.name: new_events(s, rows[s.events], items).join(
                 state[s.name], on=["user_id", EVENT_ID], how="anti", maintain_order="left"
             )
             for s in schema.sequences

@@ -12,10 +12,11 @@ from features.aggregates import (
 )
 from features.batch import (
     feature_column,
+    timeline_column,
 )
 from features.encoding import encode, hash_ids
 from features.errors import DataGateError
-from features.schema import FEEDBACK, OTHER_UNITS, Feature, Grain, partition_bounds
+from features.schema import FEEDBACK, OTHER_UNITS, Feature, FieldSpec, Grain, Schema, partition_bounds
 from features.schema import Sequence as BehaviourSequence
 from features.states import EVENT_ID, BuildSettings
 from features.validation import distinct_events, quarantine
@@ -128,32 +129,54 @@ def feedback_partitions(partitions: Iterable[str], low: int, high: int, grain: G
 def profiles_of(
     settings: BuildSettings, role: str, key: str, features: Sequence[Feature], bucket: int | None
 ) -> pl.DataFrame:
-    """Profile snapshots ordered by updated_at: key, updated_at, known, a code per feature; keys to cross as text."""
+    """Profile snapshots ordered by updated_at: key, updated_at, known, a code per feature.
+
+    Those of items also have the keys to cross, as text, and the side information of events.
+    """
     table = settings.tables[role]
     frame = table.collect(table.scan()) if bucket is None else table.slice(None, bucket, settings.buckets)
     texts = []
     for column in settings.schema.cross_keys if role == "items" else ():
         kind = pl.List(pl.String) if isinstance(frame.schema[column], pl.List) else pl.String
         texts.append(pl.col(column).cast(kind).alias(cross_column(column)))
+    joined = joined_fields(settings.schema) if role == "items" else {}
     return frame.select(
         pl.col(key).cast(pl.String),
         "updated_at",
         pl.lit(True).alias("known"),
         *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in features],
         *texts,
+        *[encode(one, pl.col(one.source)).alias(name) for name, one in joined.items()],
     ).sort("updated_at", maintain_order=True)
 
 
-def new_events(settings: BuildSettings, sequence: BehaviourSequence, events: pl.DataFrame) -> pl.DataFrame:
-    """Encoded events of one partition, ordered by (user, ts, event_id)."""
+def new_events(sequence: BehaviourSequence, events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
+    """Encoded events of one partition, ordered by (user, ts, event_id).
+
+    Args:
+        items: profiles with the columns of :func:`joined_fields`.
+    """
     if sequence.where is not None:
         events = events.filter(pl.sql_expr(sequence.where))
-    return events.sort("user_id", "ts", "event_id").select(
+    events = events.sort("user_id", "ts", "event_id")
+    coded = events.select(
         "user_id",
         "ts",
-        *[encode(event_field, pl.col(event_field.source)).alias(event_field.name) for event_field in sequence.fields],
+        *[encode(one, pl.col(one.source)).alias(one.name) for one in sequence.own],
         hash_ids(pl.col("event_id")).alias(EVENT_ID),
     )
+    if not sequence.joined:
+        return coded
+    names = {timeline_column(sequence, one): one.name for one in sequence.joined}
+    known = join_as_of(events.select("item_id", "ts"), items.select("item_id", "updated_at", *names), "item_id")
+    unknown = [pl.col(timeline_column(sequence, one)).fill_null(0) for one in sequence.joined if one.kind != "number"]
+    joined = known.with_columns(unknown).select(pl.col(column).alias(name) for column, name in names.items())
+    return coded.hstack(joined).select("user_id", "ts", *[one.name for one in sequence.fields], EVENT_ID)
+
+
+def joined_fields(schema: Schema) -> dict[str, FieldSpec]:
+    """The side information that events take from their items, by ``timeline_column``."""
+    return {timeline_column(sequence, one): one for sequence in schema.sequences for one in sequence.joined}
 
 
 def crossed(rows: pl.DataFrame, items: pl.DataFrame, key: str) -> pl.DataFrame:

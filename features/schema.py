@@ -158,6 +158,14 @@ class Feature(FieldSpec):
         return self
 
 
+class EventField(FieldSpec):
+    """Side information of an event: a column of its row, or of its item's profile as of the event's time."""
+
+    of: Literal["event", "item"] = Field(
+        "event", description="whose column it is; item: of the newest profile with updated_at ≤ the event's ts"
+    )
+
+
 class Sequence(Declaration):
     """A behaviour sequence: one log of events, its side information and its visible length L."""
 
@@ -165,7 +173,7 @@ class Sequence(Declaration):
     events: str = Field(description="table of the config that holds the events")
     where: str | None = Field(None, description="SQL condition that selects the events, e.g. action = 'buy'")
     length: int = Field(100, ge=1, le=10_000, description="L: visible events of one request")
-    fields: tuple[FieldSpec, ...] = Field(min_length=1)
+    fields: tuple[EventField, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _fields_have_names_of_their_own(self) -> Sequence:
@@ -176,6 +184,16 @@ class Sequence(Declaration):
             if name in TAKEN_NAMES:
                 raise ValueError(f"a field cannot be called {name!r}: choose another name, with `column: {name}`")
         return self
+
+    @property
+    def own(self) -> tuple[EventField, ...]:
+        """The fields that are columns of the event's row."""
+        return tuple(field for field in self.fields if field.of == "event")
+
+    @property
+    def joined(self) -> tuple[EventField, ...]:
+        """The fields that come from the item's profile."""
+        return tuple(field for field in self.fields if field.of == "item")
 
 
 class Task(Declaration):
@@ -293,6 +311,12 @@ class Schema(Declaration):
     def item_side(self) -> tuple[Feature, ...]:
         """All other features."""
         return tuple(feature for feature in self.features if feature not in self.user_side)
+
+    @property
+    def joined_columns(self) -> tuple[str, ...]:
+        """Columns of items that events carry as side information."""
+        joined = [field.source for sequence in self.sequences for field in sequence.joined]
+        return tuple(dict.fromkeys(joined))
 
     def all_fields(self) -> Iterator[FieldSpec]:
         """Every feature, then every field of every sequence."""

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from features.batch import Items, Jagged, Timeline, Users, Values, nbytes
-from features.schema import Feature, FieldSpec, Schema, Sequence, Side, Task
+from features.schema import EventField, Feature, FieldSpec, Schema, Sequence, Side, Task
 from models.layers import HeadSplit
 from models.protocol import RankingModel
 from models.registry import build_model
@@ -63,7 +63,7 @@ def industrial_schema(sequences: int = 1, length: int = 512, tasks: int = 2) -> 
     def features(side: Side, count: int) -> list[Feature]:
         return [Feature(name=f"{side}_{i}", side=side, buckets=1_000, dim=16) for i in range(count)]
 
-    fields = tuple(FieldSpec(name=name, buckets=1_000, dim=16) for name in ("item", "author", "tag", "action"))
+    fields = tuple(EventField(name=name, buckets=1_000, dim=16) for name in ("item", "author", "tag", "action"))
     return Schema(
         features=tuple(features("user", 120) + features("context", 30) + features("item", 150)),
         sequences=tuple(

@@ -190,6 +190,7 @@ class Log:
         key = PROFILES[role]
         schema = self.config.schema_
         crossed = set(schema.cross_keys) if role == "items" else set()
+        crossed |= set(schema.joined_columns) if role == "items" else set()
         columns = sorted({feature.source for feature in schema.side(SIDES[role])} | crossed | {key, "updated_at"})
         version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
         if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):

@@ -121,13 +121,15 @@ def replay(
         now = opening
         for done, (row, request) in enumerate(requests, start=1):
             ts = request["ts"]
-            if any(now < change <= ts for change in changes):
-                materialize(own, now, ts)
-            for role, rows in events.items():
-                new = rows.filter(pl.col("ts").is_between(now, ts, closed="left"))
-                if new.height:
-                    writer.push(new, role)
-            now = max(now, ts)
+            # an event takes its item's profile along: those before a change are pushed before it
+            for moment in [*[change for change in changes if now < change < ts and schema.joined_columns], ts]:
+                for role, rows in events.items():
+                    new = rows.filter(pl.col("ts").is_between(now, moment, closed="left"))
+                    if new.height:
+                        writer.push(new, role)
+                if any(now < change <= moment for change in changes):
+                    materialize(own, now, moment, logged_until=opening)
+                now = max(now, moment)
             items = [candidate["item_id"] for candidate in request["candidates"]]
             answer = build_row(reader, build.log_delay, row["user_id"], items, contexts[request["request_id"]], ts)
             _compare(report, schema, row, request, answer.rows.to_pylist()[0])

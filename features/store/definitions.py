@@ -62,7 +62,9 @@ def definitions(
     item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.STRING)
     views = [
         _profile_view(USER_VIEW, user, users, [feature.source for feature in schema.side("user")]),
-        _profile_view(ITEM_VIEW, item, items, [feature.source for feature in schema.side("item")]),
+        _profile_view(
+            ITEM_VIEW, item, items, [*[feature.source for feature in schema.side("item")], *schema.joined_columns]
+        ),
     ]
     state_source = DeltaSource(name=state.name, uri=state.uri, clock="ts", columns=state.columns)
     for sequence in schema.sequences:

@@ -16,26 +16,26 @@ from typing import Any, cast
 import polars as pl
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.type_map import python_values_to_proto_values
-from feast.types import String
+from feast.types import Int64, String
 
 from features.batch import event_id_column, timeline_column
-from features.encoding import encode, hash_ids
+from features.encoding import encode
 from features.errors import CorankError
+from features.logs import new_events
 from features.schema import OTHER_UNITS, SECOND, Sequence
-from features.store.definitions import sequence_view
+from features.states import EVENT_ID
+from features.store.definitions import ITEM_VIEW, UPDATED_AT, sequence_view
 from features.store.delta import microseconds
 from features.store.online import FeatureStoreSettings, entity_values, open_store, registered_view
 from features.store.query import TIME
-from features.store.reader import READ_ROWS
+from features.store.reader import POLARS_TYPES, READ_ROWS
 from features.validation.rules import is_negative
-
-EVENT_ID = "__event_id"
-"""Hashed id of an event in a frame of events; no field of the user's own has these names."""
 
 AHEAD = 60 * SECOND
 """How far a sender's clock may be ahead of ours."""
 
 AS_OF, OLDEST = "__as_of", "__oldest"
+"""In a frame of events; no field of the user's own has these names."""
 
 
 class OnlineWriter:
@@ -57,6 +57,7 @@ class OnlineWriter:
         self.log_delay = log_delay
         self._store = open_store(settings)
         self._views = {one.name: registered_view(self._store, sequence_view(one)) for one in self.schema.sequences}
+        self._item_types = {one.name: one.dtype for one in registered_view(self._store, ITEM_VIEW).features}
         self._lock = threading.Lock()
 
     def push(self, events: pl.DataFrame, table: str = "events") -> dict[str, int]:
@@ -85,11 +86,46 @@ class OnlineWriter:
             raise CorankError(f"push: no sequence reads the table {table!r}; tables of sequences are {known}")
         checked = _checked(events, table)
         try:
-            coded = {sequence.name: _coded(checked, sequence, table) for sequence in sequences}
+            coded = {sequence.name: self._coded(checked, sequence, table) for sequence in sequences}
         except pl.exceptions.PolarsError as failure:
             raise CorankError(f"push to {table}: a column has another type than the log's: {failure}") from failure
         with self._lock:
             return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
+
+    def _coded(self, events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
+        """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
+        _require(events, [*[one.source for one in sequence.own], *(["item_id"] if sequence.joined else [])], table)
+        for one in sequence.own:
+            if one.kind == "id" and events.schema[one.source].is_float():
+                raise CorankError(f"push to {table}: {one.source} is an id, but has type {events.schema[one.source]}")
+        if sequence.where is not None:
+            _require(events, pl.sql_expr(sequence.where).meta.root_names(), table)
+            events = events.filter(pl.sql_expr(sequence.where))
+        if sequence.joined:
+            events = events.with_columns(pl.col("item_id").cast(pl.String))
+        coded = new_events(sequence, events, self._profiles(events, sequence))
+        return coded.with_columns(pl.col("user_id").cast(pl.String), pl.col("ts").cast(pl.Int64)).unique(
+            ["user_id", EVENT_ID], keep="first", maintain_order=True
+        )
+
+    def _profiles(self, events: pl.DataFrame, sequence: Sequence) -> pl.DataFrame:
+        """The stored profiles of the events' items, as the sample builder has them; a store knows one of each."""
+        fields = {timeline_column(sequence, one): one for one in sequence.joined}
+        if not fields:
+            return pl.DataFrame()
+        columns = {UPDATED_AT: Int64, **{one.source: self._item_types[one.source] for one in fields.values()}}
+        items = events["item_id"].drop_nulls().unique().to_list()
+        rows = [
+            pl.DataFrame(schema={"item_id": pl.String, **{name: POLARS_TYPES[kind] for name, kind in columns.items()}})
+        ]
+        for start in range(0, len(items), READ_ROWS):
+            entities = [{"item_id": item} for item in items[start : start + READ_ROWS]]
+            names = [f"{ITEM_VIEW}:{name}" for name in columns]
+            found = self._store.get_online_features(features=names, entity_rows=entities).to_dict()
+            rows.append(pl.DataFrame({name: found[name] for name in rows[0].columns}, schema=rows[0].schema))
+        stored = pl.concat(rows).drop_nulls(UPDATED_AT).sort(UPDATED_AT)
+        coded = [encode(one, pl.col(one.source)).alias(name) for name, one in fields.items()]
+        return stored.select("item_id", UPDATED_AT, *coded)
 
     def _append(self, sequence: Sequence, new: pl.DataFrame) -> int:
         """Write the sequences of users that get something new; returns how many events they got."""
@@ -190,27 +226,6 @@ def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
     if wrong := events.select((pl.col("ts") > time.time_ns() // 1_000 + AHEAD).sum()).item():
         raise CorankError(f"push to {table}: {wrong:,} of {events.height:,} events have a ts in the future")
     return events
-
-
-def _coded(events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
-    """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
-    _require(events, [one.source for one in sequence.fields], table)
-    for one in sequence.fields:
-        if one.kind == "id" and events.schema[one.source].is_float():
-            raise CorankError(f"push to {table}: {one.source} is an id, but has type {events.schema[one.source]}")
-    if sequence.where is not None:
-        _require(events, pl.sql_expr(sequence.where).meta.root_names(), table)
-        events = events.filter(pl.sql_expr(sequence.where))
-    return (
-        events.sort("user_id", "ts", "event_id")
-        .select(
-            pl.col("user_id").cast(pl.String),
-            pl.col("ts").cast(pl.Int64),
-            *[encode(one, pl.col(one.source)).alias(one.name) for one in sequence.fields],
-            hash_ids(pl.col("event_id")).alias(EVENT_ID),
-        )
-        .unique(["user_id", EVENT_ID], keep="first", maintain_order=True)
-    )
 
 
 def _bounded(events: pl.DataFrame, length: int, log_delay: int) -> pl.DataFrame:

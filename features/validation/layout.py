@@ -90,7 +90,8 @@ def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]
         own = {PROFILE_KEYS[role]: identifier, "updated_at": moment}
         crossed = schema.cross_keys if role == "items" else ()
         keys = dict.fromkeys(crossed, (_is_key, "a text or an integer, or a list of them"))
-        return keys | {feature.source: _accepts(feature) for feature in side} | own
+        joined = [field for sequence in schema.sequences for field in sequence.joined] if role == "items" else []
+        return keys | {one.source: _accepts(one) for one in (*joined, *side)} | own
     if role == FEEDBACK:
         names = {"request_id": identifier, "item_id": identifier, "label": identifier, "ts": moment, "dt": partition}
         return names | {"value": (_is_label, "an integer or a boolean")}
@@ -103,8 +104,11 @@ def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]
         labels = {task.source: (_is_label, "an integer or a boolean") for task in own_labels}
         own = {"request_id": identifier, "user_id": identifier, "item_id": identifier, "ts": moment, "dt": partition}
         return counted | {feature.source: _accepts(feature) for feature in schema.side("context")} | labels | own
-    fields = [field for sequence in schema.sequences if sequence.events == role for field in sequence.fields]
+    sequences = [sequence for sequence in schema.sequences if sequence.events == role]
+    fields = [field for sequence in sequences for field in sequence.own]
     own = {"event_id": identifier, "user_id": identifier, "ts": moment, "dt": partition}
+    if any(sequence.joined for sequence in sequences):
+        own["item_id"] = identifier
     return counted | {field.source: _accepts(field) for field in fields} | own
 
 

@@ -275,7 +275,8 @@ def columns_of_events(role: str, schema: Schema) -> set[str]:
     read = {*EVENT_KEY, "ts"}
     for sequence in schema.sequences:
         if sequence.events == role:
-            read |= {field.source for field in sequence.fields}
+            read |= {field.source for field in sequence.own}
+            read |= {"item_id"} if sequence.joined else set()
             if sequence.where is not None:
                 read |= set(pl.sql_expr(sequence.where).meta.root_names())
     for feature in schema.counts_of(role):

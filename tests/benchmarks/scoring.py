@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from features.batch import Items, RequestBatch, Timeline, Users, collate, concatenate, cut
-from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+from features.schema import EventField, Feature, Schema, Sequence, Task
 from models.losses import task_losses
 from models.memory import keep_freed_memory
 from models.profile import cost, on_meta
@@ -51,7 +51,7 @@ QUICK = Size("tiny", 32, (20, 40), repeats=2, gemm=128)
 
 def scoring_schema(length: int) -> Schema:
     """Eight features a side, so that N_U = N_G, and a sequence of three fields; all 16 wide."""
-    fields = tuple(FieldSpec(name=name, buckets=10_000, dim=16) for name in ("item", "author", "action"))
+    fields = tuple(EventField(name=name, buckets=10_000, dim=16) for name in ("item", "author", "action"))
     user = [Feature(name=f"user_{i}", side="user", buckets=10_000, dim=16) for i in range(8)]
     item = [Feature(name=f"item_{i}", side="item", buckets=10_000, dim=16) for i in range(8)]
     return Schema(

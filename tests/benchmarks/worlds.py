@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from features.encoding import bucket_column
 from features.lake import DataFile, Table, replace_partition, write_file
-from features.schema import SECOND, Feature, FieldSpec, Schema, Sequence, Task, partition_bounds
+from features.schema import SECOND, EventField, Feature, Schema, Sequence, Task, partition_bounds
 from features.states import BuildSettings
 
 Array = NDArray[Any]
@@ -55,9 +55,9 @@ SCHEMA = Schema(
             events="events",
             length=256,
             fields=(
-                FieldSpec(name="item_id", buckets=100_000),
-                FieldSpec(name="category", buckets=1_000),
-                FieldSpec(name="seconds", kind="number"),
+                EventField(name="item_id", buckets=100_000),
+                EventField(name="category", buckets=1_000),
+                EventField(name="seconds", kind="number"),
             ),
         ),
     ),

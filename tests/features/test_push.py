@@ -55,6 +55,7 @@ def test_a_request_after_pushes_sees_what_the_sample_builder_shows_it(
     apply(settings)
     materialize(settings, 0, CLOSES[0])
     writer, reader = OnlineWriter(settings, log_delay), OnlineReader(settings)
+    changes = sorted(set(tables["items"].scan().collect()["updated_at"]))
     compared = 0
     for day in DAYS[1:]:
         events = events_of(tables, day)
@@ -63,10 +64,14 @@ def test_a_request_after_pushes_sees_what_the_sample_builder_shows_it(
         ]
         pushed = partition_bounds(day, "day")[0]
         for ts, user, row, request in sorted(requests, key=lambda one: one[0]):
-            fresh = events.filter(pl.col("ts").is_between(pushed, ts, closed="left"))
-            if fresh.height:
-                writer.push(fresh)
-            pushed = ts
+            # an event takes its item's profile along: those before a change are pushed before it
+            for moment in [*[one for one in changes if pushed < one <= ts], ts]:
+                fresh = events.filter(pl.col("ts").is_between(pushed, moment, closed="left"))
+                if fresh.height:
+                    writer.push(fresh)
+                if moment in changes:
+                    materialize(settings, moment, moment)
+                pushed = moment
             for sequence in SCHEMA.sequences:
                 history = reader.sequences(user)[sequence.name]
                 seen = slice(None, int((history.ts < ts - log_delay).sum()))
@@ -77,6 +82,10 @@ def test_a_request_after_pushes_sees_what_the_sample_builder_shows_it(
                     expected = np.array(row[timeline_column(sequence, field)][start:end], float)
                     np.testing.assert_array_equal(history.fields[field.name][seen][-sequence.length :], expected)
                 compared += end > start
+        for change in changes:  # the rest of the partition
+            if pushed < change < partition_bounds(day, "day")[1]:
+                writer.push(events.filter(pl.col("ts") < change))
+                materialize(settings, change, change)
         writer.push(events)
     assert compared > 10
 
@@ -124,6 +133,8 @@ def test_materialising_a_partition_keeps_pushed_events_that_its_log_does_not_hol
     for user_id in map(str, range(USERS + 1)):
         for name, length in newest.items():
             for key, values in after[user_id][name].items():
+                if key == "shade":  # the store did not know these items when their events were pushed
+                    continue
                 np.testing.assert_array_equal(kept[user_id][name][key][-length:], values[-length:])
     materialize(live, CLOSES[1], CLOSES[2])
     materialize(rested, CLOSES[1], CLOSES[2])

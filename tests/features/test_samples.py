@@ -21,7 +21,7 @@ from features.encoding import bucket_of, encode
 from features.errors import CorankError
 from features.lake import Table, write_file
 from features.samples import build_partitions
-from features.schema import SECOND, Feature, FieldSpec, Sequence
+from features.schema import SECOND, EventField, Feature, Sequence
 from features.states import (
     ITEM_AGGREGATES,
     SAMPLES,
@@ -149,9 +149,9 @@ def test_tables_laid_out_otherwise_give_the_same_samples(tmp_path: Path, local_r
 @pytest.mark.parametrize("name", ["user_id", "event_id", "ts", "position", "start", "stop"])
 def test_a_field_of_a_sequence_needs_a_name_of_its_own(name: str) -> None:
     with pytest.raises(ValueError, match=f"cannot be called '{name}': choose another name, with `column: {name}`"):
-        Sequence(name="watched", events="events", fields=(FieldSpec(name=name),))
+        Sequence(name="watched", events="events", fields=(EventField(name=name),))
     with pytest.raises(ValueError, match="declared 2 times"):
-        Sequence(name="watched", events="events", fields=(FieldSpec(name="item_id"), FieldSpec(name="item_id")))
+        Sequence(name="watched", events="events", fields=(EventField(name="item_id"), EventField(name="item_id")))
 
 
 def test_booleans_in_a_vocabulary_are_coded_as_a_table_spells_them() -> None:

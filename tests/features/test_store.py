@@ -21,7 +21,7 @@ from features.batch import feature_column
 from features.encoding import encode, hash_id
 from features.errors import ConfigError, CorankError, UnreadableError
 from features.lake import Table
-from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.delta import DeltaOfflineStore, DeltaSource, delta_source, moment
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store
 from features.store.query import SLICE_BYTES, Partitions, Query
@@ -48,7 +48,7 @@ SCHEMA = Schema(
             name="clicks",
             events="events",
             length=200,
-            fields=(FieldSpec(name="item", column="item_id"), FieldSpec(name="dwell", kind="number")),
+            fields=(EventField(name="item", column="item_id"), EventField(name="dwell", kind="number")),
         ),
     ),
     tasks=(Task(name="click"),),

@@ -17,8 +17,8 @@ from features.lake import DataFile, Table, replace_partition, write_file
 from features.schema import (
     SECOND,
     Aggregate,
+    EventField,
     Feature,
-    FieldSpec,
     Schema,
     Sequence,
     Task,
@@ -56,8 +56,9 @@ SCHEMA = Schema(
             where="action = 'watch'",
             length=3,
             fields=(
-                FieldSpec(name="item_id", buckets=100),
-                FieldSpec(name="seconds", kind="number"),
+                EventField(name="item_id", buckets=100),
+                EventField(name="seconds", kind="number"),
+                EventField(name="shade", of="item", kind="category", vocabulary=COLORS),
             ),
         ),
         Sequence(
@@ -65,7 +66,7 @@ SCHEMA = Schema(
             events="events",
             where="action = 'buy'",
             length=2,
-            fields=(FieldSpec(name="item_id", buckets=100),),
+            fields=(EventField(name="item_id", buckets=100),),
         ),
     ),
     tasks=(Task(name="click"),),
@@ -138,6 +139,9 @@ def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2, days: l
         {"item_id": item, "colors": rng.sample(COLORS, rng.randint(0, 2)), "updated_at": rng.choice([0, moments[14]])}
         for item in range(7)
     ]
+    # two changes of a shade, between events and in another partition
+    items = [{**item, "shade": COLORS[item["item_id"] % 2]} for item in items]
+    items += [{**items[item], "shade": COLORS[1 - item % 2], "updated_at": moments[18] + item} for item in (1, 4)]
     kinds: dict[str, dict[str, Any]] = {
         "impressions": {"click": pl.Int8, "device": pl.String},
         "events": {
@@ -213,7 +217,13 @@ def expected_rows(
             kept = own[first : counts[-1]]
             row[timeline_column(sequence, None)] = [event["ts"] for event in kept]
             for field in sequence.fields:
-                values = [event[field.name] for event in kept]
+                if field.of == "item":
+                    profiles = [
+                        _as_of(tables["items"], "item_id", str(event["item_id"]), event["ts"]) for event in kept
+                    ]
+                    values = [COLORS.index(one[field.name]) + 1 if one else 0 for one in profiles]
+                else:
+                    values = [event[field.name] for event in kept]
                 if field.kind == "id":
                     values = [hash_id(value) for value in values]
                 row[timeline_column(sequence, field)] = values

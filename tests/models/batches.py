@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from features.batch import sample_schema
-from features.schema import SECOND, Feature, FieldSpec, Schema, Sequence, Task
+from features.schema import SECOND, EventField, Feature, Schema, Sequence, Task
 
 
 def make_schema(tasks: int = 2, length: int = 4) -> Schema:
@@ -21,8 +21,8 @@ def make_schema(tasks: int = 2, length: int = 4) -> Schema:
             Feature(name="tags", side="item", kind="category", vocabulary=("x", "y"), multi=True, dim=3),
         ),
         sequences=(
-            Sequence(name="seen", events="e", length=length, fields=(FieldSpec(name="item_id", buckets=50, dim=6),)),
-            Sequence(name="bought", events="e", length=2, fields=(FieldSpec(name="item_id", buckets=50, dim=6),)),
+            Sequence(name="seen", events="e", length=length, fields=(EventField(name="item_id", buckets=50, dim=6),)),
+            Sequence(name="bought", events="e", length=2, fields=(EventField(name="item_id", buckets=50, dim=6),)),
         ),
         tasks=tuple(Task(name=f"task{index}") for index in range(tasks)),
     )

@@ -21,7 +21,7 @@ from features.batch import collate, concatenate, feature_column, sample_schema
 from features.encoding import hash_id
 from features.errors import CorankError
 from features.lake import Table
-from features.schema import Feature, FieldSpec, Schema, Sequence, Task
+from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize
 from features.store.reader import History, OnlineReader
 from models.artifact import save_artifact
@@ -41,7 +41,9 @@ SCHEMA = Schema(
         Feature(name="item_id", side="item"),
         Feature(name="price", side="item", kind="number"),
     ),
-    sequences=(Sequence(name="clicks", events="events", length=5, fields=(FieldSpec(name="item", column="item_id"),)),),
+    sequences=(
+        Sequence(name="clicks", events="events", length=5, fields=(EventField(name="item", column="item_id"),)),
+    ),
     tasks=(Task(name="click"), Task(name="like")),
 )
 CONTEXT = {"device": "ios", "hour": 3, "modes": ["dark", 7]}

@@ -34,19 +34,11 @@ from polars.testing import assert_frame_equal
 from rich.console import Console
 from rich.table import Table as PrintedTable
 
-from features.batch import (
-    RequestBatch,
-    collate,
-    compress,
-    end_column,
-    feature_column,
-    label_column,
-    timeline_column,
-)
+from features.batch import RequestBatch, collate, compress
+from features.export import Unnested, flatten, history_column
 from features.lake import STAMP, Table
 from features.reader import SampleSource
 from features.samples import build_partitions
-from features.schema import Schema
 from features.states import SAMPLES, STATE
 from models.losses import task_losses
 from models.registry import build_model
@@ -337,7 +329,8 @@ def measure_bytes(bench: Bench, output: Path) -> None:
     with bench.progress.stage("flatten") as stage:
         for done, file in enumerate(files, start=1):
             rows = pq.read_table(file, partitioning=None)
-            export = flatten(rows, SCHEMA)
+            samples = Unnested.of(rows)
+            export = flatten(samples, SCHEMA, 0, len(samples.candidates))
             sizes["samples"] += rows.nbytes
             sizes["samples_zstd"] += file.stat().st_size
             sizes["flat"] += export.nbytes
@@ -346,7 +339,7 @@ def measure_bytes(bench: Bench, output: Path) -> None:
             sizes["shuffled_zstd"] += _zstd_bytes(export.take(pa.array(random.permutation(export.num_rows))))
             candidates += export.num_rows
             visible += sum(
-                pc.sum(pc.list_value_length(export[timeline_column(one, None)])).as_py() for one in SCHEMA.sequences
+                pc.sum(pc.list_value_length(export[history_column(one, None)])).as_py() for one in SCHEMA.sequences
             )
             stage.say(f"{done}/{len(files)} files")
     bench.report("visible events of a candidate", f"{visible / candidates:.0f}", visible_events=visible / candidates)
@@ -362,40 +355,6 @@ def measure_bytes(bench: Bench, output: Path) -> None:
             f"{sizes[large] / sizes[small]:.1f}×",
             **{f"flattened_over_samples_{metric}": sizes[large] / sizes[small]},
         )
-
-
-def flatten(rows: pa.Table, schema: Schema) -> pa.Table:
-    """One row per candidate: its own columns, its request's, and the visible events as lists, dtype for dtype."""
-    requests = _list_column(rows["requests"])
-    request, row_of_request = requests.values, _parents(requests)
-    candidates = request.field("candidates")
-    candidate, request_of = candidates.values, _parents(candidates)
-    row_of = row_of_request[request_of]
-    columns: dict[str, Any] = {"user_id": rows["user_id"].take(pa.array(row_of))}
-    names = ["request_id", "ts", "user_known", *[feature_column(one) for one in schema.user_side]]
-    columns |= {name: request.field(name).take(pa.array(request_of)) for name in names}
-    names = ["item_id", "item_known", *map(feature_column, schema.item_side), *map(label_column, schema.tasks)]
-    columns |= {name: candidate.field(name) for name in (*names, "weight")}
-    for sequence in schema.sequences:
-        end = request.field(end_column(sequence)).to_numpy()[request_of].astype(np.int64)
-        length = np.minimum(end, sequence.length)
-        offsets = np.concatenate([[0], np.cumsum(length)])
-        for field in (None, *sequence.fields):
-            timeline = _list_column(rows[timeline_column(sequence, field)])
-            start = timeline.offsets.to_numpy()[row_of] + end - length
-            index = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], length)
-            lists = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), timeline.values.take(pa.array(index)))
-            columns[timeline_column(sequence, field)] = lists
-    return pa.table(columns)
-
-
-def _list_column(column: pa.ChunkedArray) -> pa.ListArray:
-    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
-def _parents(lists: pa.ListArray) -> np.ndarray:
-    """[values]: the list that each value is in."""
-    return np.repeat(np.arange(len(lists)), np.diff(lists.offsets.to_numpy()))
 
 
 def _zstd_bytes(rows: pa.Table) -> int:

@@ -28,6 +28,9 @@ from features.logs import join_as_of
 from features.schema import Feature, Task
 from features.states import BuildSettings, timeline_lists, to_arrow, unpartitioned
 
+POSITION, START, STOP = "__position", "__start", "__stop"
+"""Of an event in its user's timeline, and of the timeline's part that the requests see; no field has these names."""
+
 
 def sample_rows(
     settings: BuildSettings,
@@ -79,14 +82,14 @@ def sample_rows(
         events = timelines[sequence.name].join(rows, on="user_id", how="semi", maintain_order="left")
         requests = requests.with_columns(_count_before(events, moments).alias(end))
         window = requests.group_by("user_id", maintain_order=True).agg(
-            start=(pl.col(end).min() - sequence.length).clip(0), stop=pl.col(end).max()
+            (pl.col(end).min() - sequence.length).clip(0).alias(START), pl.col(end).max().alias(STOP)
         )
         requests = requests.join(window, on="user_id", maintain_order="left").with_columns(
-            (pl.col(end) - pl.col("start")).cast(pl.Int32).alias(end)
+            (pl.col(end) - pl.col(START)).cast(pl.Int32).alias(end)
         )
-        requests = requests.drop("start", "stop")
+        requests = requests.drop(START, STOP)
         seen = events.join(window, on="user_id", maintain_order="left").filter(
-            pl.col("position").is_between(pl.col("start"), pl.col("stop"), closed="left")
+            pl.col(POSITION).is_between(START, STOP, closed="left")
         )
         lists = seen.group_by("user_id", maintain_order=True).agg(timeline_lists(sequence))
         rows = rows.join(lists, on="user_id", how="left", maintain_order="left")
@@ -151,19 +154,19 @@ def _crossed_values(candidates: pl.DataFrame, tally: Tally) -> pl.Series:
 
 
 def in_order(events: pl.DataFrame) -> pl.DataFrame:
-    """Events grouped by user in time order with their ``position`` in the user's timeline.
+    """Events grouped by user in time order with their ``POSITION`` in the user's timeline.
 
     The sort is stable and older partitions come first, so ties keep the order of (ts, event_id).
     """
     ordered = events.sort("user_id", "ts", maintain_order=True)
-    return ordered.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).over("user_id").alias("position"))
+    return ordered.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).over("user_id").alias(POSITION))
 
 
 def _count_before(events: pl.DataFrame, moments: pl.DataFrame) -> pl.Series:
     """For every row (user_id, before) of ``moments`` the user's events with ``ts < before``."""
     # both are ordered by time within every user, which is all that the join needs
     found = moments.join_asof(
-        events.select("user_id", "ts", pl.col("position") + 1),
+        events.select("user_id", "ts", pl.col(POSITION) + 1),
         left_on="before",
         right_on="ts",
         by="user_id",
@@ -171,10 +174,10 @@ def _count_before(events: pl.DataFrame, moments: pl.DataFrame) -> pl.Series:
         check_sortedness=False,
         allow_exact_matches=False,
     )
-    return found["position"].fill_null(0).cast(pl.Int64)
+    return found[POSITION].fill_null(0).cast(pl.Int64)
 
 
 def newest(events: pl.DataFrame, length: int, visible_until: int) -> pl.DataFrame:
     """The last L events before a moment and all after it: what any later request can see."""
     visible = (pl.col("ts") < visible_until).cast(pl.Int64).sum().over("user_id")
-    return events.filter(pl.col("position") >= visible - length).drop("position")
+    return events.filter(pl.col(POSITION) >= visible - length).drop(POSITION)

@@ -38,8 +38,8 @@ EPOCH_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
 """Weeks begin on Monday; the first Monday of Unix time anchors them."""
 
 
-TAKEN_NAMES = frozenset(("user_id", "event_id", "ts", "position", "start", "stop"))
-"""What a timeline's events are called by besides their fields."""
+TAKEN_NAMES = frozenset(("user_id", "event_id", "ts"))
+"""What every event has besides the fields of its sequence."""
 
 
 class Declaration(BaseModel):

@@ -21,7 +21,7 @@ from features.encoding import bucket_of, encode
 from features.errors import CorankError
 from features.lake import Table, write_file
 from features.samples import build_partitions
-from features.schema import SECOND, EventField, Feature, Sequence
+from features.schema import SECOND, EventField, Feature, Schema, Sequence
 from features.states import (
     ITEM_AGGREGATES,
     SAMPLES,
@@ -29,7 +29,7 @@ from features.states import (
     USER_AGGREGATES,
     BuildSettings,
 )
-from tests.features.worlds import COUNTING, DAY, DAYS, expected_rows, fold_all, settings, write_world
+from tests.features.worlds import COUNTING, DAY, DAYS, SCHEMA, expected_rows, fold_all, settings, write_world
 
 GAPPED = ["2026-01-05", "2026-01-06", "2026-01-08", "2026-01-09", "2026-01-13"]
 """Days with gaps; a snapshot of the states falls between them."""
@@ -146,12 +146,30 @@ def test_tables_laid_out_otherwise_give_the_same_samples(tmp_path: Path, local_r
     assert not (tmp_path / "other" / "laid_out").exists()
 
 
-@pytest.mark.parametrize("name", ["user_id", "event_id", "ts", "position", "start", "stop"])
+@pytest.mark.parametrize("name", ["user_id", "event_id", "ts"])
 def test_a_field_of_a_sequence_needs_a_name_of_its_own(name: str) -> None:
     with pytest.raises(ValueError, match=f"cannot be called '{name}': choose another name, with `column: {name}`"):
         Sequence(name="watched", events="events", fields=(EventField(name=name),))
     with pytest.raises(ValueError, match="declared 2 times"):
         Sequence(name="watched", events="events", fields=(EventField(name="item_id"), EventField(name="item_id")))
+
+
+@pytest.mark.parametrize("name", ["position", "start", "stop", "row", "key", "rule", "before", "window"])
+def test_a_field_of_a_sequence_may_have_any_other_name(tmp_path: Path, name: str) -> None:
+    def named(called: str) -> Schema:
+        watched, *others = SCHEMA.sequences
+        fields = (*watched.fields[:1], EventField(name=called, column="seconds", kind="number"))
+        return SCHEMA.model_copy(update={"sequences": (watched.model_copy(update={"fields": fields}), *others)})
+
+    tables = write_world(tmp_path, seed=3)
+    found = []
+    for called in ("seconds", name):
+        one = settings(tables, tmp_path / called, schema=named(called))
+        fold_all(one, DAYS, [])
+        rows = [row for day in DAYS for row in sample_rows(one, day).values()]
+        found.append([(row["watched__ts"], row[f"watched__{called}"], row["requests"]) for row in rows])
+    assert found[0] == found[1]
+    assert any(seconds for _, seconds, _ in found[0])
 
 
 def test_booleans_in_a_vocabulary_are_coded_as_a_table_spells_them() -> None:

@@ -61,6 +61,27 @@ def insistent_interrupts(every: float = 3.0) -> Iterator[None]:
         reader.close()
 
 
+@contextmanager
+def _interrupted_afterwards() -> Iterator[None]:
+    """A SIGINT or SIGTERM waits for the end of the block, and meets the handlers that were there before it.
+
+    Half started, Ray can only be killed, and its agents would look for it for another minute.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals come to the main thread
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda one, _: came.append(one)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
+
+
 def ensure_ray(config: RayConfig) -> None:
     """Connect to the configured cluster or start a local Ray, once per process."""
     import ray
@@ -77,10 +98,8 @@ def ensure_ray(config: RayConfig) -> None:
         local["object_store_memory"] = config.object_store_memory
     global _cluster
     _cluster = config.address
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in place
+    with _interrupted_afterwards():
+        ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
 
 
 def stop_ray() -> None:

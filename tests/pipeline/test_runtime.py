@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from pipeline.runtime import insistent_interrupts
@@ -45,3 +48,27 @@ def test_an_interrupt_that_ended_the_work_is_not_raised_again() -> None:
 
     assert interrupted(work) < 0.2
     time.sleep(0.5)  # nothing comes
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_ray_starts_leaves_no_process_behind() -> None:
+    program = """
+import time
+from pipeline.cli import guarded
+from pipeline.config import RayConfig
+from pipeline.runtime import ensure_ray
+with guarded(False):
+    ensure_ray(RayConfig(num_cpus=1))
+    time.sleep(60)
+"""
+    command = psutil.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    while not any(one.name() == "raylet" for one in command.children()):
+        assert command.poll() is None
+        time.sleep(0.01)
+    time.sleep(1.0)  # its agents start, the driver waits for them
+    started = command.children(recursive=True)
+    command.send_signal(signal.SIGINT)
+    assert "stopped" in command.communicate(timeout=60)[1]
+    assert len(started) > 2
+    _, left = psutil.wait_procs(started, timeout=15)
+    assert not left

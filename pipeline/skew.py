@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from features.errors import CorankError
 from features.export import Unnested
 from features.reader import SampleSource
 from features.schema import Schema, partition_bounds
-from features.states import BuildSettings
+from features.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
 from features.store.online import FeatureStoreSettings, apply, materialize
 from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader
@@ -103,7 +103,11 @@ def replay(
         role: distinct_events(of_users(role)).sort("ts")
         for role in dict.fromkeys(sequence.events for sequence in schema.sequences)
     }
-    changes = _changes(build, opening, close)
+    asked = {candidate["item_id"] for _, request in requests for candidate in request["candidates"]}
+    for rows in events.values() if schema.joined_columns else ():  # an event takes its item's profile along
+        if "item_id" in rows.columns:
+            asked.update(rows["item_id"].drop_nulls().cast(pl.String))
+    changes = _changes(build, opening, close, {"user_id": users, "item_id": sorted(asked)})
     report = SkewReport(partition)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -121,12 +125,15 @@ def replay(
         now = opening
         for done, (row, request) in enumerate(requests, start=1):
             ts = request["ts"]
-            # an event takes its item's profile along: those before a change are pushed before it
+            # events before a change of profiles are pushed before it
             for moment in [*[change for change in changes if now < change < ts and schema.joined_columns], ts]:
-                for role, rows in events.items():
-                    new = rows.filter(pl.col("ts").is_between(now, moment, closed="left"))
-                    if new.height:
-                        writer.push(new, role)
+                between = pl.col("ts").is_between(now, moment, closed="left")
+                new = {role: rows.filter(between) for role, rows in events.items()}
+                if moment < ts and not any(rows.height for rows in new.values()):
+                    continue  # nothing to push before this change
+                for role, rows in new.items():
+                    if rows.height:
+                        writer.push(rows, role)
                 if any(now < change <= moment for change in changes):
                     materialize(own, now, moment, logged_until=opening)
                 now = max(now, moment)
@@ -157,20 +164,16 @@ def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], d
     return sorted(found, key=lambda one: (one[1]["ts"], one[1]["request_id"]))
 
 
-def _changes(build: BuildSettings, opening: int, close: int) -> list[int]:
-    """When, within the partition, profiles change or counts become known, microseconds UTC."""
-    times = {
-        ts
-        for role in ("users", "items")
-        for ts in build.tables[role]
-        .collect(build.tables[role].scan().select("updated_at").unique())["updated_at"]
-        .drop_nulls()
-        .to_list()
-    }
-    for name in ("user_aggregates", "item_aggregates"):
-        table = build.table(name)
-        times |= set(table.collect(table.scan().select("ts").unique())["ts"].to_list())
-    return sorted(ts for ts in times if opening < ts < close)
+def _changes(build: BuildSettings, opening: int, close: int, asked: Mapping[str, Sequence[str]]) -> list[int]:
+    """When, within the partition, the profiles or counts of those asked about change, microseconds UTC."""
+    tables = [(build.tables["users"], "user_id", "updated_at"), (build.tables["items"], "item_id", "updated_at")]
+    tables += [(build.table(USER_AGGREGATES), "user_id", "ts"), (build.table(ITEM_AGGREGATES), "item_id", "ts")]
+    times: set[int] = set()
+    for table, key, clock in tables:
+        of_asked = pl.col(key).cast(pl.String).is_in(asked[key])
+        inside = pl.col(clock).is_between(opening, close, closed="none")
+        times |= set(table.collect(table.scan().filter(of_asked & inside).select(clock).unique())[clock])
+    return sorted(times)
 
 
 def _compare(

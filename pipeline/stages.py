@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from features.errors import ConfigError, CorankError, DataGateError
 from pipeline.config import EvaluationConfig
@@ -18,9 +18,6 @@ from pipeline.log import close_text
 from pipeline.runtime import ensure_ray, quiet
 from pipeline.version import code_version
 from pipeline.workspace import FOREVER, Cuts, Workspace, listed
-
-if TYPE_CHECKING:
-    pass
 
 
 class Pipeline(Workspace):
@@ -164,6 +161,7 @@ class Pipeline(Workspace):
         Raises:
             ConfigError: the store holds later partitions: going back would leave old and new values side by side.
         """
+        from features.store.erase import erase_absent
         from features.store.online import apply, materialize
 
         stored = (self.records.get("feature_store", "online") or {}).get("partitions", {})
@@ -176,25 +174,32 @@ class Pipeline(Workspace):
             stage.say("registering features")
             settings = self.store_settings()
             apply(settings)
-            first = self.partitions.index(partitions[0]) == 0
-            start = 0 if first else self.log.bounds(partitions[0])[0]
+            inputs = self.store_inputs()
+            # what was built again may have lost a user's rows: the newest row that is left can be as old as the log
+            anew = partitions[0] == self.partitions[0] or any(stored.get(p, inputs[p]) != inputs[p] for p in partitions)
+            start = 0 if anew else self.log.bounds(partitions[0])[0]
             # counts become known some time after the close, by then or by now
             end = max(
                 close := self.log.bounds(partitions[-1])[1], min(close + self.config.aggregates_delay, self.log.now)
             )
             rows = materialize(settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"), close)
+            gone = erase_absent(settings, end, close) if anew else {}
             self.records.put(
                 "feature_store",
                 "online",
                 {
-                    "partitions": {p: inputs for p, inputs in self.store_inputs().items() if p <= partitions[-1]},
+                    "partitions": {p: made_from for p, made_from in inputs.items() if p <= partitions[-1]},
                     "close": end,
                     "rows": rows,
                     **self.lineage(),
                 },
             )
             written = ", ".join(f"{count:,} {view}" for view, count in rows.items())
-            stage.say(f"{written} up to {close_text(end)}")
+            lost = ", ".join(f"{count:,} {view}" for view, count in gone.items() if count)
+            stage.say(
+                f"{written} up to {close_text(end)}"
+                + (f"; removed, as the log has them no more: {lost}" if lost else "")
+            )
         return rows
 
     def train_candidate(self) -> dict[str, Any]:

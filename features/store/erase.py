@@ -1,4 +1,4 @@
-"""Erasing users from the online store. Feast deletes whole views, not entities, so this speaks to each store.
+"""Erasing entities from the online store. Feast deletes whole views, not entities, so this speaks to each store.
 
 Only the stores' own layout is used: SQLite holds a row per (entity key, feature) in one table per view; Redis a
 hash per entity key with the features of all views. The endpoint keeps no user in memory (``OnlineReader`` caches
@@ -8,18 +8,33 @@ items alone), so an erased user is unknown to it from the next request on.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import compress, islice
 
+import polars as pl
 from feast import FeatureStore, FeatureView
-from feast.infra.key_encoding_utils import serialize_entity_key
-from feast.infra.online_stores.helpers import compute_table_id
+from feast.infra.key_encoding_utils import serialize_entity_key, serialize_entity_key_prefix
+from feast.infra.online_stores.helpers import _mmh3, compute_table_id, compute_versioned_name
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 
 from features.errors import CorankError
-from features.store.online import FeatureStoreSettings, open_store
+from features.store.definitions import SEQUENCE_VIEW
+from features.store.online import (
+    WRITE_ROWS,
+    FeatureStoreSettings,
+    backend,
+    entity_values,
+    keep_pushed,
+    open_store,
+    registered_view,
+    sole_writer,
+    view_query,
+)
+from features.store.query import TIME, Partitions
 
 USER_KEY = "user_id"
 
@@ -36,28 +51,61 @@ def erase_users(settings: FeatureStoreSettings, users: Collection[str]) -> dict[
     """
     store = open_store(settings)
     views = _user_views(store)
-    version = store.config.entity_key_serialization_version
-    keys = {
-        user: serialize_entity_key(
-            EntityKey(join_keys=[USER_KEY], entity_values=[Value(string_val=user)]),
-            entity_key_serialization_version=version,
-        )
-        for user in users
-    }
-    failures: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-    if settings.online == "redis":
-        from redis import RedisError
-
-        failures = (RedisError, OSError)
-    try:
+    keys = {user: _serialized(store, _entity_key(USER_KEY, user)) for user in users}
+    with _reachable(settings):
         removed = _erase_sqlite(store, views, keys) if settings.online == "sqlite" else _erase_redis(store, keys)
-    except failures as error:
-        where = settings.sqlite_path if settings.online == "sqlite" else settings.redis
-        raise CorankError(
-            f"online store {settings.online} at {where}: users cannot be erased: {error}. "
-            "Make it reachable, then run the same command again."
-        ) from error
     return {user: count for user, count in removed.items() if count}
+
+
+def erase_absent(settings: FeatureStoreSettings, end: int, logged_until: int) -> dict[str, int]:
+    """Remove what the tables hold no row of up to ``end``: a corrected log may have lost a user, an item or a profile.
+
+    After a materialisation from the beginning, the online store is then as one that was filled for the first time. Of
+    a sequence the events pushed with ``logged_until`` ≤ time stay: the log does not hold them yet.
+
+    Args:
+        end, logged_until: microseconds UTC, as of that materialisation.
+
+    Returns:
+        entities that were removed, per view.
+
+    Raises:
+        CorankError: the views are not registered, or a table or the store cannot be read.
+    """
+    store = open_store(settings)
+    removed = {}
+    for name in settings.views:
+        view = registered_view(store, name)
+        query = replace(view_query(store, view, None, end), values={})
+        (key,) = query.keys
+        present = pl.concat([rows[key] for rows in Partitions(query, settings.slice_bytes).rows()])
+        with _reachable(settings):
+            stored = pl.Series(key, _stored_ids(store, view), dtype=pl.String)
+            absent = stored.filter(stored.is_in(present.implode()).not_())
+            if name.startswith(SEQUENCE_VIEW):
+                with sole_writer(store, absent):
+                    absent = _without_pushed(store, view, absent, logged_until)
+                    _erase_from_view(store, view, absent.to_list())
+            else:
+                _erase_from_view(store, view, absent.to_list())
+        removed[name] = absent.len()
+    return removed
+
+
+def _without_pushed(store: FeatureStore, view: FeatureView, absent: pl.Series, logged_until: int) -> pl.Series:
+    """Those who have no pushed events; of the others the sequence is reduced to these."""
+    provider, nothing = store._get_provider(), []
+    for portion in absent.to_frame().iter_slices(WRITE_ROWS):
+        empty = [pl.lit([]).alias(feature.name) for feature in view.features]
+        entries = entity_values(view, portion.with_columns(*empty, pl.lit(logged_until).alias(TIME)))
+        stored = provider.online_read(store.config, view, [key for key, *_ in entries], None)
+        pushed = [
+            keep_pushed(view, entry[1], before or {}, logged_until)
+            for entry, (_, before) in zip(entries, stored, strict=True)
+        ]
+        provider.online_write_batch(store.config, view, list(compress(entries, pushed)), None)
+        nothing.append(portion.to_series().filter(~pl.Series(pushed, dtype=pl.Boolean)))
+    return pl.concat([absent.clear(), *nothing])
 
 
 def _user_views(store: FeatureStore) -> list[FeatureView]:
@@ -68,30 +116,108 @@ def _user_views(store: FeatureStore) -> list[FeatureView]:
     return views
 
 
+def _entity_key(name: str, value: str) -> EntityKey:
+    return EntityKey(join_keys=[name], entity_values=[Value(string_val=value)])
+
+
+def _serialized(store: FeatureStore, key: EntityKey) -> bytes:
+    return serialize_entity_key(key, store.config.entity_key_serialization_version)
+
+
+@contextmanager
+def _reachable(settings: FeatureStoreSettings) -> Iterator[None]:
+    """What the store's client raises becomes a message that names the store."""
+    failures: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+    if settings.online == "redis":
+        from redis import RedisError
+
+        failures = (RedisError, OSError)
+    try:
+        yield
+    except failures as error:
+        where = settings.sqlite_path if settings.online == "sqlite" else settings.redis
+        raise CorankError(
+            f"online store {settings.online} at {where}: entities cannot be erased: {error}. "
+            "Make it reachable, then run the same command again."
+        ) from error
+
+
+def _stored_ids(store: FeatureStore, view: FeatureView) -> Iterator[str]:
+    """Every entity with a row of this view."""
+    (name,) = view.join_keys
+    prefix = serialize_entity_key_prefix([name], store.config.entity_key_serialization_version)
+    online = backend(store)
+    if isinstance(online, SqliteOnlineStore):
+        select = f"SELECT DISTINCT entity_key FROM {_quoted(_table(store, view))}"
+        for (key,) in online._get_conn(store.config).execute(select):
+            yield _value_in(key, prefix)[0]
+        return
+    client, project = online._get_client(store.config.online_store), store.config.project.encode()
+    found = client.scan_iter(prefix + b"*", count=WRITE_ROWS)
+    while keys := list(islice(found, WRITE_ROWS)):
+        with client.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hexists(key, _fields(store, view)[0])
+            held = pipe.execute()
+        for key in compress(keys, held):
+            value, rest = _value_in(key, prefix)
+            if rest == project:  # other projects may share the server
+                yield value
+
+
+def _value_in(key: bytes, prefix: bytes) -> tuple[str, bytes]:
+    """The id in a serialized entity key, and what follows it: type, length and bytes of the value come after names."""
+    start = len(prefix) + 8
+    end = start + int.from_bytes(key[start - 4 : start], "little")
+    return key[start:end].decode(), key[end:]
+
+
+def _erase_from_view(store: FeatureStore, view: FeatureView, ids: list[str]) -> None:
+    (name,) = view.join_keys
+    keys = {one: _serialized(store, _entity_key(name, one)) for one in ids}
+    online = backend(store)
+    if isinstance(online, SqliteOnlineStore):
+        _erase_sqlite(store, [view], keys)
+        return
+    project = store.config.project.encode()
+    with online._get_client(store.config.online_store).pipeline(transaction=False) as pipe:
+        for key in keys.values():
+            pipe.hdel(key + project, *_fields(store, view))  # a hash without fields is gone
+        pipe.execute()
+
+
+def _fields(store: FeatureStore, view: FeatureView) -> list[bytes]:
+    """Names that Feast gives to a view's fields in a hash of Redis, that of its time first."""
+    name = compute_versioned_name(view, store.config.registry.enable_online_feature_view_versioning)
+    return [f"_ts:{name}".encode(), *[_mmh3(f"{name}:{feature.name}") for feature in view.features]]
+
+
 def _erase_sqlite(store: FeatureStore, views: list[FeatureView], keys: dict[str, bytes]) -> dict[str, int]:
-    online = _online(store)
+    online = backend(store)
     assert isinstance(online, SqliteOnlineStore)
     connection = online._get_conn(store.config)
     connection.execute("PRAGMA secure_delete = ON")  # freed pages are overwritten: the bytes go, not only the rows
-    versioned = store.config.registry.enable_online_feature_view_versioning
     existing = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     removed = dict.fromkeys(keys, 0)
     with connection:  # one transaction: a user is online as before, or not at all
-        for table in existing & {compute_table_id(store.config.project, view, versioned) for view in views}:
-            quoted = '"' + table.replace('"', '""') + '"'
+        for table in existing & {_table(store, view) for view in views}:
             for user, key in keys.items():
-                removed[user] += connection.execute(f"DELETE FROM {quoted} WHERE entity_key = ?", (key,)).rowcount
+                erased = connection.execute(f"DELETE FROM {_quoted(table)} WHERE entity_key = ?", (key,))
+                removed[user] += erased.rowcount
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    connection.close()
     return removed
 
 
+def _table(store: FeatureStore, view: FeatureView) -> str:
+    versioned = store.config.registry.enable_online_feature_view_versioning
+    return str(compute_table_id(store.config.project, view, versioned))
+
+
+def _quoted(table: str) -> str:
+    return '"' + table.replace('"', '""') + '"'
+
+
 def _erase_redis(store: FeatureStore, keys: dict[str, bytes]) -> dict[str, int]:
-    client = _online(store)._get_client(store.config.online_store)
+    client = backend(store)._get_client(store.config.online_store)
     project = store.config.project.encode()
     return {user: int(client.delete(key + project)) for user, key in keys.items()}
-
-
-def _online(store: FeatureStore) -> Any:
-    """Feast's class of the online store, which depends on the config."""
-    return store._get_provider().online_store

@@ -5,8 +5,10 @@ The store keeps raw profiles, counts and coded sequences; :mod:`features.store.r
 
 from __future__ import annotations
 
+import fcntl
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -17,12 +19,14 @@ import polars as pl
 import pyarrow as pa
 from feast import FeatureStore, FeatureView, RepoConfig
 from feast.errors import FeatureViewNotFoundException
+from feast.infra.online_stores.sqlite import SqliteOnlineStoreConfig
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import RegistryConfig
 from feast.type_map import python_values_to_proto_values
 from feast.types import Array, FeastType, Float32
 
+from features.encoding import bucket_column
 from features.errors import CorankError
 from features.lake import Table
 from features.schema import Schema
@@ -47,6 +51,12 @@ Progress = Callable[[str, int], None]
 
 WRITE_ROWS = 5_000
 """Rows written to the online store in one transaction; bounds memory."""
+
+STRIPES, STRIPE = 16, "__stripe"
+"""Users share so many locks in Redis; tasks that fill it in parallel, and pushes, rarely meet at one."""
+
+LOCKED_SECONDS = 120.0
+"""After so long Redis frees the lock of a writer that was killed."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,11 @@ def open_store(settings: FeatureStoreSettings) -> FeatureStore:
     )
 
 
+def backend(store: FeatureStore) -> Any:
+    """Feast's class of the online store, which depends on the config."""
+    return store._get_provider().online_store
+
+
 def apply(settings: FeatureStoreSettings) -> None:
     """Register the schema's entities, views and service, and create their online tables. Idempotent.
 
@@ -160,7 +175,7 @@ def materialize(
     values. Run windows in the order of time: an older one run last would bring older values back.
 
     Events pushed with ``logged_until`` ≤ time (:mod:`features.store.push`) stay behind the stored events: the log does
-    not hold them yet. A push that runs at the same moment for the same user may be lost until its partition is built.
+    not hold them yet.
 
     A large table is read by slices in Ray tasks, where Ray runs. Into Redis the tasks write themselves; SQLite has
     one writer, this process, which takes the tasks' results as they come. Feast's own ``materialize`` reads every
@@ -182,17 +197,7 @@ def materialize(
     written = {}
     for name in settings.views:
         view = registered_view(store, name)
-        source = delta_source(view)
-        query = Query(
-            source.table(store.config),
-            source.clock,
-            keys={column.name: column.name for column in view.entity_columns},
-            values={one.name: one.name for one in view.features},
-            start=start,
-            end=end,
-            latest=True,
-        )
-        partitions = Partitions(query, settings.slice_bytes)
+        partitions = Partitions(view_query(store, view, start, end), settings.slice_bytes)
         rows = 0
         for count in _written(store, settings, view, partitions, end if logged_until is None else logged_until):
             rows += count
@@ -203,6 +208,20 @@ def materialize(
             store.registry.apply_materialization(view, settings.project, *window)
         written[name] = rows
     return written
+
+
+def view_query(store: FeatureStore, view: FeatureView, start: int | None, end: int) -> Query:
+    """The newest row of every entity of a view with start ≤ time ≤ end."""
+    source = delta_source(view)
+    return Query(
+        source.table(store.config),
+        source.clock,
+        keys={column.name: column.name for column in view.entity_columns},
+        values={one.name: one.name for one in view.features},
+        start=start,
+        end=end,
+        latest=True,
+    )
 
 
 def _written(
@@ -226,28 +245,59 @@ def _write_partition(
 
 
 def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_until: int) -> Iterator[int]:
-    provider = store._get_provider()
-    for portion in rows.iter_slices(WRITE_ROWS) if rows.height else ():
-        entries = entity_values(view, portion)
-        if view.name.startswith(SEQUENCE_VIEW):
-            stored = provider.online_read(store.config, view, [key for key, *_ in entries], None)
-            for (_, values, _, _), (_, before) in zip(entries, stored, strict=True):
-                _keep_pushed(view, values, before or {}, logged_until)
-        provider.online_write_batch(store.config, view, entries, None)
-        yield portion.height
+    if not view.name.startswith(SEQUENCE_VIEW):
+        for portion in rows.iter_slices(WRITE_ROWS) if rows.height else ():
+            store._get_provider().online_write_batch(store.config, view, entity_values(view, portion), None)
+            yield portion.height
+        return
+    (key,) = view.join_keys
+    for stripe in rows.with_columns(_stripe(key)).partition_by(STRIPE):
+        for portion in stripe.iter_slices(WRITE_ROWS):
+            entries = entity_values(view, portion)
+            with sole_writer(store, portion[key]):
+                stored = store._get_provider().online_read(store.config, view, [one for one, *_ in entries], None)
+                for (_, values, _, _), (_, before) in zip(entries, stored, strict=True):
+                    keep_pushed(view, values, before or {}, logged_until)
+                store._get_provider().online_write_batch(store.config, view, entries, None)
+            yield portion.height
 
 
-def _keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any], logged_until: int) -> None:
-    """Append to a state row's lists the stored events of ``logged_until`` ≤ ts, which only a push can have brought."""
+@contextmanager
+def sole_writer(store: FeatureStore, users: pl.Series) -> Iterator[None]:
+    """Who reads sequences of users and writes them back does so alone, of all threads and processes; others wait."""
+    online = store.config.online_store
+    with ExitStack() as held:
+        if isinstance(online, SqliteOnlineStoreConfig):  # the file is local, and so are all its writers
+            fcntl.flock(held.enter_context(Path(f"{online.path}.lock").open("a")), fcntl.LOCK_EX)
+        else:
+            client = backend(store)._get_client(online)
+            stripes = users.to_frame("user_id").select(_stripe("user_id").unique().sort()).to_series()
+            for stripe in stripes:  # in one order, so that no two wait for each other
+                name = f"{store.config.project}:sequences:{stripe}"
+                held.enter_context(client.lock(name, timeout=LOCKED_SECONDS, sleep=0.005))
+        yield
+
+
+def _stripe(user: str) -> pl.Expr:
+    return bucket_column(pl.col(user), STRIPES).alias(STRIPE)
+
+
+def keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any], logged_until: int) -> bool:
+    """Append to a state row's lists the stored events of ``logged_until`` ≤ ts, which only a push can have brought.
+
+    Returns:
+        whether there are any.
+    """
     times = before.get(f"{view.name.removeprefix(SEQUENCE_VIEW)}__ts")
     first = bisect_left(times.int64_list_val.val, logged_until) if times is not None else 0
     if times is None or first == len(times.int64_list_val.val):
-        return
+        return False
     kinds = {name: before[name].WhichOneof("val") if name in before else None for name in values}
     if None in kinds.values():
-        return  # pushed before the sequence had this field; the log brings these events with the next partition
+        return False  # pushed before the sequence had this field; the log brings these events with the next partition
     for name, kind in kinds.items():
         getattr(values[name], str(kind)).val.extend(getattr(before[name], str(kind)).val[first:])
+    return True
 
 
 def entity_values(view: FeatureView, rows: pl.DataFrame) -> list[EntityValues]:

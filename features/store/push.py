@@ -6,7 +6,6 @@ materialisation brings the same events from the log; what it does not hold yet s
 
 from __future__ import annotations
 
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from features.schema import OTHER_UNITS, SECOND, Sequence
 from features.states import EVENT_ID
 from features.store.definitions import ITEM_VIEW, UPDATED_AT, sequence_view
 from features.store.delta import microseconds
-from features.store.online import FeatureStoreSettings, entity_values, open_store, registered_view
+from features.store.online import FeatureStoreSettings, entity_values, open_store, registered_view, sole_writer
 from features.store.query import TIME
 from features.store.reader import POLARS_TYPES, READ_ROWS
 from features.validation.rules import is_negative
@@ -39,10 +38,7 @@ AS_OF, OLDEST = "__as_of", "__oldest"
 
 
 class OnlineWriter:
-    """Appends new events to the online sequences. May be used by several threads.
-
-    A push reads and writes back: let one process push the events of one user, else one of two pushes at the same
-    moment is missing online until its partition is built from the log.
+    """Appends new events to the online sequences. May be used by several threads and processes.
 
     Args:
         log_delay: microseconds; as in :class:`features.samples.BuildSettings`.
@@ -58,7 +54,6 @@ class OnlineWriter:
         self._store = open_store(settings)
         self._views = {one.name: registered_view(self._store, sequence_view(one)) for one in self.schema.sequences}
         self._item_types = {one.name: one.dtype for one in registered_view(self._store, ITEM_VIEW).features}
-        self._lock = threading.Lock()
 
     def push(self, events: pl.DataFrame, table: str = "events") -> dict[str, int]:
         """Append raw events to every sequence that reads this table.
@@ -89,8 +84,7 @@ class OnlineWriter:
             coded = {sequence.name: self._coded(checked, sequence, table) for sequence in sequences}
         except pl.exceptions.PolarsError as failure:
             raise CorankError(f"push to {table}: a column has another type than the log's: {failure}") from failure
-        with self._lock:
-            return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
+        return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
 
     def _coded(self, events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
         """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
@@ -131,20 +125,21 @@ class OnlineWriter:
         """Write the sequences of users that get something new; returns how many events they got."""
         added = 0
         for users in new.select("user_id").unique(maintain_order=True).iter_slices(READ_ROWS):
-            stored, bounds = self._stored(sequence, users["user_id"].to_list(), new.schema)
-            fresh = (
-                new.join(users, on="user_id", how="semi", maintain_order="left")
-                .join(stored, on=["user_id", EVENT_ID], how="anti", maintain_order="left")
-                .join(bounds, on="user_id", how="left", maintain_order="left")
-                .filter(pl.col(OLDEST).is_null() | (pl.col("ts") > pl.col(OLDEST)))
-                .drop(OLDEST)
-            )
-            if fresh.height:
-                stored = stored.join(fresh, on="user_id", how="semi", maintain_order="left").join(
-                    bounds.drop(OLDEST), on="user_id", maintain_order="left"
+            with sole_writer(self._store, users["user_id"]):
+                stored, bounds = self._stored(sequence, users["user_id"].to_list(), new.schema)
+                fresh = (
+                    new.join(users, on="user_id", how="semi", maintain_order="left")
+                    .join(stored, on=["user_id", EVENT_ID], how="anti", maintain_order="left")
+                    .join(bounds, on="user_id", how="left", maintain_order="left")
+                    .filter(pl.col(OLDEST).is_null() | (pl.col("ts") > pl.col(OLDEST)))
+                    .drop(OLDEST)
                 )
-                self._write(sequence, _bounded(pl.concat([stored, fresh]), sequence.length, self.log_delay))
-                added += fresh.height
+                if fresh.height:
+                    stored = stored.join(fresh, on="user_id", how="semi", maintain_order="left").join(
+                        bounds.drop(OLDEST), on="user_id", maintain_order="left"
+                    )
+                    self._write(sequence, _bounded(pl.concat([stored, fresh]), sequence.length, self.log_delay))
+                    added += fresh.height
         return added
 
     def _stored(self, sequence: Sequence, users: list[str], schema: pl.Schema) -> tuple[pl.DataFrame, pl.DataFrame]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import pytest
 
 from features.lake import Table
-from features.schema import partition_bounds
+from features.schema import SECOND, partition_bounds
 from features.states import STATE
+from features.store.erase import erase_absent
 from features.store.online import apply, materialize
 from features.store.push import OnlineWriter
 from features.store.query import Query
+from features.store.reader import OnlineReader
 from tests.features.stores import build_state, online_content, store_settings
-from tests.features.worlds import DAYS, write_world
+from tests.features.worlds import DAYS, SCHEMA, write_world
 
+WRITERS, PUSHES = 4, 10
 CLOSES = [partition_bounds(day, "day")[1] for day in DAYS]
 USERS = 12
 
@@ -69,3 +75,90 @@ def test_a_partition_built_again_replaces_the_values_of_its_time(tmp_path: Path,
     materialize(redis, 0, CLOSES[2])
     after = online_content(redis, USERS, CLOSES[2])
     assert after["1"]["raw"]["age"] == before["1"]["raw"]["age"] + 1 == 51
+
+
+@pytest.mark.parametrize("online", ["sqlite", "redis"])
+def test_a_store_filled_anew_after_a_correction_is_as_one_filled_for_the_first_time(
+    tmp_path: Path, online: Literal["sqlite", "redis"], request: pytest.FixtureRequest
+) -> None:
+    address = request.getfixturevalue("redis_address") if online == "redis" else ""
+    tables = write_world(tmp_path, seed=1, users=USERS)
+    build_state(tables, tmp_path, 0)
+    # on one server a name that ends like another's is another project all the same
+    corrected, neighbour, fresh = (
+        store_settings(tables, tmp_path, name, online=online, redis=address)
+        for name in ("anew", "not_anew", "anew_fresh")
+    )
+    tomorrow = tables["events"].scan([DAYS[2]]).filter(pl.col("item_id") != 2).collect()
+    for settings in (corrected, neighbour):
+        apply(settings)
+        materialize(settings, 0, CLOSES[1])
+        OnlineWriter(settings).push(tomorrow)
+    before = online_content(corrected, USERS, CLOSES[2])
+    state, rows = Table(STATE, str(tmp_path / STATE)), pl.col("ts").is_in(CLOSES[:2])
+    closes = dict(
+        state.scan().filter(rows).group_by("user_id").agg(pl.col("ts").sort()).sort("user_id").collect().rows()
+    )
+    shortened = next(user for user, found in closes.items() if found == CLOSES[:2])  # its newest events go
+    pushed = set(tomorrow["user_id"].cast(pl.String))
+    gone = next(user for user in closes if user != shortened and user not in pushed)
+    gone_but_pushed = next(user for user in closes if user != shortened and user in pushed)
+    state.delta().delete(
+        f"user_id IN ('{gone}', '{gone_but_pushed}') OR (user_id = '{shortened}' AND ts >= {CLOSES[1]})"
+    )
+    tables["users"].delta().delete(f"user_id = {gone}")
+    tables["items"].delta().delete("item_id = 2")
+    materialize(corrected, 0, CLOSES[1])
+    removed = erase_absent(corrected, CLOSES[1], CLOSES[1])
+    apply(fresh)
+    materialize(fresh, 0, CLOSES[1])
+    OnlineWriter(fresh).push(tomorrow)
+    after = online_content(corrected, USERS, CLOSES[2])
+    np.testing.assert_equal(visible(after), visible(online_content(fresh, USERS, CLOSES[2])))
+    assert removed["user_features"] == removed["item_features"] == 1
+    assert removed["user_sequences_watched"] >= 1
+    assert before[gone]["raw"] is not None
+    assert before[gone]["watched"]["ts"]
+    assert after[gone] == {**after[str(USERS)], "coded": after[gone]["coded"]}
+    assert 0 < len(after[gone_but_pushed]["watched"]["ts"]) < len(before[gone_but_pushed]["watched"]["ts"])
+    between = {ts for ts in before[shortened]["watched"]["ts"] if CLOSES[0] <= ts < CLOSES[1]}
+    assert between
+    assert not between & set(after[shortened]["watched"]["ts"])
+    np.testing.assert_equal(online_content(neighbour, USERS, CLOSES[2]), before)
+    assert not any(erase_absent(corrected, CLOSES[1], CLOSES[1]).values())
+
+
+@pytest.mark.parametrize("online", ["sqlite", "redis"])
+def test_pushes_of_several_writers_for_one_user_are_all_kept(
+    tmp_path: Path, online: Literal["sqlite", "redis"], request: pytest.FixtureRequest
+) -> None:
+    """Writers with connections of their own, as replicas have them, and a materialisation between them."""
+    address = request.getfixturevalue("redis_address") if online == "redis" else ""
+    tables = write_world(tmp_path, seed=1, users=USERS)
+    build_state(tables, tmp_path, 0)
+    settings = store_settings(tables, tmp_path, "crowded", online=online, redis=address)
+    apply(settings)
+    materialize(settings, 0, CLOSES[1])
+
+    def push(number: int) -> None:
+        writer = OnlineWriter(settings, log_delay=86_400 * SECOND)  # none of them is visible yet, so all are kept
+        for step in range(PUSHES):
+            event = {"event_id": f"{number}-{step}", "user_id": 1, "item_id": 1, "action": "buy", "seconds": None}
+            writer.push(pl.DataFrame([event | {"ts": CLOSES[1] + step}], schema_overrides={"seconds": pl.Float64}))
+
+    with ThreadPoolExecutor(WRITERS + 1) as pool:
+        for done in [pool.submit(push, number) for number in range(WRITERS)]:
+            materialize(settings, 0, CLOSES[1])
+            done.result()
+    kept = [ts for ts in OnlineReader(settings).sequences("1")["bought"].ts.tolist() if ts >= CLOSES[1]]
+    assert kept == sorted([CLOSES[1] + step for step in range(PUSHES)] * WRITERS)
+
+
+def visible(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with the newest L events of every sequence; what a push still keeps of older ones is its affair."""
+    newest = {one.name: one.length for one in SCHEMA.sequences}
+    users = {user: dict(own) for user, own in content.items() if user != "items"}
+    for own in users.values():
+        for name, length in newest.items():
+            own[name] = {field: values[-length:] for field, values in own[name].items()}
+    return {"items": content["items"], **users}

@@ -141,7 +141,7 @@ def test_values_arrive_online_unchanged(settings: FeatureStoreSettings) -> None:
     seen: list[tuple[str, int]] = []
     rows = materialize(settings, 0, 5 * DAY, lambda view, count: seen.append((view, count)))
     assert rows == {"user_features": 3, "item_features": 2, "user_sequences_clicks": 2}
-    assert seen == list(rows.items())
+    assert dict(seen) == rows
     reader = OnlineReader(settings)
     profile = reader.user("a")
     assert profile is not None

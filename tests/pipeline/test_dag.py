@@ -13,9 +13,11 @@ import pytest
 from deltalake import DeltaTable
 
 from features.batch import collate
+from features.encoding import bucket_of
 from features.errors import CorankError, DataGateError
 from features.fold import rows_after
 from features.lake import Table
+from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.config import Config, EvaluationConfig
 from pipeline.dag import open_instance, run_dag
@@ -235,18 +237,39 @@ def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_
     pipeline = Pipeline(config, Progress(), DAYS[2])
     fingerprints = {day: dict(pipeline.log.fingerprint(day)) for day in DAYS}
     late = pl.DataFrame(config.table("watches").scan([DAYS[1]]).head(1).collect())
-    late = late.with_columns(pl.lit("late").alias("event_id"))
+    bucket = bucket_of("visitor", config.buckets)
+    late = late.with_columns(
+        event_id=pl.lit("late"), user_id=pl.lit("visitor"), bucket=pl.lit(bucket, late["bucket"].dtype)
+    )
     late.write_delta(config.table("watches").uri, mode="append")
     after = Pipeline(config, Progress(), DAYS[2])
     changed = {day for day in DAYS if after.log.fingerprint(day) != fingerprints[day]}
     assert changed == {DAYS[1]}
     assert after.stale_samples() == DAYS[1:]
-    after.validate(after.stale_validation())
     events = {day: (after.records.get("samples", day) or {})["events"] for day in DAYS}
-    after.build_samples(after.stale_samples())
-    assert after.stale_samples() == []
-    rebuilt = {day: (after.records.get("samples", day) or {})["events"] for day in DAYS}
-    assert rebuilt == {**events, DAYS[1]: events[DAYS[1]] + 1}
+    after = rebuilt(config)
+    assert {day: (after.records.get("samples", day) or {})["events"] for day in DAYS} == {
+        **events,
+        DAYS[1]: events[DAYS[1]] + 1,
+    }
+    online = OnlineReader(after.store_settings())
+    assert online.sequences("visitor")["watched"].ts.tolist() == late["ts"].to_list()
+    assert online.encoded_user("visitor", after.store_close() or 0)[0]
+    DeltaTable(config.table("watches").uri).delete("event_id = 'late'")
+    after = rebuilt(config)
+    assert {day: (after.records.get("samples", day) or {})["events"] for day in DAYS} == events
+    assert online.sequences("visitor")["watched"].ts.tolist() == []
+    assert not online.encoded_user("visitor", after.store_close() or 0)[0]
+
+
+def rebuilt(config: Config) -> Pipeline:
+    """What changed is validated, built and online again."""
+    pipeline = Pipeline(config, Progress(), DAYS[2])
+    pipeline.validate(pipeline.stale_validation())
+    pipeline.build_samples(pipeline.stale_samples())
+    pipeline.fill_store(pipeline.stale_store())
+    assert not {"validated", "samples", "feature_store"} & set(pipeline.pending())
+    return pipeline
 
 
 def test_a_corrected_profile_rebuilds_and_a_later_snapshot_does_not(config: Config, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +27,7 @@ from features.batch import code_type, end_column, feature_column, label_column, 
 from features.errors import ConfigError, CorankError
 from features.reader import SampleSource
 from features.schema import FieldSpec, Schema, Sequence
+from features.tasks import each, ray_runs
 
 CHUNK_BYTES = 64 * 2**20
 """Arrow bytes flattened at a time, which make one row group; bounds a task's memory beside the file it reads."""
@@ -36,9 +37,6 @@ MANIFEST = "_export.json"
 
 OFFSET_BYTES = 4
 """Arrow's offset of one text or list."""
-
-MAX_BLOCKS = 1_000
-"""Ray Data blocks of a listing of files; more files than that share tasks."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def export_impressions(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Export:
-    """Write the flattened samples below ``target`` on Ray: one Parquet file per file of the sample table.
+    """Write the flattened samples below ``target``, on Ray where it runs: one Parquet file per file of samples.
 
     The folder appears whole or not at all: it is written beside and renamed. On a cluster it lies on storage that
     all nodes share.
@@ -251,8 +249,8 @@ def _write(
 ) -> Export:
     written: list[dict[str, Any]] = []
     files = source.files()
-    for row in map_files(files, _export_file, (source, str(root))):
-        written.append(row)
+    for one in each(_export_file, ((file, source, str(root)) for file in files), ray_runs()):
+        written.append(one)
         progress(len(written), len(files))
     rows = dict.fromkeys(source.partitions, 0)
     for one in written:
@@ -306,7 +304,7 @@ def _export_file(file: str, source: SampleSource, root: str) -> dict[str, Any]:
     }
 
 
-# --- files of the sample table on Ray -----------------------------------------------------------------
+# --- files of the sample table -----------------------------------------------------------------
 
 
 def partition_of_file(file: str) -> str:
@@ -318,22 +316,3 @@ def parquet_bytes(source: SampleSource, file: str) -> int:
     """Size of a file of the sample table."""
     store = fs.PyFileSystem(DeltaStorageHandler(source.root, options=dict(source.storage_options)))
     return int(store.get_file_info(file).size)
-
-
-def map_files(
-    files: list[str], work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]
-) -> Iterator[dict[str, Any]]:
-    """``work(file, *arguments)`` of every file in Ray tasks, one file at a time in each; in no fixed order."""
-    import ray.data
-
-    if not files:
-        return
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    listing = ray.data.from_items([{"file": file} for file in files], override_num_blocks=min(len(files), MAX_BLOCKS))
-    task: Any = _each  # Ray's type of a row function does not know fn_args
-    results: Iterable[dict[str, Any]] = listing.map(task, fn_args=(work, arguments)).iter_rows()
-    yield from results
-
-
-def _each(row: dict[str, Any], work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return work(str(row["file"]), *arguments)

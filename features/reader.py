@@ -43,11 +43,18 @@ class SampleSource:
 
     def files(self) -> list[str]:
         """Files of the partitions in a stable order, each with one bucket of one partition."""
+        return [path for _, _, path, _ in self._files()]
+
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(size for *_, size in self._files())
+
+    def _files(self) -> list[tuple[str, str, str, int]]:
+        """dt, bucket, path and bytes."""
         table = DeltaTable(self.root, storage_options=dict(self.storage_options))
         actions = pa.table(table.get_add_actions(flatten=True))
-        wanted = set(self.partitions)
-        rows = zip(*(actions[name].to_pylist() for name in ("partition.dt", "partition.bucket", "path")), strict=True)
-        return [path for dt, _, path in sorted(rows) if dt in wanted]
+        columns = (actions[name].to_pylist() for name in ("partition.dt", "partition.bucket", "path", "size_bytes"))
+        return sorted(row for row in zip(*columns, strict=True) if row[0] in self.partitions)
 
     def read(self, file: str) -> pa.Table:
         """Rows of one file within the cut.

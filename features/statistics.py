@@ -1,13 +1,12 @@
 """What the samples hold: coverage, lengths of histories, distinct ids, and what sharing saves.
 
-Every file of the sample table is counted in a Ray task; the counts of files add up to those of the table.
+Every file of the sample table is counted by itself; the counts of files add up to those of the table.
 
 Legend: U rows of the sample table (timelines), R requests, C candidates, E events.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.batch import feature_column
-from features.export import CHUNK_BYTES, Unnested, chunk_bounds, flatten, flattened_bytes, map_files, parquet_bytes
+from features.export import CHUNK_BYTES, Unnested, chunk_bounds, flatten, flattened_bytes, parquet_bytes
 from features.reader import SampleSource
 from features.schema import Feature, FieldSpec, Schema
+from features.tasks import each, ray_runs
 
 SKETCH = 65_536
 """Ids kept to count the distinct ones: exact below, within about 1 % (three deviations of 1/√SKETCH) above."""
@@ -217,7 +217,7 @@ def _ratio(part: float, whole: float) -> float | None:
 def sample_statistics(
     source: SampleSource, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> SampleStatistics:
-    """Statistics of the samples of a source, counted file by file on Ray.
+    """Statistics of the samples of a source, counted file by file, on Ray where it runs.
 
     Args:
         progress: called with (files done, files in all).
@@ -227,13 +227,14 @@ def sample_statistics(
     """
     files = source.files()
     total = SampleStatistics.empty(source.schema)
-    for done, row in enumerate(map_files(files, _count_file, (source,)), start=1):
-        total = total.merge(source.schema, pickle.loads(row["statistics"]))
+    counts = each(_count_file, ((file, source) for file in files), ray_runs())
+    for done, of_file in enumerate(counts, start=1):
+        total = total.merge(source.schema, of_file)
         progress(done, len(files))
     return total
 
 
-def _count_file(file: str, source: SampleSource) -> dict[str, Any]:
+def _count_file(file: str, source: SampleSource) -> SampleStatistics:
     rows = source.read(file)
     statistics = SampleStatistics.of(rows, source.schema)
     statistics.totals["sample_parquet_bytes"] = parquet_bytes(source, file)
@@ -243,4 +244,4 @@ def _count_file(file: str, source: SampleSource) -> dict[str, Any]:
         sink = pa.BufferOutputStream()
         pq.write_table(flatten(samples, source.schema, start, stop), sink, compression="zstd")
         statistics.totals |= {"sampled_candidates": stop - start, "sampled_parquet_bytes": sink.tell()}
-    return {"statistics": pickle.dumps(statistics)}
+    return statistics

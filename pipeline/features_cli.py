@@ -14,6 +14,7 @@ from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
 if TYPE_CHECKING:
     from features.reader import SampleSource
     from features.store.online import FeatureStoreSettings
+    from pipeline.progress import Stage
     from pipeline.stages import Pipeline
 
 features_app = typer.Typer(
@@ -28,6 +29,8 @@ PartitionsOption = Annotated[
     ),
 ]
 SHOWN_PARTITIONS = 5
+WORTH_RAY = 32 << 20
+"""Bytes of samples from which starting Ray takes less time than it saves."""
 
 
 # --- the store ----------------------------------------------------------------------------------------
@@ -146,13 +149,11 @@ def features_stats(
     """Count what the samples hold: coverage, history lengths, distinct ids, and what sharing histories saves."""
     with guarded(debug):
         from features.statistics import sample_statistics
-        from pipeline.runtime import ensure_ray
 
         pipeline = _pipeline(_load(config))
         source = _samples(pipeline, partition)
         with pipeline.progress.stage("statistics") as stage:
-            stage.say("starting Ray")
-            ensure_ray(pipeline.config.ray)
+            _ray_for(source, pipeline, stage)
             statistics = sample_statistics(source, lambda done, total: stage.say(f"{done}/{total} files"))
         figures = {"partitions": list(source.partitions), **statistics.describe(source.schema)}
         if as_json:
@@ -177,7 +178,6 @@ def features_export(
     """
     with guarded(debug):
         from features.export import export_impressions
-        from pipeline.runtime import ensure_ray
         from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config))
@@ -185,8 +185,7 @@ def features_export(
             source = _samples(pipeline, partition)
             records = {one: pipeline.records.get("samples", one) or {} for one in source.partitions}
             with pipeline.progress.stage("export") as stage:
-                stage.say("starting Ray")
-                ensure_ray(pipeline.config.ray)
+                _ray_for(source, pipeline, stage)
                 result = export_impressions(
                     source,
                     target,
@@ -203,6 +202,15 @@ def features_export(
                 f"{what:<16} {_size(exported)} flattened, {_size(samples)} as samples: {_times(exported, samples)}"
             )
         typer.echo(f"{'folder':<16} {target}")
+
+
+def _ray_for(source: SampleSource, pipeline: Pipeline, stage: Stage) -> None:
+    """Start Ray, where it pays, or connect to the cluster."""
+    from pipeline.runtime import ensure_ray
+
+    if pipeline.config.ray.address or source.size() > WORTH_RAY:
+        stage.say("starting Ray")
+        ensure_ray(pipeline.config.ray)
 
 
 def _samples(pipeline: Pipeline, chosen: list[str] | None) -> SampleSource:

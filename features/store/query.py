@@ -10,7 +10,6 @@ one partition there is nothing to deal out: the same functions run here, on the 
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from deltalake import DeltaTable
 
 from features.errors import CorankError
 from features.lake import Table
+from features.tasks import arrow, each, ray_runs, task
 
 T = TypeVar("T")
 
@@ -29,9 +29,6 @@ SLICE_BYTES = 32 << 20
 """Bytes of files that one task reads; a table below twice this is read in this process. Parquet grows in memory."""
 
 MOST_PARTITIONS = 256
-IN_FLIGHT = 2
-"""Tasks per processor that run or wait with their results; bounds what lies in memory."""
-
 JOIN_KEYS = ("user_id", "item_id")
 TIME = "__time"
 """When a row became true, int64 microseconds UTC."""
@@ -194,29 +191,11 @@ class Partitions:
         if self.count == 1:
             pieces = deque([(self.query.read(),)])
         else:
-            read = _task(_read_and_deal, num_returns=self.count)
+            read = task(_read_and_deal, num_returns=self.count)
             pieces = deque(zip(*[read.remote(self.query, one, self.count) for one in self.slices], strict=True))
         # taken out one by one, so that a partition's pieces are freed when it is done
         calls = ((*before, *pieces.popleft()) for before in befores)
         yield from each(function, calls, self.count > 1)
-
-
-def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: bool) -> Iterator[T]:
-    """``function(*call)`` of every call, in order: in Ray tasks, a few at a time, or one by one in this process."""
-    if not on_ray:
-        yield from (function(*call) for call in calls)
-        return
-    import ray
-
-    task, running = _task(function), deque[Any]()
-    cluster: Any = ray  # its functions are not typed
-    most = IN_FLIGHT * max(1, int(cluster.cluster_resources().get("CPU", 1)))
-    for call in calls:
-        if len(running) == most:
-            yield _result(running.popleft())
-        running.append(task.remote(*call))
-    while running:
-        yield _result(running.popleft())
 
 
 def deal(frame: pl.DataFrame, keys: Iterable[str], count: int) -> list[pl.DataFrame]:
@@ -225,40 +204,8 @@ def deal(frame: pl.DataFrame, keys: Iterable[str], count: int) -> list[pl.DataFr
     return [frame.filter(partition == index) for index in range(count)]
 
 
-def ray_runs() -> bool:
-    """Whether this process is connected to Ray; Ray is not started."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
-
-
 def _read_and_deal(query: Query, part: Slice, count: int) -> list[pa.Table]:
-    return [_arrow(piece) for piece in deal(query.read(part), query.keys, count)]
-
-
-def _result(task: Any) -> Any:
-    """A task's result, or the failure inside it as it was raised, when it is one that says what to do."""
-    import ray
-
-    try:
-        return ray.get(task)
-    except ray.exceptions.RayTaskError as failure:
-        if isinstance(failure.cause, CorankError):
-            raise failure.cause from None
-        raise
-
-
-def _task(function: Callable[..., Any], **options: Any) -> Any:
-    """A Ray task that gives back data frames as Arrow tables, which lie in shared memory without a copy."""
-    import ray
-
-    def run(*call: Any) -> Any:
-        result = function(*call)
-        return _arrow(result) if isinstance(result, pl.DataFrame) else result
-
-    return ray.remote(run).options(num_cpus=1, **options)
-
-
-def _arrow(frame: pl.DataFrame) -> pa.Table:
-    return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+    return [arrow(piece) for piece in deal(query.read(part), query.keys, count)]
 
 
 def _frame(rows: pl.DataFrame | pa.Table) -> pl.DataFrame:

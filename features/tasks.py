@@ -1,0 +1,77 @@
+"""Work on many files or slices: in Ray tasks where Ray runs, else one by one here. Nothing starts Ray."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import polars as pl
+import pyarrow as pa
+
+from features.errors import CorankError
+
+T = TypeVar("T")
+
+IN_FLIGHT = 2
+"""Tasks per processor that run or wait with their results; bounds what lies in memory."""
+
+CANCELLED_SECONDS = 30.0
+"""A cancelled task ends when Python is next at work in it."""
+
+
+def ray_runs() -> bool:
+    """Whether this process is connected to Ray."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+
+
+def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: bool) -> Iterator[T]:
+    """``function(*call)`` of every call, in order: in Ray tasks, a few at a time, or one by one in this process."""
+    if not on_ray:
+        yield from (function(*call) for call in calls)
+        return
+    import ray
+
+    remote, running = task(function), deque[Any]()
+    cluster: Any = ray  # its functions are not typed
+    most = IN_FLIGHT * max(1, int(cluster.cluster_resources().get("CPU", 1)))
+    try:
+        for call in calls:
+            if len(running) == most:
+                yield _result(running.popleft())
+            running.append(remote.remote(*call))
+        while running:
+            yield _result(running.popleft())
+    finally:  # after a failure nothing may write any more
+        for one in running:
+            cluster.cancel(one)
+        if running:
+            cluster.wait(list(running), num_returns=len(running), timeout=CANCELLED_SECONDS)
+
+
+def task(function: Callable[..., Any], **options: Any) -> Any:
+    """A Ray task that gives back data frames as Arrow tables, which lie in shared memory without a copy."""
+    import ray
+
+    def run(*call: Any) -> Any:
+        result = function(*call)
+        return arrow(result) if isinstance(result, pl.DataFrame) else result
+
+    return ray.remote(run).options(num_cpus=1, **options)
+
+
+def arrow(frame: pl.DataFrame) -> pa.Table:
+    return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def _result(reference: Any) -> Any:
+    """A task's result, or the failure inside it as it was raised, when it is one that says what to do."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as failure:
+        if isinstance(failure.cause, CorankError):
+            raise failure.cause from None
+        raise

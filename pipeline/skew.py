@@ -11,6 +11,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,17 +124,19 @@ def replay(
         materialize(own, 0, opening)
         reader, writer = OnlineReader(own), OnlineWriter(own, build.log_delay)
         now = opening
+
+        def inside(start: int, stop: int) -> list[pl.DataFrame]:
+            return [rows.filter(pl.col("ts").is_between(start, stop, closed="left")) for rows in events.values()]
+
         for done, (row, request) in enumerate(requests, start=1):
             ts = request["ts"]
-            # events before a change of profiles are pushed before it
-            for moment in [*[change for change in changes if now < change < ts and schema.joined_columns], ts]:
-                between = pl.col("ts").is_between(now, moment, closed="left")
-                new = {role: rows.filter(between) for role, rows in events.items()}
-                if moment < ts and not any(rows.height for rows in new.values()):
-                    continue  # nothing to push before this change
-                for role, rows in new.items():
-                    if rows.height:
-                        writer.push(rows, role)
+            # an event takes its item's profile along: it is pushed between the changes before it and those after it
+            steps = [change for change in changes if now < change < ts] if schema.joined_columns else []
+            followed = [one for one, end in pairwise([*steps, ts]) if any(new.height for new in inside(one, end))]
+            for moment in [*followed, ts]:
+                for role, new in zip(events, inside(now, moment), strict=True):
+                    if new.height:
+                        writer.push(new, role)
                 if any(now < change <= moment for change in changes):
                     materialize(own, now, moment, logged_until=opening)
                 now = max(now, moment)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -249,9 +250,11 @@ def _write(
 ) -> Export:
     written: list[dict[str, Any]] = []
     files = source.files()
-    for one in each(_export_file, ((file, source, str(root)) for file in files), ray_runs()):
-        written.append(one)
-        progress(len(written), len(files))
+    # closed at once when the loop is left: what still runs would write on
+    with closing(each(_export_file, ((file, source, str(root)) for file in files), ray_runs())) as exported:
+        for one in exported:
+            written.append(one)
+            progress(len(written), len(files))
     rows = dict.fromkeys(source.partitions, 0)
     for one in written:
         if not (root / one["file"]).is_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 import polars as pl
@@ -26,7 +26,7 @@ def ray_runs() -> bool:
     return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
-def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: bool) -> Iterator[T]:
+def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: bool) -> Generator[T]:
     """``function(*call)`` of every call, in order: in Ray tasks, a few at a time, or one by one in this process."""
     if not on_ray:
         yield from (function(*call) for call in calls)
@@ -39,10 +39,10 @@ def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: b
     try:
         for call in calls:
             if len(running) == most:
-                yield _result(running.popleft())
+                yield _oldest(running)
             running.append(remote.remote(*call))
         while running:
-            yield _result(running.popleft())
+            yield _oldest(running)
     finally:  # after a failure nothing may write any more
         for one in running:
             cluster.cancel(one)
@@ -65,12 +65,15 @@ def arrow(frame: pl.DataFrame) -> pa.Table:
     return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def _result(reference: Any) -> Any:
-    """A task's result, or the failure inside it as it was raised, when it is one that says what to do."""
+def _oldest(running: deque[Any]) -> Any:
+    """The result of the first task, which goes once it has ended, or the failure inside it as it was raised, when it
+    is one that says what to do."""
     import ray
 
     try:
-        return ray.get(reference)
+        result = ray.get(running[0])
+        running.popleft()
+        return result
     except ray.exceptions.RayTaskError as failure:
         if isinstance(failure.cause, CorankError):
             raise failure.cause from None

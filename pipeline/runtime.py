@@ -10,8 +10,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 from pipeline.config import RayConfig
 
@@ -70,16 +71,20 @@ def _interrupted_afterwards() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals come to the main thread
         return
+    import ray
+
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda one, _: came.append(one)) for number in numbers}
     try:
-        yield
+        # first of all Ray would set a handler of its own, which exits at once
+        with mock.patch.object(ray._private.utils, "set_sigterm_handler"):  # type: ignore[attr-defined]
+            yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
+        if came:
+            signal.raise_signal(came[0])
 
 
 def ensure_ray(config: RayConfig) -> None:
@@ -98,7 +103,7 @@ def ensure_ray(config: RayConfig) -> None:
         local["object_store_memory"] = config.object_store_memory
     global _cluster
     _cluster = config.address
-    with _interrupted_afterwards():
+    with nullcontext() if config.address else _interrupted_afterwards():  # connecting may last, and leaves nothing
         ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
 
 

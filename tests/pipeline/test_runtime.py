@@ -51,7 +51,8 @@ def test_an_interrupt_that_ended_the_work_is_not_raised_again() -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupt_while_ray_starts_leaves_no_process_behind() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_ray_starts_leaves_no_process_behind(number: signal.Signals) -> None:
     program = """
 import time
 from pipeline.cli import guarded
@@ -67,7 +68,7 @@ with guarded(False):
         time.sleep(0.01)
     time.sleep(1.0)  # its agents start, the driver waits for them
     started = command.children(recursive=True)
-    command.send_signal(signal.SIGINT)
+    command.send_signal(number)
     assert "stopped" in command.communicate(timeout=60)[1]
     assert len(started) > 2
     _, left = psutil.wait_procs(started, timeout=15)

@@ -120,7 +120,6 @@ class Pipeline(Workspace):
                         **asdict(counts[partition]),
                     },
                 )
-            self._drop_old_states()
             total = {
                 name: sum(getattr(count, name) for count in counts.values())
                 for name in ("impressions", "quarantined", "candidates", "requests", "users", "timeline_events")
@@ -131,18 +130,6 @@ class Pipeline(Workspace):
                 f"{total['requests']:,} requests, {total['users']:,} timelines"
             )
         return total
-
-    def _drop_old_states(self) -> None:
-        """Drop the states of partitions that the log, or the config's ``start``, no longer has: the online store is
-        filled from these tables."""
-        from features.maintenance import drop_partitions
-        from features.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
-
-        for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES):
-            table = self.build_settings().table(name)
-            gone = [one for one in table.partitions() if one < self.partitions[-1] and one not in self.partitions]
-            if gone:
-                drop_partitions(table, gone)
 
     def _runs(self, partitions: Sequence[str]) -> list[list[str]]:
         """The partitions in runs of consecutive ones."""
@@ -158,38 +145,49 @@ class Pipeline(Workspace):
     def fill_store(self, partitions: Sequence[str]) -> dict[str, int]:
         """Feast apply and materialise these partitions into the online store.
 
+        When anything it was filled from has changed or is gone from the log, it is filled anew: what was written must
+        go, and the newest row that is left of a user can be as old as the log.
+
         Raises:
-            ConfigError: the store holds later partitions: going back would leave old and new values side by side.
+            ConfigError: the store holds later partitions, which are still in the log: it does not go back.
         """
         from features.store.erase import erase_absent
         from features.store.online import apply, materialize
 
-        stored = (self.records.get("feature_store", "online") or {}).get("partitions", {})
-        if stored and max(stored) > partitions[-1]:
+        filled = self.records.get("feature_store", "online") or {}
+        stored: dict[str, str] = filled.get("partitions", {})
+        inputs = self.store_inputs()
+        later = [one for one in stored if one > partitions[-1] and (self.until or one in inputs)]
+        if later:
             raise ConfigError(
-                f"--until {partitions[-1]}: the online store already holds partitions up to {max(stored)} and cannot "
+                f"--until {partitions[-1]}: the online store already holds partitions up to {max(later)} and cannot "
                 "go back; fill it without --until"
             )
         with self.progress.stage("feature_store") as stage:
             stage.say("registering features")
+            self._drop_gone_states()
             settings = self.store_settings()
             apply(settings)
-            inputs = self.store_inputs()
-            # what was built again may have lost a user's rows: the newest row that is left can be as old as the log
-            anew = partitions[0] == self.partitions[0] or any(stored.get(p, inputs[p]) != inputs[p] for p in partitions)
+            changed = any(inputs.get(one) != made_from for one, made_from in stored.items())
+            anew = changed or partitions[0] == self.partitions[0]
             start = 0 if anew else self.log.bounds(partitions[0])[0]
             # counts become known some time after the close, by then or by now
             end = max(
                 close := self.log.bounds(partitions[-1])[1], min(close + self.config.aggregates_delay, self.log.now)
             )
-            rows = materialize(settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"), close)
-            gone = erase_absent(settings, end, close) if anew else {}
+            # events of a partition that has gone were logged too, and must not pass for pushed ones
+            logged_until = max(close, filled.get("logged_until", 0))
+            rows = materialize(
+                settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"), logged_until
+            )
+            gone = erase_absent(settings, end, logged_until) if anew else {}
             self.records.put(
                 "feature_store",
                 "online",
                 {
                     "partitions": {p: made_from for p, made_from in inputs.items() if p <= partitions[-1]},
                     "close": end,
+                    "logged_until": close,
                     "rows": rows,
                     **self.lineage(),
                 },
@@ -201,6 +199,20 @@ class Pipeline(Workspace):
                 + (f"; removed, as the log has them no more: {lost}" if lost else "")
             )
         return rows
+
+    def _drop_gone_states(self) -> None:
+        """Drop the states of partitions that the log, or the config's ``start``, has no more: the online store is
+        filled from these tables."""
+        from features.maintenance import drop_partitions
+        from features.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
+
+        newest = self.partitions[-1]
+        for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES):
+            table = self.build_settings().table(name)
+            others = [one for one in table.partitions() if one not in self.partitions]
+            # those after ``until`` are no business of this run
+            if gone := [one for one in others if self.until is None or one < newest]:
+                drop_partitions(table, gone)
 
     def train_candidate(self) -> dict[str, Any]:
         """Train on all partitions, or from the champion on what came after its training."""

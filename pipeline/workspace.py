@@ -141,12 +141,15 @@ class Workspace:
         return [one for one, record in records.items() if record.get("inputs") != self.sample_inputs[one]]
 
     def stale_store(self) -> list[str]:
+        """The partitions to materialise: all after the first that changed, or any when others have gone."""
         record = self.records.get("feature_store", "online") or {}
         stored, wanted = record.get("partitions", {}), self.store_inputs()
         for index, partition in enumerate(self.partitions):
             if stored.get(partition) != wanted[partition]:
                 return self.partitions[index:]
         newest = self.partitions[-1]
+        if self.until is None and not stored.keys() <= wanted.keys():
+            return [newest]  # all that the store holds of later partitions has to go
         # it was filled before the newest counts became known, and now they are
         known = self.log.bounds(newest)[1] + self.config.aggregates_delay
         return [newest] if record["close"] < known <= self.log.now else []

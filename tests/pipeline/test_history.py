@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 from deltalake import DeltaTable
 
+from features.store.online import FeatureStoreSettings, apply, materialize
+from features.store.push import OnlineWriter
+from features.store.reader import History, OnlineReader
+from pipeline.config import Config
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.stages import Pipeline
@@ -42,5 +50,65 @@ def test_events_before_the_first_impressions_are_seen_until_the_log_loses_them(t
     assert shorter.partitions == DAYS[1:]
     shorter.validate(shorter.stale_validation())
     shorter.build_samples(shorter.stale_samples())
+    shorter.fill_store(shorter.stale_store())
     for name in ("state", "user_aggregates", "item_aggregates"):
         assert shorter.build_settings().table(name).partitions() == DAYS[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("aggregates_delay", [0, 2 * 86_400])
+def test_of_a_partition_that_the_log_lost_nothing_stays_online(
+    tmp_path: Path, local_ray: None, aggregates_delay: int
+) -> None:
+    data, late = tmp_path / "data", "2026-01-08"
+    import_synthetic(data, days=4, users=40, items=40, seed=5, start=START, buckets=2, say=lambda _: None)
+    config = load(
+        tmp_path, data, validation={"allow_gaps": True}, aggregates_delay_seconds=aggregates_delay, log_delay_seconds=0
+    )
+    fill(config, until=DAYS[2])
+    close = Pipeline(config, Progress()).log.bounds(late)[1]
+    pushed = config.table("watches").scan([late]).head(1).collect().with_columns(ts=pl.lit(close), event_id=pl.lit("p"))
+    writer = OnlineWriter(Pipeline(config, Progress()).store_settings())
+    assert writer.push(pushed, "watches")["watched"] == 1
+    users = config.table("users").scan().select(pl.col("user_id").cast(pl.String)).collect()["user_id"].unique()
+    for gone, left in ((DAYS[2], [*DAYS[:2], late]), (late, DAYS[:2])):
+        for role in config.tables:
+            if role not in ("users", "items"):
+                DeltaTable(config.table(role).uri).delete(f"dt = '{gone}'")
+        pipeline = fill(config)
+        assert pipeline.partitions == left
+        settings = pipeline.store_settings()
+        fresh = replace(
+            settings, project=f"fresh_{len(left)}", registry=f"{tmp_path}/{gone}.db", sqlite_path=f"{tmp_path}/{gone}"
+        )
+        apply(fresh)
+        end = pipeline.store_close() or 0
+        assert end == pipeline.log.bounds(left[-1])[1] + aggregates_delay * 1_000_000
+        materialize(fresh, 0, end)
+        OnlineWriter(fresh).push(pushed, "watches")
+        np.testing.assert_equal(content(settings, users.to_list(), close), content(fresh, users.to_list(), close))
+
+
+def fill(config: Config, until: str | None = None) -> Pipeline:
+    pipeline = Pipeline(config, Progress(), until)
+    pipeline.validate(pipeline.stale_validation())
+    pipeline.build_samples(pipeline.stale_samples())
+    assert pipeline.stale_store()
+    pipeline.fill_store(pipeline.stale_store())
+    assert not {"validated", "samples", "feature_store"} & set(pipeline.pending())
+    return pipeline
+
+
+def content(settings: FeatureStoreSettings, users: list[str], ts: int) -> dict[str, Any]:
+    """Everything online about these users and about all items."""
+    reader = OnlineReader(settings)
+    items = settings.items.scan().select(pl.col("item_id").cast(pl.String)).collect()["item_id"].unique().sort()
+    return {
+        "items": reader.items(items.to_list(), ts).to_dicts(),
+        **{user: (_plain(reader.sequences(user)), reader.encoded_user(user, ts)) for user in users},
+    }
+
+
+def _plain(histories: dict[str, History]) -> dict[str, Any]:
+    return {name: asdict(history) for name, history in histories.items()}

@@ -21,5 +21,9 @@ class DataGateError(CorankError):
     exit_code = 3
 
 
+class UnavailableError(CorankError):
+    """The online store does not answer. The message names it; the same call may succeed later."""
+
+
 class UnreadableError(CorankError):
     """Files of a table are missing, damaged, or of another type than the table. The message names each."""

@@ -32,7 +32,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from features.batch import collate, concatenate, cut
-from features.errors import CorankError
+from features.errors import CorankError, UnavailableError
 from features.schema import OTHER_UNITS, Schema
 from features.store.online import FeatureStoreSettings
 from features.store.push import OnlineWriter
@@ -220,6 +220,11 @@ def build_api(service: Service) -> FastAPI:
     async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
         return _error(503, "overloaded", None, str(error), {"Retry-After": "1"})
 
+    @api.exception_handler(UnavailableError)
+    async def unavailable(_: Request, error: UnavailableError) -> JSONResponse:
+        LOG.error("request failed: %s", error)
+        return _error(503, "unavailable", None, str(error), {"Retry-After": "1"})
+
     @api.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:
         kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
@@ -306,13 +311,15 @@ def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
 class RankingService:
     """Validates requests, reads their features from the online store and asks the ranker; stores new events.
 
-    The store is read and written in one thread of its own, so that health and overload are answered meanwhile.
+    The store is read in one thread of its own and written in another, so that health and overload are answered
+    meanwhile, and no ranking waits for a push that waits for another writer.
     """
 
     def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
         self._settings = settings
         self._ranker = ranker
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feature-store")
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="feature-store-reader")
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
         self._opening = asyncio.Lock()
         self._model: ModelDescription | None = None
         self._reader: OnlineReader | None = None
@@ -338,6 +345,7 @@ class RankingService:
         Raises:
             InvalidRequestError: it does not fit the model or the limits.
             OverloadedError: too many requests are being worked on.
+            UnavailableError: the online store does not answer.
         """
         limits = self._settings
         if len(request.candidates) > limits.max_candidates:
@@ -347,7 +355,8 @@ class RankingService:
         with self._admission():
             model, reader = await self._open()
             ts = request.ts if request.ts is not None else time.time_ns() // 1_000
-            row = await self._in_thread(
+            row = await _in_thread(
+                self._reading,
                 lambda: build_row(
                     reader,
                     limits.log_delay,
@@ -355,7 +364,7 @@ class RankingService:
                     [str(item) for item in request.candidates],
                     request.context,
                     ts,
-                )
+                ),
             )
             scores: np.ndarray = await self._ranker.rank.remote(row.rows)
             return answer(request, ts, row, model, scores)
@@ -369,15 +378,18 @@ class RankingService:
         Raises:
             InvalidRequestError: the events are not what the sequences of this table read; none is stored.
             OverloadedError: too many requests are being worked on.
+            UnavailableError: the online store does not answer.
         """
         with self._admission():
-            return {"added": await self._in_thread(lambda: self._push(request))}
+            return {"added": await _in_thread(self._writing, lambda: self._push(request))}
 
     def _push(self, request: EventsRequest) -> dict[str, int]:
         if self._writer is None:  # of the newest config, whose views the store has; a model may read fewer of them
             self._writer = OnlineWriter(self._settings.store, self._settings.log_delay)
         try:
             return self._writer.push(_frame([event.model_dump() for event in request.events]), request.table)
+        except UnavailableError:
+            raise
         except CorankError as error:
             raise InvalidRequestError("events", str(error)) from error
 
@@ -402,12 +414,13 @@ class RankingService:
             if self._model is None or self._reader is None:
                 model: ModelDescription = await self._ranker.describe.remote()
                 store = replace(self._settings.store, schema=model.schema)
-                self._reader = await self._in_thread(lambda: OnlineReader(store))
+                self._reader = await _in_thread(self._reading, lambda: OnlineReader(store))
                 self._model = model
             return self._model, self._reader
 
-    async def _in_thread(self, work: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 class Ranker:

@@ -7,9 +7,7 @@ items alone), so an erased user is unknown to it from the next request on.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import compress, islice
 
@@ -24,12 +22,14 @@ from feast.protos.feast.types.Value_pb2 import Value
 from features.errors import CorankError
 from features.store.definitions import SEQUENCE_VIEW
 from features.store.online import (
+    LOCKED_ROWS,
     WRITE_ROWS,
     FeatureStoreSettings,
     backend,
     entity_values,
     keep_pushed,
     open_store,
+    reachable,
     registered_view,
     sole_writer,
     view_query,
@@ -47,12 +47,12 @@ def erase_users(settings: FeatureStoreSettings, users: Collection[str]) -> dict[
 
     Raises:
         CorankError: a view is keyed by the user and something else, so its entries cannot be told from here, or
-            the store cannot be reached.
+            the store does not answer.
     """
     store = open_store(settings)
     views = _user_views(store)
     keys = {user: _serialized(store, _entity_key(USER_KEY, user)) for user in users}
-    with _reachable(settings):
+    with reachable(store), sole_writer(store, pl.Series(list(keys), dtype=pl.String)):
         removed = _erase_sqlite(store, views, keys) if settings.online == "sqlite" else _erase_redis(store, keys)
     return {user: count for user, count in removed.items() if count}
 
@@ -70,7 +70,7 @@ def erase_absent(settings: FeatureStoreSettings, end: int, logged_until: int) ->
         entities that were removed, per view.
 
     Raises:
-        CorankError: the views are not registered, or a table or the store cannot be read.
+        CorankError: the views are not registered, a table cannot be read, or the store does not answer.
     """
     store = open_store(settings)
     removed = {}
@@ -79,33 +79,34 @@ def erase_absent(settings: FeatureStoreSettings, end: int, logged_until: int) ->
         query = replace(view_query(store, view, None, end), values={})
         (key,) = query.keys
         present = pl.concat([rows[key] for rows in Partitions(query, settings.slice_bytes).rows()])
-        with _reachable(settings):
-            stored = pl.Series(key, _stored_ids(store, view), dtype=pl.String)
-            absent = stored.filter(stored.is_in(present.implode()).not_())
+        with reachable(store):
+            stored = pl.Series(key, _stored_ids(store, view), dtype=pl.String).unique()
+            absent = stored.filter(stored.is_in(present.implode()).not_()).to_frame()
+            removed[name] = 0
             if name.startswith(SEQUENCE_VIEW):
-                with sole_writer(store, absent):
-                    absent = _without_pushed(store, view, absent, logged_until)
-                    _erase_from_view(store, view, absent.to_list())
+                for portion in absent.iter_slices(LOCKED_ROWS) if absent.height else ():
+                    with sole_writer(store, portion[key]):
+                        users = _without_pushed(store, view, portion, logged_until)
+                        _erase_from_view(store, view, users)
+                    removed[name] += len(users)
             else:
-                _erase_from_view(store, view, absent.to_list())
-        removed[name] = absent.len()
+                _erase_from_view(store, view, absent[key].to_list())
+                removed[name] = absent.height
     return removed
 
 
-def _without_pushed(store: FeatureStore, view: FeatureView, absent: pl.Series, logged_until: int) -> pl.Series:
+def _without_pushed(store: FeatureStore, view: FeatureView, absent: pl.DataFrame, logged_until: int) -> list[str]:
     """Those who have no pushed events; of the others the sequence is reduced to these."""
-    provider, nothing = store._get_provider(), []
-    for portion in absent.to_frame().iter_slices(WRITE_ROWS):
-        empty = [pl.lit([]).alias(feature.name) for feature in view.features]
-        entries = entity_values(view, portion.with_columns(*empty, pl.lit(logged_until).alias(TIME)))
-        stored = provider.online_read(store.config, view, [key for key, *_ in entries], None)
-        pushed = [
-            keep_pushed(view, entry[1], before or {}, logged_until)
-            for entry, (_, before) in zip(entries, stored, strict=True)
-        ]
-        provider.online_write_batch(store.config, view, list(compress(entries, pushed)), None)
-        nothing.append(portion.to_series().filter(~pl.Series(pushed, dtype=pl.Boolean)))
-    return pl.concat([absent.clear(), *nothing])
+    provider = store._get_provider()
+    empty = [pl.lit([]).alias(feature.name) for feature in view.features]
+    entries = entity_values(view, absent.with_columns(*empty, pl.lit(logged_until).alias(TIME)))
+    stored = provider.online_read(store.config, view, [key for key, *_ in entries], None)
+    pushed = [
+        keep_pushed(view, entry[1], before or {}, logged_until)
+        for entry, (_, before) in zip(entries, stored, strict=True)
+    ]
+    provider.online_write_batch(store.config, view, list(compress(entries, pushed)), None)
+    return [user for user, kept in zip(absent.to_series(), pushed, strict=True) if not kept]
 
 
 def _user_views(store: FeatureStore) -> list[FeatureView]:
@@ -124,24 +125,6 @@ def _serialized(store: FeatureStore, key: EntityKey) -> bytes:
     return serialize_entity_key(key, store.config.entity_key_serialization_version)
 
 
-@contextmanager
-def _reachable(settings: FeatureStoreSettings) -> Iterator[None]:
-    """What the store's client raises becomes a message that names the store."""
-    failures: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-    if settings.online == "redis":
-        from redis import RedisError
-
-        failures = (RedisError, OSError)
-    try:
-        yield
-    except failures as error:
-        where = settings.sqlite_path if settings.online == "sqlite" else settings.redis
-        raise CorankError(
-            f"online store {settings.online} at {where}: entities cannot be erased: {error}. "
-            "Make it reachable, then run the same command again."
-        ) from error
-
-
 def _stored_ids(store: FeatureStore, view: FeatureView) -> Iterator[str]:
     """Every entity with a row of this view."""
     (name,) = view.join_keys
@@ -150,7 +133,7 @@ def _stored_ids(store: FeatureStore, view: FeatureView) -> Iterator[str]:
     if isinstance(online, SqliteOnlineStore):
         select = f"SELECT DISTINCT entity_key FROM {_quoted(_table(store, view))}"
         for (key,) in online._get_conn(store.config).execute(select):
-            yield _value_in(key, prefix)[0]
+            yield _value_in(key, prefix)[0].decode()
         return
     client, project = online._get_client(store.config.online_store), store.config.project.encode()
     found = client.scan_iter(prefix + b"*", count=WRITE_ROWS)
@@ -162,14 +145,14 @@ def _stored_ids(store: FeatureStore, view: FeatureView) -> Iterator[str]:
         for key in compress(keys, held):
             value, rest = _value_in(key, prefix)
             if rest == project:  # other projects may share the server
-                yield value
+                yield value.decode()
 
 
-def _value_in(key: bytes, prefix: bytes) -> tuple[str, bytes]:
+def _value_in(key: bytes, prefix: bytes) -> tuple[bytes, bytes]:
     """The id in a serialized entity key, and what follows it: type, length and bytes of the value come after names."""
     start = len(prefix) + 8
     end = start + int.from_bytes(key[start - 4 : start], "little")
-    return key[start:end].decode(), key[end:]
+    return key[start:end], key[end:]
 
 
 def _erase_from_view(store: FeatureStore, view: FeatureView, ids: list[str]) -> None:

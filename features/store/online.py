@@ -6,6 +6,7 @@ The store keeps raw profiles, counts and coded sequences; :mod:`features.store.r
 from __future__ import annotations
 
 import fcntl
+import sqlite3
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from feast.type_map import python_values_to_proto_values
 from feast.types import Array, FeastType, Float32
 
 from features.encoding import bucket_column
-from features.errors import CorankError
+from features.errors import CorankError, UnavailableError
 from features.lake import Table
 from features.schema import Schema
 from features.store.definitions import (
@@ -55,7 +56,10 @@ WRITE_ROWS = 5_000
 STRIPES, STRIPE = 16, "__stripe"
 """Users share so many locks in Redis; tasks that fill it in parallel, and pushes, rarely meet at one."""
 
-LOCKED_SECONDS = 120.0
+LOCKED_ROWS = 1_000
+"""Users whose sequences are rewritten under one lock; bounds how long a push waits."""
+
+LOCKED_SECONDS = 30.0
 """After so long Redis frees the lock of a writer that was killed."""
 
 
@@ -247,19 +251,42 @@ def _write_partition(
 def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_until: int) -> Iterator[int]:
     if not view.name.startswith(SEQUENCE_VIEW):
         for portion in rows.iter_slices(WRITE_ROWS) if rows.height else ():
-            store._get_provider().online_write_batch(store.config, view, entity_values(view, portion), None)
+            with reachable(store):
+                store._get_provider().online_write_batch(store.config, view, entity_values(view, portion), None)
             yield portion.height
         return
     (key,) = view.join_keys
     for stripe in rows.with_columns(_stripe(key)).partition_by(STRIPE):
-        for portion in stripe.iter_slices(WRITE_ROWS):
+        for portion in stripe.iter_slices(LOCKED_ROWS):
             entries = entity_values(view, portion)
-            with sole_writer(store, portion[key]):
+            with reachable(store), sole_writer(store, portion[key]):
                 stored = store._get_provider().online_read(store.config, view, [one for one, *_ in entries], None)
                 for (_, values, _, _), (_, before) in zip(entries, stored, strict=True):
                     keep_pushed(view, values, before or {}, logged_until)
                 store._get_provider().online_write_batch(store.config, view, entries, None)
             yield portion.height
+
+
+@contextmanager
+def reachable(store: FeatureStore) -> Iterator[None]:
+    """What the client of the online store raises says which store it is.
+
+    Raises:
+        UnavailableError
+    """
+    online = store.config.online_store
+    failures: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+    where = getattr(online, "path", "")
+    if online.type == "redis":
+        from redis import RedisError
+
+        failures, where = (RedisError, OSError), online.connection_string
+    try:
+        yield
+    except failures as error:
+        raise UnavailableError(
+            f"online store {online.type} at {where} does not answer: {error}. Make it reachable, then try again."
+        ) from error
 
 
 @contextmanager

@@ -25,7 +25,15 @@ from features.schema import OTHER_UNITS, SECOND, Sequence
 from features.states import EVENT_ID
 from features.store.definitions import ITEM_VIEW, UPDATED_AT, sequence_view
 from features.store.delta import microseconds
-from features.store.online import FeatureStoreSettings, entity_values, open_store, registered_view, sole_writer
+from features.store.online import (
+    LOCKED_ROWS,
+    FeatureStoreSettings,
+    entity_values,
+    open_store,
+    reachable,
+    registered_view,
+    sole_writer,
+)
 from features.store.query import TIME
 from features.store.reader import POLARS_TYPES, READ_ROWS
 from features.validation.rules import is_negative
@@ -74,6 +82,7 @@ class OnlineWriter:
         Raises:
             CorankError: no sequence reads the table; a column is missing or of a wrong type, an event has no id, user
                 or time, or a time in another unit. Nothing is written then.
+            UnavailableError: the store does not answer. Push the same events again later; what was written stays.
         """
         sequences = [sequence for sequence in self.schema.sequences if sequence.events == table]
         if not sequences:
@@ -84,7 +93,8 @@ class OnlineWriter:
             coded = {sequence.name: self._coded(checked, sequence, table) for sequence in sequences}
         except pl.exceptions.PolarsError as failure:
             raise CorankError(f"push to {table}: a column has another type than the log's: {failure}") from failure
-        return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
+        with reachable(self._store):
+            return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
 
     def _coded(self, events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
         """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
@@ -115,7 +125,8 @@ class OnlineWriter:
         for start in range(0, len(items), READ_ROWS):
             entities = [{"item_id": item} for item in items[start : start + READ_ROWS]]
             names = [f"{ITEM_VIEW}:{name}" for name in columns]
-            found = self._store.get_online_features(features=names, entity_rows=entities).to_dict()
+            with reachable(self._store):
+                found = self._store.get_online_features(features=names, entity_rows=entities).to_dict()
             rows.append(pl.DataFrame({name: found[name] for name in rows[0].columns}, schema=rows[0].schema))
         stored = pl.concat(rows).drop_nulls(UPDATED_AT).sort(UPDATED_AT)
         coded = [encode(one, pl.col(one.source)).alias(name) for name, one in fields.items()]
@@ -124,7 +135,7 @@ class OnlineWriter:
     def _append(self, sequence: Sequence, new: pl.DataFrame) -> int:
         """Write the sequences of users that get something new; returns how many events they got."""
         added = 0
-        for users in new.select("user_id").unique(maintain_order=True).iter_slices(READ_ROWS):
+        for users in new.select("user_id").unique(maintain_order=True).iter_slices(LOCKED_ROWS):
             with sole_writer(self._store, users["user_id"]):
                 stored, bounds = self._stored(sequence, users["user_id"].to_list(), new.schema)
                 fresh = (

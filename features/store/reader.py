@@ -39,7 +39,7 @@ from features.store.definitions import (
     aggregate_fields,
     sequence_view,
 )
-from features.store.online import FeatureStoreSettings, open_store, registered_view
+from features.store.online import FeatureStoreSettings, open_store, reachable, registered_view
 
 READ_ROWS = 5_000
 """Entities of one read; SQLite limits the parameters of a statement."""
@@ -75,6 +75,9 @@ class OnlineReader:
 
     Raises (on creation):
         CorankError: the registry lacks a view or a feature of the schema.
+
+    Raises (on reading):
+        UnavailableError: the store does not answer.
     """
 
     def __init__(self, settings: FeatureStoreSettings) -> None:
@@ -203,7 +206,9 @@ class OnlineReader:
 
     def _read(self, names: list[str], key: str, ids: list[str]) -> dict[str, list[Any]]:
         """Values by column of these features (view:column)."""
-        response = self._store.get_online_features(features=names, entity_rows=[{key: one} for one in ids]).to_dict()
+        rows = [{key: one} for one in ids]
+        with reachable(self._store):
+            response = self._store.get_online_features(features=names, entity_rows=rows).to_dict()
         return {column: response[column] for column in (name.split(":", 1)[1] for name in names)}
 
     def _read_items(self, item_ids: list[str]) -> Stored:

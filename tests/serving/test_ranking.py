@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from features.encoding import hash_id
 from features.errors import CorankError
 from features.lake import Table
 from features.schema import EventField, Feature, Schema, Sequence, Task
-from features.store.online import FeatureStoreSettings, apply, materialize
+from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.reader import History, OnlineReader
 from models.artifact import save_artifact
 from models.mixformer import MixFormer, MixFormerConfig
@@ -30,6 +31,7 @@ from serving.client import RankingClient
 from serving.deploy import start
 from serving.ranking import Ranker, RankingService, ServingSettings, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
+from tests.servers import free_port
 
 SCHEMA = Schema(
     features=(
@@ -300,6 +302,31 @@ def test_overload_is_answered_at_once(settings: ServingSettings) -> None:
         response = client.post("/v1/rank", json=body())
     assert response.status_code == 503
     assert response.json()["error"]["type"] == "overloaded"
+
+
+def test_a_store_that_does_not_answer_is_named_and_may_be_asked_again(settings: ServingSettings) -> None:
+    gone = replace(settings, store=replace(settings.store, online="redis", redis=f"127.0.0.1:{free_port()}"))
+    service = RankingService(gone, InProcess(Ranker(gone)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        for path, request in (("/v1/rank", body()), ("/v1/events", new_events({}))):
+            response = client.post(path, json=request)
+            assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+            assert response.json()["error"]["type"] == "unavailable"
+            assert gone.store.redis in response.json()["error"]["message"]
+
+
+def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(
+    client: TestClient, settings: ServingSettings
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        with sole_writer(open_store(settings.store), pl.Series(["waiting"])):
+            pushed = pool.submit(client.post, "/v1/events", json=new_events({"user_id": "waiting"}))
+            with pytest.raises(TimeoutError):
+                pushed.result(timeout=0.5)
+            ranked = pool.submit(client.post, "/v1/rank", json=body())
+            assert ranked.result(timeout=10).status_code == 200
+            assert not pushed.done()
+        assert pushed.result(timeout=10).json() == {"added": {"clicks": 1}}
 
 
 def test_a_model_that_does_not_answer_is_not_ready(settings: ServingSettings, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -180,9 +181,14 @@ def _fit(trainer: Any) -> Any:
     """Run the trainer in a Ray task, which ends with Ray.
 
     In the driver's main thread it would take over Ctrl-C and keep it; in another thread of the driver it may reach
-    for Ray after an interrupt has stopped it, and Ray then starts anew and waits for ever.
+    for Ray after an interrupt has stopped it, and Ray then starts anew and waits for ever. Here, too, it would keep it,
+    and no later task of this process could be cancelled.
     """
-    return trainer.fit().checkpoint
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit().checkpoint
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _reserved_cpus(options: TrainingConfig, elastic: bool) -> float:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from pipeline.runtime import insistent_interrupts
+from pipeline.training import _fit
 
 
 class InterruptedDestructor:
@@ -48,6 +49,22 @@ def test_an_interrupt_that_ended_the_work_is_not_raised_again() -> None:
 
     assert interrupted(work) < 0.2
     time.sleep(0.5)  # nothing comes
+
+
+class TakesOver:
+    """What Ray Train does with Ctrl-C, and nothing else."""
+
+    checkpoint = "the checkpoint"
+
+    def fit(self) -> TakesOver:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return self
+
+
+def test_after_training_tasks_of_its_process_can_be_cancelled_again() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert _fit(TakesOver()) == "the checkpoint"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

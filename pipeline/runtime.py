@@ -71,15 +71,11 @@ def _interrupted_afterwards() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals come to the main thread
         return
-    import ray
-
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda one, _: came.append(one)) for number in numbers}
     try:
-        # first of all Ray would set a handler of its own, which exits at once
-        with mock.patch.object(ray._private.utils, "set_sigterm_handler"):  # type: ignore[attr-defined]
-            yield
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
@@ -103,7 +99,12 @@ def ensure_ray(config: RayConfig) -> None:
         local["object_store_memory"] = config.object_store_memory
     global _cluster
     _cluster = config.address
-    with nullcontext() if config.address else _interrupted_afterwards():  # connecting may last, and leaves nothing
+    with (
+        # connecting may last, and leaves nothing behind
+        nullcontext() if config.address else _interrupted_afterwards(),
+        # first of all Ray would set a handler of its own, which exits at once
+        mock.patch.object(ray._private.utils, "set_sigterm_handler"),  # type: ignore[attr-defined]
+    ):
         ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
 
 

@@ -138,7 +138,7 @@ def replay(
                     if new.height:
                         writer.push(new, role)
                 if any(now < change <= moment for change in changes):
-                    materialize(own, now, moment, logged_until=opening)
+                    materialize(own, now, moment, close=opening)
                 now = max(now, moment)
             items = [candidate["item_id"] for candidate in request["candidates"]]
             answer = build_row(reader, build.log_delay, row["user_id"], items, contexts[request["request_id"]], ts)

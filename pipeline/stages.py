@@ -19,6 +19,9 @@ from pipeline.runtime import ensure_ray, quiet
 from pipeline.version import code_version
 from pipeline.workspace import FOREVER, Cuts, Workspace, listed
 
+UNFINISHED = "unfinished"
+"""In place of what a partition was made from, while the online store is being filled with it."""
+
 
 class Pipeline(Workspace):
     """The stages of one config, run on its workspace."""
@@ -156,31 +159,35 @@ class Pipeline(Workspace):
 
         filled = self.records.get("feature_store", "online") or {}
         stored: dict[str, str] = filled.get("partitions", {})
-        inputs = self.store_inputs()
-        later = [one for one in stored if one > partitions[-1] and (self.until or one in inputs)]
+        inputs, gone = self.store_inputs(), self.gone(stored)
+        later = [one for one in stored if one > partitions[-1] and one not in gone]
         if later:
             raise ConfigError(
-                f"--until {partitions[-1]}: the online store already holds partitions up to {max(later)} and cannot "
-                "go back; fill it without --until"
+                f"the online store already holds partitions up to {max(later)} and cannot go back to {partitions[-1]}; "
+                f"fill it up to {max(later)} or later"
             )
+        changed = any(inputs.get(one) != made_from for one, made_from in stored.items())
+        index = self.partitions.index(partitions[0])
+        anew = changed or index == 0
+        # from the close of the partition before: between two, there may be days without any
+        start = 0 if anew else self.log.bounds(self.partitions[index - 1])[1]
+        close = self.log.bounds(partitions[-1])[1]
+        # counts become known some time after the close, by then or by now
+        end = max(close, min(close + self.config.aggregates_delay, self.log.now))
+        # events of a partition that has gone were logged too, and must not pass for pushed ones
+        logged_until = max(close, filled.get("logged_until", filled.get("close", 0)))
         with self.progress.stage("feature_store") as stage:
             stage.say("registering features")
             self._drop_gone_states()
             settings = self.store_settings()
             apply(settings)
-            changed = any(inputs.get(one) != made_from for one, made_from in stored.items())
-            anew = changed or partitions[0] == self.partitions[0]
-            start = 0 if anew else self.log.bounds(partitions[0])[0]
-            # counts become known some time after the close, by then or by now
-            end = max(
-                close := self.log.bounds(partitions[-1])[1], min(close + self.config.aggregates_delay, self.log.now)
-            )
-            # events of a partition that has gone were logged too, and must not pass for pushed ones
-            logged_until = max(close, filled.get("logged_until", 0))
+            # killed from here on, it is filled anew: nobody knows then what was written
+            begun = {"partitions": stored | dict.fromkeys(partitions, UNFINISHED), "logged_until": logged_until}
+            self.records.put("feature_store", "online", filled | begun)
             rows = materialize(
-                settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"), logged_until
+                settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"), close, logged_until
             )
-            gone = erase_absent(settings, end, logged_until) if anew else {}
+            erased = erase_absent(settings, end, close, logged_until) if anew else {}
             self.records.put(
                 "feature_store",
                 "online",
@@ -193,7 +200,7 @@ class Pipeline(Workspace):
                 },
             )
             written = ", ".join(f"{count:,} {view}" for view, count in rows.items())
-            lost = ", ".join(f"{count:,} {view}" for view, count in gone.items() if count)
+            lost = ", ".join(f"{count:,} {view}" for view, count in erased.items() if count)
             stage.say(
                 f"{written} up to {close_text(end)}"
                 + (f"; removed, as the log has them no more: {lost}" if lost else "")
@@ -206,12 +213,9 @@ class Pipeline(Workspace):
         from features.maintenance import drop_partitions
         from features.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
 
-        newest = self.partitions[-1]
         for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES):
             table = self.build_settings().table(name)
-            others = [one for one in table.partitions() if one not in self.partitions]
-            # those after ``until`` are no business of this run
-            if gone := [one for one in others if self.until is None or one < newest]:
+            if gone := self.gone(table.partitions()):
                 drop_partitions(table, gone)
 
     def train_candidate(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Every stage is up to date when its record carries the digest of what it would be
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,6 +127,11 @@ class Workspace:
         settings = self.config.digest_of("feast", "features", "sequences")
         return {partition: digest([inputs, settings]) for partition, inputs in self.state_inputs.items()}
 
+    def gone(self, partitions: Iterable[str]) -> list[str]:
+        """Those of some partitions that the log, or the config's ``start``, has no more, as far as ``until`` shows."""
+        known = (one for one in partitions if self.until is None or one <= self.until)
+        return [one for one in known if one not in self.partitions]
+
     def stale_validation(self) -> list[str]:
         stale = []
         for partition in self.partitions:
@@ -148,8 +153,8 @@ class Workspace:
             if stored.get(partition) != wanted[partition]:
                 return self.partitions[index:]
         newest = self.partitions[-1]
-        if self.until is None and not stored.keys() <= wanted.keys():
-            return [newest]  # all that the store holds of later partitions has to go
+        if self.gone(stored):
+            return [newest]  # what the store holds of later partitions has to go
         # it was filled before the newest counts became known, and now they are
         known = self.log.bounds(newest)[1] + self.config.aggregates_delay
         return [newest] if record["close"] < known <= self.log.now else []
@@ -239,8 +244,8 @@ class Workspace:
 
     def store_close(self) -> int | None:
         """Up to when the online store knows the log, microseconds UTC; None while it is empty."""
-        record = self.records.get("feature_store", "online")
-        return int(record["close"]) if record else None
+        record = self.records.get("feature_store", "online") or {}
+        return record.get("close")
 
     def build_settings(self) -> BuildSettings:
         from features.states import BuildSettings

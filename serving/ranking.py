@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from types import NoneType
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import polars as pl
@@ -59,7 +59,7 @@ class ServingSettings:
         max_candidates: most candidates of one request, and of one merged batch.
         max_batch_requests, batch_wait_ms: how concurrent requests are merged.
         max_ongoing_requests, max_queued_requests: requests of one service replica that are worked on, and that
-            may wait besides; any further one is answered 503 at once.
+            may wait besides; any further one is answered 503 at once. As many pushes again.
         ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
         ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
     """
@@ -80,7 +80,7 @@ class ServingSettings:
 
     @property
     def admitted(self) -> int:
-        """Requests that one service replica holds at a time."""
+        """Requests to rank, and pushes, that one service replica holds at a time."""
         return self.max_ongoing_requests + self.max_queued_requests
 
 
@@ -324,7 +324,7 @@ class RankingService:
         self._model: ModelDescription | None = None
         self._reader: OnlineReader | None = None
         self._writer: OnlineWriter | None = None
-        self._admitted = 0
+        self._admitted = {"rank": 0, "push": 0}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self)
@@ -352,7 +352,7 @@ class RankingService:
             raise InvalidRequestError(
                 "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
             )
-        with self._admission():
+        with self._admission("rank"):
             model, reader = await self._open()
             ts = request.ts if request.ts is not None else time.time_ns() // 1_000
             row = await _in_thread(
@@ -380,7 +380,7 @@ class RankingService:
             OverloadedError: too many requests are being worked on.
             UnavailableError: the online store does not answer.
         """
-        with self._admission():
+        with self._admission("push"):
             return {"added": await _in_thread(self._writing, lambda: self._push(request))}
 
     def _push(self, request: EventsRequest) -> dict[str, int]:
@@ -394,19 +394,21 @@ class RankingService:
             raise InvalidRequestError("events", str(error)) from error
 
     @contextmanager
-    def _admission(self) -> Iterator[None]:
-        """One of the requests that are worked on at a time.
+    def _admission(self, kind: Literal["rank", "push"]) -> Iterator[None]:
+        """One of the requests of its kind that are worked on at a time.
 
         Raises:
             OverloadedError: there are too many.
         """
-        if self._admitted >= self._settings.admitted:
-            raise OverloadedError(f"{self._admitted} requests are being worked on, which is the limit; try again later")
-        self._admitted += 1
+        if self._admitted[kind] >= self._settings.admitted:
+            raise OverloadedError(
+                f"{self._admitted[kind]} requests are being worked on, which is the limit; try again later"
+            )
+        self._admitted[kind] += 1
         try:
             yield
         finally:
-            self._admitted -= 1
+            self._admitted[kind] -= 1
 
     async def _open(self) -> tuple[ModelDescription, OnlineReader]:
         """The model and a reader of the features that this model reads (its schema, not the newest config's)."""
@@ -470,8 +472,9 @@ def build_application(settings: ServingSettings) -> serve.Application:
         max_constructor_retry_count=2,
     )(Ranker)
     service = serve.deployment(
-        # Room above the limit, so that what exceeds it reaches the service and is answered 503 in JSON.
-        max_ongoing_requests=2 * settings.admitted + 100,
+        # Room above the limits of both kinds, so that what exceeds them reaches the service and is answered 503 in
+        # JSON.
+        max_ongoing_requests=3 * settings.admitted + 100,
         num_replicas=settings.service_replicas,
         ray_actor_options={"num_cpus": settings.service_cpus},
         max_constructor_retry_count=2,

@@ -57,14 +57,16 @@ def erase_users(settings: FeatureStoreSettings, users: Collection[str]) -> dict[
     return {user: count for user, count in removed.items() if count}
 
 
-def erase_absent(settings: FeatureStoreSettings, end: int, logged_until: int) -> dict[str, int]:
+def erase_absent(
+    settings: FeatureStoreSettings, end: int, close: int | None = None, logged_until: int | None = None
+) -> dict[str, int]:
     """Remove what the tables hold no row of up to ``end``: a corrected log may have lost a user, an item or a profile.
 
     After a materialisation from the beginning, the online store is then as one that was filled for the first time. Of
-    a sequence the events pushed with ``logged_until`` ≤ time stay: the log does not hold them yet.
+    a sequence the events pushed with ``logged_until`` ≤ time stay.
 
     Args:
-        end, logged_until: microseconds UTC, as of that materialisation.
+        end, close, logged_until: microseconds UTC, as of that materialisation.
 
     Returns:
         entities that were removed, per view.
@@ -72,11 +74,12 @@ def erase_absent(settings: FeatureStoreSettings, end: int, logged_until: int) ->
     Raises:
         CorankError: the views are not registered, a table cannot be read, or the store does not answer.
     """
-    store = open_store(settings)
+    store, close = open_store(settings), end if close is None else close
     removed = {}
     for name in settings.views:
         view = registered_view(store, name)
-        query = replace(view_query(store, view, None, end), values={})
+        until = close if name.startswith(SEQUENCE_VIEW) else end
+        query = replace(view_query(store, view, None, until), values={})
         (key,) = query.keys
         present = pl.concat([rows[key] for rows in Partitions(query, settings.slice_bytes).rows()])
         with reachable(store):
@@ -86,7 +89,7 @@ def erase_absent(settings: FeatureStoreSettings, end: int, logged_until: int) ->
             if name.startswith(SEQUENCE_VIEW):
                 for portion in absent.iter_slices(LOCKED_ROWS) if absent.height else ():
                     with sole_writer(store, portion[key]):
-                        users = _without_pushed(store, view, portion, logged_until)
+                        users = _without_pushed(store, view, portion, close if logged_until is None else logged_until)
                         _erase_from_view(store, view, users)
                     removed[name] += len(users)
             else:

@@ -170,6 +170,7 @@ def materialize(
     start: int,
     end: int,
     progress: Progress | None = None,
+    close: int | None = None,
     logged_until: int | None = None,
 ) -> dict[str, int]:
     """Write the newest row of every entity with start ≤ time ≤ end to the online store.
@@ -178,8 +179,8 @@ def materialize(
     the window: consecutive windows lose nothing, and a row on their border is written twice with the same
     values. Run windows in the order of time: an older one run last would bring older values back.
 
-    Events pushed with ``logged_until`` ≤ time (:mod:`features.store.push`) stay behind the stored events: the log does
-    not hold them yet.
+    Events pushed with ``logged_until`` ≤ time (:mod:`features.store.push`) stay behind the stored events: no log that
+    was materialised held them.
 
     A large table is read by slices in Ray tasks, where Ray runs. Into Redis the tasks write themselves; SQLite has
     one writer, this process, which takes the tasks' results as they come. Feast's own ``materialize`` reads every
@@ -189,7 +190,9 @@ def materialize(
     Args:
         start, end: microseconds UTC.
         progress: called after every portion (SQLite) or task (Redis) with the rows written so far.
-        logged_until: close of the newest partition of the log, microseconds UTC; default: ``end``.
+        close: of the newest partition whose events count, microseconds UTC; default: ``end``, which may be later so
+            that its counts are known.
+        logged_until: latest close that the store was ever filled to, microseconds UTC; default: ``close``.
 
     Returns:
         rows written per view.
@@ -197,13 +200,14 @@ def materialize(
     Raises:
         CorankError: the views are not registered (:func:`apply`), or a table cannot be read.
     """
-    store = open_store(settings)
+    store, close = open_store(settings), end if close is None else close
     written = {}
     for name in settings.views:
         view = registered_view(store, name)
-        partitions = Partitions(view_query(store, view, start, end), settings.slice_bytes)
+        query = view_query(store, view, start, close if name.startswith(SEQUENCE_VIEW) else end)
+        partitions = Partitions(query, settings.slice_bytes)
         rows = 0
-        for count in _written(store, settings, view, partitions, end if logged_until is None else logged_until):
+        for count in _written(store, settings, view, partitions, close if logged_until is None else logged_until):
             rows += count
             if progress is not None:
                 progress(name, rows)
@@ -269,24 +273,26 @@ def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_un
 
 @contextmanager
 def reachable(store: FeatureStore) -> Iterator[None]:
-    """What the client of the online store raises says which store it is.
+    """What the client of the online store raises says which store it is, and what to do.
 
     Raises:
         UnavailableError
     """
     online = store.config.online_store
     failures: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
-    where = getattr(online, "path", "")
     if online.type == "redis":
         from redis import RedisError
 
-        failures, where = (RedisError, OSError), online.connection_string
+        failures = (RedisError, OSError)
+        where = online.connection_string.split(",")[0]  # options follow, a password among them
+        advice = "Make it reachable, then try again."
+    else:
+        where = online.path
+        advice = "If the file is lost or damaged, remove it and `corank features materialize --all`; else try again."
     try:
         yield
     except failures as error:
-        raise UnavailableError(
-            f"online store {online.type} at {where} does not answer: {error}. Make it reachable, then try again."
-        ) from error
+        raise UnavailableError(f"online store {online.type} at {where} cannot be used: {error}. {advice}") from error
 
 
 @contextmanager
@@ -299,9 +305,12 @@ def sole_writer(store: FeatureStore, users: pl.Series) -> Iterator[None]:
         else:
             client = backend(store)._get_client(online)
             stripes = users.to_frame("user_id").select(_stripe("user_id").unique().sort()).to_series()
-            for stripe in stripes:  # in one order, so that no two wait for each other
-                name = f"{store.config.project}:sequences:{stripe}"
-                held.enter_context(client.lock(name, timeout=LOCKED_SECONDS, sleep=0.005))
+            names = [f"{store.config.project}:sequences:{stripe}" for stripe in stripes]
+            locks = [client.lock(name, timeout=LOCKED_SECONDS, sleep=0.005) for name in names]
+            for lock in locks:  # in one order, so that no two wait for each other
+                held.enter_context(lock)
+            for lock in locks[:-1]:  # their time ran while the last ones were waited for
+                lock.reacquire()
         yield
 
 

@@ -147,7 +147,7 @@ def test_events_pushed_before_counts_become_known_stay(tmp_path: Path) -> None:
     settings = store_settings(tables, tmp_path, "delayed")
     apply(settings)
     OnlineWriter(settings).push(pl.DataFrame([event(CLOSES[0] + 60 * SECOND, "new")]))
-    materialize(settings, 0, CLOSES[0] + 3_600 * SECOND, logged_until=CLOSES[0])
+    materialize(settings, 0, CLOSES[0] + 3_600 * SECOND, close=CLOSES[0])
     assert (CLOSES[0] + 60 * SECOND, hash_id(1)) in bought(OnlineReader(settings))
 
 

@@ -15,12 +15,13 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from redis import Redis
 
+import features.store.online
 from features.errors import UnavailableError
 from features.lake import Table
 from features.schema import SECOND, partition_bounds
 from features.states import STATE
 from features.store.erase import erase_absent, erase_users
-from features.store.online import apply, materialize, open_store, sole_writer
+from features.store.online import STRIPES, apply, materialize, open_store, sole_writer
 from features.store.push import OnlineWriter
 from features.store.query import Query
 from features.store.reader import OnlineReader
@@ -188,7 +189,7 @@ def test_a_user_is_forgotten_after_a_push_in_flight_not_before_it(
 def test_a_store_that_does_not_answer_is_named(tmp_path: Path) -> None:
     tables = write_world(tmp_path, seed=1, users=USERS)
     build_state(tables, tmp_path, 0)
-    gone = store_settings(tables, tmp_path, "gone", online="redis", redis=f"127.0.0.1:{free_port()}")
+    gone = store_settings(tables, tmp_path, "gone", online="redis", redis=f"127.0.0.1:{free_port()},password=secret")
     apply(replace(gone, online="sqlite"))
     reader, writer = OnlineReader(gone), OnlineWriter(gone)
     for ask in (
@@ -200,8 +201,35 @@ def test_a_store_that_does_not_answer_is_named(tmp_path: Path) -> None:
         lambda: reader.sequences("1"),
         lambda: reader.items(["1"], CLOSES[1]),
     ):
-        with pytest.raises(UnavailableError, match=f"redis at {gone.redis} does not answer.*reachable"):
+        with pytest.raises(UnavailableError, match=r"redis at 127.0.0.1:\d+ cannot be used: .* reachable") as failure:
             ask()
+        assert "secret" not in str(failure.value)
+
+
+def test_a_lost_file_of_the_store_is_named_with_the_command_that_fills_it(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=1, users=USERS)
+    build_state(tables, tmp_path, 0)
+    settings = store_settings(tables, tmp_path, "lost")
+    apply(settings)
+    Path(settings.sqlite_path).unlink()
+    with pytest.raises(UnavailableError, match=f"sqlite at {settings.sqlite_path} .*materialize --all"):
+        OnlineReader(settings).user("1")
+
+
+def test_locks_taken_while_others_are_waited_for_are_whole_when_all_are_held(
+    tmp_path: Path, redis_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 2.0
+    monkeypatch.setattr(features.store.online, "LOCKED_SECONDS", seconds)
+    tables = write_world(tmp_path, seed=1, users=USERS)
+    store = open_store(store_settings(tables, tmp_path, "locked", online="redis", redis=redis_address))
+    client = Redis.from_url(f"redis://{redis_address}")
+    last = f"locked:sequences:{STRIPES - 1}"
+    assert client.lock(last, timeout=0.9 * seconds).acquire()  # of a writer that was killed
+    with sole_writer(store, pl.Series(map(str, range(20 * STRIPES)))):
+        left = [client.pttl(f"locked:sequences:{stripe}") for stripe in range(STRIPES)]
+    assert min(left) > 500 * seconds
+    assert not client.exists(last)
 
 
 def visible(content: dict[str, Any]) -> dict[str, Any]:

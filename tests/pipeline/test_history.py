@@ -71,23 +71,74 @@ def test_of_a_partition_that_the_log_lost_nothing_stays_online(
     pushed = config.table("watches").scan([late]).head(1).collect().with_columns(ts=pl.lit(close), event_id=pl.lit("p"))
     writer = OnlineWriter(Pipeline(config, Progress()).store_settings())
     assert writer.push(pushed, "watches")["watched"] == 1
-    users = config.table("users").scan().select(pl.col("user_id").cast(pl.String)).collect()["user_id"].unique()
     for gone, left in ((DAYS[2], [*DAYS[:2], late]), (late, DAYS[:2])):
-        for role in config.tables:
-            if role not in ("users", "items"):
-                DeltaTable(config.table(role).uri).delete(f"dt = '{gone}'")
+        lose(config, gone)
         pipeline = fill(config)
         assert pipeline.partitions == left
-        settings = pipeline.store_settings()
-        fresh = replace(
-            settings, project=f"fresh_{len(left)}", registry=f"{tmp_path}/{gone}.db", sqlite_path=f"{tmp_path}/{gone}"
-        )
-        apply(fresh)
-        end = pipeline.store_close() or 0
-        assert end == pipeline.log.bounds(left[-1])[1] + aggregates_delay * 1_000_000
-        materialize(fresh, 0, end)
+        assert pipeline.store_close() == pipeline.log.bounds(left[-1])[1] + aggregates_delay * 1_000_000
+        assert_as_fresh(pipeline, tmp_path / gone, pushed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(("aggregates_delay", "until"), [(0, None), (2 * 86_400, "2026-01-08")])
+def test_however_the_store_was_filled_it_is_as_one_filled_at_once(
+    tmp_path: Path, local_ray: None, aggregates_delay: int, until: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third day is missing, but a profile is of it; counts may become known after the next partition's close."""
+    data, late = tmp_path / "data", "2026-01-08"
+    import_synthetic(data, days=4, users=40, items=40, seed=5, start=START, buckets=2, say=lambda _: None)
+    config = load(
+        tmp_path, data, validation={"allow_gaps": True}, aggregates_delay_seconds=aggregates_delay, log_delay_seconds=0
+    )
+    lose(config, DAYS[2])
+    pipeline = Pipeline(config, Progress())
+    items = config.table("items")
+    profile = items.scan().sort("item_id", "updated_at").tail(1).collect()
+    moment = pipeline.log.bounds(DAYS[2])[0] + 3_600_000_000
+    profile.with_columns(updated_at=pl.lit(moment), category=pl.lit("c7")).write_delta(items.uri, mode="append")
+    pipeline = Pipeline(config, Progress())
+    pipeline.validate(pipeline.stale_validation())
+    pipeline.build_samples(pipeline.stale_samples())  # all of them, while the store follows
+
+    earlier = Pipeline(config, Progress(), until=DAYS[1])
+    earlier.fill_store(earlier.stale_store())
+    assert_as_fresh(earlier, tmp_path / "earlier")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "lineage", kill)  # before its record, after all is written
+        with pytest.raises(Killed):
+            pipeline.fill_store(pipeline.stale_store())
+    assert_as_fresh(pipeline, tmp_path / "killed")
+    lose(config, late)
+    shorter = Pipeline(config, Progress(), until)
+    shorter.fill_store(shorter.stale_store())
+    assert_as_fresh(shorter, tmp_path / "lost")
+    assert shorter.stale_store() == []
+
+
+def lose(config: Config, partition: str) -> None:
+    for role in config.tables:
+        if role not in ("users", "items"):
+            DeltaTable(config.table(role).uri).delete(f"dt = '{partition}'")
+
+
+def assert_as_fresh(pipeline: Pipeline, folder: Path, pushed: pl.DataFrame | None = None) -> None:
+    """What is online is what a store holds that is filled for the first time, then pushed to."""
+    own, close = pipeline.store_settings(), pipeline.log.bounds(pipeline.partitions[-1])[1]
+    end = close + pipeline.config.aggregates_delay
+    fresh = replace(own, project="fresh", registry=f"{folder}/registry.db", sqlite_path=f"{folder}/online.db")
+    apply(fresh)
+    materialize(fresh, 0, end, close=close)
+    if pushed is not None:
         OnlineWriter(fresh).push(pushed, "watches")
-        np.testing.assert_equal(content(settings, users.to_list(), close), content(fresh, users.to_list(), close))
+    np.testing.assert_equal(content(own, end), content(fresh, end))
 
 
 def fill(config: Config, until: str | None = None) -> Pipeline:
@@ -100,12 +151,15 @@ def fill(config: Config, until: str | None = None) -> Pipeline:
     return pipeline
 
 
-def content(settings: FeatureStoreSettings, users: list[str], ts: int) -> dict[str, Any]:
-    """Everything online about these users and about all items."""
+def content(settings: FeatureStoreSettings, ts: int) -> dict[str, Any]:
+    """Everything online about all users and items, as known at ``ts``."""
     reader = OnlineReader(settings)
-    items = settings.items.scan().select(pl.col("item_id").cast(pl.String)).collect()["item_id"].unique().sort()
+    users, items = (
+        sorted(set(table.scan().select(pl.col(key).cast(pl.String)).collect()[key]))
+        for table, key in ((settings.users, "user_id"), (settings.items, "item_id"))
+    )
     return {
-        "items": reader.items(items.to_list(), ts).to_dicts(),
+        "items": reader.items(items, ts).to_dicts(),
         **{user: (_plain(reader.sequences(user)), reader.encoded_user(user, ts)) for user in users},
     }
 

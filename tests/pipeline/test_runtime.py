@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
+import ray
 
 from pipeline.runtime import insistent_interrupts
 from pipeline.training import _fit
@@ -65,6 +66,27 @@ def test_after_training_tasks_of_its_process_can_be_cancelled_again() -> None:
     before = signal.getsignal(signal.SIGINT)
     assert _fit(TakesOver()) == "the checkpoint"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_sigterm_stops_a_command_that_is_connected_to_a_cluster(local_ray: None) -> None:
+    program = f"""
+import time
+from pipeline.cli import guarded
+from pipeline.config import RayConfig
+from pipeline.runtime import ensure_ray
+with guarded(False):
+    ensure_ray(RayConfig(address="{ray.get_runtime_context().gcs_address}"))
+    print("connected", flush=True)
+    time.sleep(60)
+"""
+    command = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert command.stdout is not None
+    assert command.stdout.readline() == "connected\n"
+    command.send_signal(signal.SIGTERM)
+    assert "stopped; run the same command again" in command.communicate(timeout=30)[1]
 
 
 @pytest.mark.slow

@@ -315,16 +315,17 @@ def test_a_store_that_does_not_answer_is_named_and_may_be_asked_again(settings: 
             assert gone.store.redis in response.json()["error"]["message"]
 
 
-def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(
-    client: TestClient, settings: ServingSettings
-) -> None:
-    with ThreadPoolExecutor(2) as pool:
+def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(settings: ServingSettings) -> None:
+    one_each = replace(settings, max_ongoing_requests=1, max_queued_requests=0)
+    service = RankingService(one_each, InProcess(Ranker(one_each)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client, ThreadPoolExecutor(2) as pool:
         with sole_writer(open_store(settings.store), pl.Series(["waiting"])):
             pushed = pool.submit(client.post, "/v1/events", json=new_events({"user_id": "waiting"}))
             with pytest.raises(TimeoutError):
                 pushed.result(timeout=0.5)
             ranked = pool.submit(client.post, "/v1/rank", json=body())
             assert ranked.result(timeout=10).status_code == 200
+            assert client.post("/v1/events", json=new_events({})).json()["error"]["type"] == "overloaded"
             assert not pushed.done()
         assert pushed.result(timeout=10).json() == {"added": {"clicks": 1}}
 

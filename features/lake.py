@@ -6,15 +6,17 @@ import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
-from deltalake.exceptions import DeltaError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
@@ -154,6 +156,10 @@ class Table:
             self.check_files(partitions, whole=True)
             raise
 
+    def size(self) -> int:
+        """Bytes of the newest version's files."""
+        return int(sum(pa.table(self.delta().get_add_actions(flatten=True))["size_bytes"].to_pylist()))
+
     def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
         """Look at every file's size and footer, which costs little and finds nearly all damage.
 
@@ -190,6 +196,22 @@ class Table:
             remedy = "restore the files, or write their partition again"
             raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
 
+    def require_buckets(self, buckets: int) -> None:
+        """Nobody reads what lies in a bucket beyond these, or in none.
+
+        Raises:
+            CorankError: the table is laid out with another number of buckets.
+        """
+        known = {str(bucket) for bucket in range(buckets)}
+        if self.is_bucketed() and not {str(one["bucket"]) for one in self.delta().partitions()} <= known:
+            raise self._other_buckets(buckets)
+
+    def _other_buckets(self, buckets: int) -> CorankError:
+        return CorankError(
+            f"table {self.name} at {self.uri}: its column bucket is not the user hash modulo {buckets}. "
+            "Set `buckets` in the config to the number the table was laid out with."
+        )
+
     def slice(self, partitions: Iterable[str] | None, bucket: int, buckets: int) -> pl.DataFrame:
         """The rows of one bucket in these partitions; None: of the whole table.
 
@@ -202,16 +224,10 @@ class Table:
         partitions = None if partitions is None else list(partitions)
         frame = self.scan(partitions)
         if self.is_bucketed():
-            # rows of a log are counted against what validation saw; of profiles nobody would miss any
-            there = self.delta().partitions() if partitions is None else []
             rows = self.collect(frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket"), partitions)
             users = rows.select(pl.col("user_id").unique())
-            right = users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item()
-            if not right or any(int(one["bucket"]) >= buckets for one in there):
-                raise CorankError(
-                    f"table {self.name} at {self.uri}: its column bucket is not the user hash modulo {buckets}. "
-                    "Set `buckets` in the config to the number the table was laid out with."
-                )
+            if not users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item():
+                raise self._other_buckets(buckets)
             return rows
         return self.collect(frame, partitions).filter(bucket_column(pl.col("user_id"), buckets) == bucket)
 
@@ -301,12 +317,26 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A Parquet file that was written but is not visible until :func:`replace_partition` commits it."""
+    """A Parquet file that was written but is not visible until :func:`replace_partition` commits it.
+
+    Attributes:
+        times: least and largest ``ts``, where the rows have one of their own; readers of a window skip other files.
+    """
 
     path: str
     size: int
     rows: int
     partition: dict[str, str]
+    times: tuple[int, int] | None = None
+
+    @property
+    def statistics(self) -> str:
+        """As the Delta log has them."""
+        statistics: dict[str, Any] = {"numRecords": self.rows}
+        if self.times is not None:
+            low, high = self.times
+            statistics |= {"minValues": {"ts": low}, "maxValues": {"ts": high}, "nullCount": {"ts": 0}}
+        return json.dumps(statistics)
 
 
 def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options: Mapping[str, str]) -> DataFile:
@@ -337,7 +367,11 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
             use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
             column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
         )
-    return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition))
+    size, ts = store.get_file_info(path).size, rows["ts"] if "ts" in rows.column_names else None
+    bounds = None
+    if ts is not None and pa.types.is_integer(ts.type) and len(ts) > ts.null_count == 0:
+        bounds = tuple(pc.min_max(ts).as_py().values())
+    return DataFile(path, size, rows.num_rows, dict(partition), bounds)
 
 
 def _leaves(schema: pa.Schema) -> list[tuple[str, str, pa.DataType]]:
@@ -365,6 +399,9 @@ def replace_partition(
 
     Returns:
         the version of the table that shows the new content.
+
+    Raises:
+        CorankError: another writer came first; nothing is replaced.
     """
     options = dict(options)
     if DeltaTable.is_deltatable(root, options):
@@ -376,16 +413,32 @@ def replace_partition(
             root, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
         )
     actions: list[AddAction | RemoveAction] = [
-        AddAction(file.path, file.size, file.partition, 0, True, json.dumps({"numRecords": file.rows}))
-        for file in files
+        AddAction(file.path, file.size, file.partition, 0, True, file.statistics) for file in files
     ]
-    table.create_write_transaction(
-        actions,
-        mode="overwrite",
-        schema=Schema.from_arrow(schema),
-        partition_by=["dt", "bucket"],
-        partition_filters=[("dt", "=", partition)],
-        commit_properties=CommitProperties(custom_metadata={"corank.partition": partition}),
-        post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
-    )
+    with committing(root):
+        table.create_write_transaction(
+            actions,
+            mode="overwrite",
+            schema=Schema.from_arrow(schema),
+            partition_by=["dt", "bucket"],
+            partition_filters=[("dt", "=", partition)],
+            commit_properties=CommitProperties(custom_metadata={"corank.partition": partition}),
+            post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
+        )
     return DeltaTable(root, storage_options=options).version()
+
+
+@contextmanager
+def committing(root: str) -> Iterator[None]:
+    """A commit to a table that others may write to.
+
+    Raises:
+        CorankError: another writer changed the same files meanwhile, and came first.
+    """
+    try:
+        yield
+    except CommitFailedError as error:
+        raise CorankError(
+            f"table at {root}: another writer changed it meanwhile, so nothing was committed ({_first_line(error)}). "
+            "Run again when the other one has ended."
+        ) from error

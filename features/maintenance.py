@@ -21,7 +21,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.errors import CorankError
-from features.lake import DataFile, Table, write_file
+from features.lake import DataFile, Table, committing, write_file
 
 KEEP_HOURS = 168
 """Default age in hours of unreferenced files before vacuum removes them: a week, as Delta has it."""
@@ -226,17 +226,17 @@ def _exchange(table: Table, old: Iterable[DataFile], new: Iterable[DataFile], da
     delta: DeltaTable = table.delta()
     now = time.time_ns() // 1_000_000
     actions: list[AddAction | RemoveAction] = [
-        AddAction(file.path, file.size, file.partition, now, data_change, f'{{"numRecords": {file.rows}}}')
-        for file in new
+        AddAction(file.path, file.size, file.partition, now, data_change, file.statistics) for file in new
     ]
     actions += [RemoveAction(file.path, data_change, now, file.size, dict(file.partition)) for file in old]
-    delta.create_write_transaction(
-        actions,
-        mode="append",
-        schema=delta.schema(),
-        partition_by=delta.metadata().partition_columns,
-        post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
-    )
+    with committing(table.uri):
+        delta.create_write_transaction(
+            actions,
+            mode="append",
+            schema=delta.schema(),
+            partition_by=delta.metadata().partition_columns,
+            post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
+        )
 
 
 def _store(table: Table) -> fs.PyFileSystem:

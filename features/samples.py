@@ -90,8 +90,9 @@ def build_partitions(
 ) -> dict[str, PartitionCounts]:
     """Build and commit these partitions in Ray tasks, each in one atomic commit per table.
 
-    A task holds one bucket; so memory is bounded by a bucket's size times the tasks that run at once
-    (``settings.at_once``), whatever the size of the object store, which only ever holds the deltas of items.
+    A task holds one bucket, and the profiles and counts of all items; so memory is bounded by these times the tasks
+    that run at once (``settings.at_once``), whatever the size of the object store, which only ever holds the deltas of
+    items in these partitions.
 
     Args:
         partitions: consecutive, oldest first.
@@ -239,7 +240,7 @@ def _check_counts(settings: BuildSettings, partition: str, count: PartitionCount
         raise CorankError(
             f"samples, partition {partition}: {count.impressions:,} impressions came in, but "
             f"{count.candidates:,} candidates and {count.quarantined:,} quarantined rows came out; "
-            "nothing of it was committed. Please report this as a defect of corank."
+            "no samples of it were committed. Please report this as a defect of corank."
         )
 
 

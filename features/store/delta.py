@@ -249,6 +249,11 @@ class DeltaOfflineStore(OfflineStore):
                 )
                 if missing := [key for key in query.keys if key not in entities.columns]:
                     raise CorankError(f"entity_df lacks the join keys {missing} of the view {name}")
+                if wrong := [key for key in query.keys if entities.schema[key].is_float()]:
+                    raise CorankError(
+                        f"entity_df: the join keys {wrong} are fractional numbers, as pandas makes of integers beside "
+                        "a missing one; cast them to text or integers"
+                    )
                 keys = entities.select(pl.col(key).cast(pl.String) for key in query.keys).with_columns(times)
                 joined = joined.hstack(_as_of(keys, query, view.ttl, _slice_bytes(config)))
             yield joined

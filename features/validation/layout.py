@@ -35,7 +35,10 @@ def columns_read(role: str, schema: Schema) -> set[str]:
     """Columns of a table whose values reach samples, canonical names."""
     own = set(required_columns(role, schema))
     if role == "impressions":
-        return own | {"position", "weight"}
+        conditions = [one.aggregate.where for one in schema.counts_of(role) if one.aggregate and one.aggregate.where]
+        return (
+            own | {"position", "weight"} | {name for one in conditions for name in pl.sql_expr(one).meta.root_names()}
+        )
     return own if role in PROFILE_KEYS else own | columns_of_events(role, schema)
 
 
@@ -48,6 +51,12 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
     checks = {"missing_table": (missing, f"table {role}: there is no Delta table at {table.uri}; {hint}")}
     if missing:
         return checks
+    if role not in PROFILE_KEYS:
+        where, nowhere = (
+            f"table {role} at {table.uri}",
+            any(one.get("dt", "") is None for one in table.delta().partitions()),
+        )
+        checks["null_dt"] = (nowhere, f"{where} has rows without a dt, which belong to no partition; give them theirs")
     layout = table.schema()
     for column, (accepts, wanted) in required_columns(role, schema).items():
         own, index = table.columns.get(column, column), layout.get_field_index(column)

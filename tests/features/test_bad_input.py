@@ -67,6 +67,14 @@ def changed(table: Table, change: Callable[[pl.DataFrame], pl.DataFrame]) -> Tab
     return replace(table, uri=f"{table.uri}_changed")
 
 
+def test_rows_without_a_partition_are_named(tmp_path: Path, tables: dict[str, Table]) -> None:
+    row = pl.int_range(pl.len())
+    for role in ("impressions", "events"):
+        lost = changed(tables[role], lambda f: f.with_columns(dt=pl.when(row > 1).then("dt")))
+        (finding,) = [one for one in judge(tmp_path, {**tables, role: lost})[DAY].failures if one.table == role]
+        assert finding.message.startswith(f"table {role} at {lost.uri} has rows without a dt")
+
+
 def first(column: str, value: object, rows: int = 2) -> Callable[[pl.DataFrame], pl.DataFrame]:
     """Put a value into a column of the first rows."""
     row = pl.int_range(pl.len())

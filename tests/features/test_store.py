@@ -283,6 +283,14 @@ def test_historical_features_equal_merge_asof(settings: FeatureStoreSettings) ->
     assert found.columns.tolist() == [*entities.columns, "user_features__city", "user_features__updated_at"]
 
 
+def test_entity_ids_that_pandas_made_fractional_are_refused(settings: FeatureStoreSettings) -> None:
+    apply(settings)
+    service = [f"user_features:{one.source}" for one in SCHEMA.side("user") if one.source != "user_id"]
+    rows = pd.DataFrame({"user_id": [1, None], "event_timestamp": pd.to_datetime([0, 1], utc=True)})
+    with pytest.raises(CorankError, match=r"join keys \['user_id'\] are fractional numbers"):
+        open_store(settings).get_historical_features(rows, service).to_df()
+
+
 def test_several_views_at_once(settings: FeatureStoreSettings) -> None:
     apply(settings)
     entities = pd.DataFrame(

@@ -13,11 +13,12 @@ import pytest
 
 from features.errors import ConfigError
 from features.lake import Table
-from features.schema import SECOND, partition_bounds
+from features.schema import SECOND, Aggregate, Feature, partition_bounds
 from features.validation import (
     PartitionValidation,
     ValidationRules,
     check_tables,
+    columns_read,
     quarantine,
     validate_partitions,
 )
@@ -294,3 +295,9 @@ def test_a_bad_row_is_kept_whole(tmp_path: Path, tables: dict[str, Table]) -> No
 def test_the_cli_config_does_not_import_great_expectations() -> None:
     code = "import sys, pipeline.config; sys.exit('great_expectations' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_condition_of_an_aggregate_reads_its_columns_of_impressions() -> None:
+    counted = Feature(name="seen_on_tv", side="item", aggregate=Aggregate(where="surface = 'tv'"))
+    schema = SCHEMA.model_copy(update={"features": (*SCHEMA.features, counted)})
+    assert "surface" in columns_read("impressions", schema) - columns_read("impressions", SCHEMA)

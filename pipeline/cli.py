@@ -135,7 +135,10 @@ def retrain(
     serve: Annotated[bool, typer.Option("--serve", help="Keep the endpoint up until Ctrl-C.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Take the next closed partition through the same DAG, starting from the champion's weights."""
+    """Take the next closed partition through the same DAG, starting from the champion's weights.
+
+    Late or corrected rows of partitions that were trained on rebuild samples and features, but train nothing again.
+    """
     with guarded(debug):
         from features.errors import CorankError
 
@@ -148,7 +151,11 @@ def retrain(
         covered = max(version.tags["partition"] for version in pipeline.registry.versions())
         current = _pipeline(loaded, until=covered, warm_start=True)
         newer = [partition for partition in pipeline.log.shown if partition > covered]
-        if set(current.pending()) & {"evaluation", "champion"}:
+        pending = current.pending()
+        # labels that have arrived since are to be trained on; rows that came late to what was trained on are not
+        trained = max(pipeline.registry.versions(), key=lambda version: version.number).lineage()["partitions"]
+        labelled = max(current.trainable, default="") > max(trained)
+        if set(pending) & {"evaluation", "champion"} and ("candidate" not in pending or (labelled and not newer)):
             typer.echo(f"finishing partition {covered}")
             _execute(current, serve)
         elif newer:
@@ -156,18 +163,18 @@ def retrain(
             _execute(_pipeline(loaded, until=newer[0], warm_start=True), serve)
         else:
             typer.echo(f"Nothing to train: {covered} is the newest closed partition.")
-            if current.pending() == ["deployment"] or serve:
-                _execute(current, serve)
+            if current.pending(training=False) or serve:
+                _execute(current, serve, training=False)
 
 
-def _execute(pipeline: Pipeline, serve: bool) -> None:
+def _execute(pipeline: Pipeline, serve: bool, training: bool = True) -> None:
     from pipeline.maintenance import retain
     from pipeline.summary import print_summary
     from pipeline.workspace import exclusive
     from serving.ports import require_free
 
     with exclusive(pipeline.config):
-        pending = pipeline.pending()
+        pending = pipeline.pending(training)
         deploying = "deployment" in pending
         answer = None
         if deploying:  # better now than after the training

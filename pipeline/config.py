@@ -186,10 +186,10 @@ class Config(Declaration):
                 raise ValueError(f"tables: {role} is missing; there are {sorted(self.tables)}")
         for feature in schema.aggregates("user", "item", "cross"):
             of = feature.aggregate.of if feature.aggregate else ""
-            if of not in self.tables or of in ("users", "items"):
+            logs = sorted(set(self.tables) - {"users", "items", FEEDBACK})  # late labels are no log of their own time
+            if of not in logs:
                 raise ValueError(
-                    f"features: {feature.name} counts the rows of {of!r}, "
-                    f"but tables has only the logs {sorted(set(self.tables) - {'users', 'items'})}"
+                    f"features: {feature.name} counts the rows of {of!r}, but tables has only the logs {logs}"
                 )
         if schema.delayed_tasks and FEEDBACK not in self.tables:
             raise ValueError(

@@ -6,17 +6,13 @@ names fewer requests than there are, which harms no reader, and the same command
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import polars as pl
 
 from features.batch import timeline_column
 from features.encoding import hash_id
-from features.errors import CorankError
 from features.lake import Table
 from features.maintenance import (
     FoundUsers,
@@ -122,8 +118,7 @@ def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
 
             found.append(find_users(table, users, looked))
         earlier = {user: records.get("forgotten", forgotten_key(user)) or {} for user in users}
-        unfinished = any(record.get("finished") is False for record in earlier.values())
-        for user in users:  # a killed run is found unfinished and goes on to the vacuum
+        for user in users:  # a killed run is found unfinished
             if any(user in one.rows for one in found):
                 records.put("forgotten", forgotten_key(user), {**earlier[user], "finished": False})
         stage.say("online store")
@@ -134,8 +129,8 @@ def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
                 if one.table.name == SAMPLES:
                     update_sample_records(pipeline, one)
                 erase_users(one)
-            if one.rows or unfinished:
-                vacuum(one.table, keep_hours=0)
+            stage.say(f"removing old files of {one.table.name}")  # of versions before: rebuilt, retired, compacted
+            vacuum(one.table, keep_hours=0)
         stage.say("self-checks of models")
         selfchecks = _erase_from_models(pipeline, users)
         _erase_example(pipeline, users)
@@ -239,7 +234,7 @@ def plan_retention(pipeline: Pipeline) -> Retention:
     for alias in (PREVIOUS, CHAMPION):  # where both name a partition, the champion is the reason shown
         version = pipeline.registry.champion(alias)
         if version is not None:
-            named |= dict.fromkeys(_lineage(version.number, version.artifact)["partitions"], version.number)
+            named |= dict.fromkeys(version.lineage()["partitions"], version.number)
     built = [partition for partition in samples.partitions() if pipeline.records.get("samples", partition)]
     old = built[:-keep]
     return Retention(
@@ -270,13 +265,3 @@ def retain(pipeline: Pipeline) -> Retention:
 def samples_table(pipeline: Pipeline) -> Table:
     """The sample table of this workspace."""
     return Table(SAMPLES, pipeline.config.path("tables", SAMPLES))
-
-
-def _lineage(number: int, artifact: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads((Path(artifact) / "lineage.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise CorankError(
-            f"model version {number} at {artifact}: its lineage cannot be read ({error}), so retention does not know "
-            "what it still needs. Restore the artifact, or promote another version (`corank models list`)."
-        ) from error

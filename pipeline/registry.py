@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from features.errors import CorankError
@@ -20,6 +22,20 @@ class ModelVersion:
     artifact: str
     tags: dict[str, str]
     aliases: tuple[str, ...]
+
+    def lineage(self) -> dict[str, Any]:
+        """What it was made from.
+
+        Raises:
+            CorankError: its artifact cannot be read.
+        """
+        try:
+            return dict(json.loads((Path(self.artifact) / "lineage.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise CorankError(
+                f"model version {self.number} at {self.artifact}: its lineage cannot be read ({error}), so what it "
+                "still needs is unknown. Restore the artifact, or promote another version (`corank models list`)."
+            ) from error
 
 
 class ModelRegistry:

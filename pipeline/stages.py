@@ -19,6 +19,9 @@ from pipeline.runtime import ensure_ray, quiet
 from pipeline.version import code_version
 from pipeline.workspace import FOREVER, Cuts, Workspace, listed
 
+RUN_PARTITIONS = 32
+"""Partitions that are built together: what a bucket, and the counts of items, hold in memory meanwhile is theirs."""
+
 UNFINISHED = "unfinished"
 """In place of what a partition was made from, while the online store is being filled with it."""
 
@@ -108,21 +111,27 @@ class Pipeline(Workspace):
             shown = {partition: own.get("impressions", 0) for partition, own in rows.items()}
             counts: dict[str, PartitionCounts] = {}
             for consecutive in self._runs(partitions):
-                earlier = self.partitions[: self.partitions.index(consecutive[0])]
+                earlier, which = self.partitions[: self.partitions.index(consecutive[0])], ""
+                if len(consecutive) < len(partitions):
+                    which = f", partitions {consecutive[0]} … {consecutive[-1]}"
                 counts |= build_partitions(
-                    settings, consecutive, earlier, shown, lambda what, done, total: stage.say(f"{done}/{total} {what}")
+                    settings,
+                    consecutive,
+                    earlier,
+                    shown,
+                    lambda what, done, total, which=which: stage.say(f"{done}/{total} {what}{which}"),
                 )
-            for partition in partitions:
-                self.records.put(
-                    "samples",
-                    partition,
-                    {
-                        "inputs": self.sample_inputs[partition],
-                        "fingerprint": self.log.fingerprint(partition),
-                        "code": code_version(),
-                        **asdict(counts[partition]),
-                    },
-                )
+                for partition in consecutive:
+                    self.records.put(
+                        "samples",
+                        partition,
+                        {
+                            "inputs": self.sample_inputs[partition],
+                            "fingerprint": self.log.fingerprint(partition),
+                            "code": code_version(),
+                            **asdict(counts[partition]),
+                        },
+                    )
             total = {
                 name: sum(getattr(count, name) for count in counts.values())
                 for name in ("impressions", "quarantined", "candidates", "requests", "users", "timeline_events")
@@ -135,11 +144,11 @@ class Pipeline(Workspace):
         return total
 
     def _runs(self, partitions: Sequence[str]) -> list[list[str]]:
-        """The partitions in runs of consecutive ones."""
+        """The partitions in runs of consecutive ones, which are committed together."""
         runs: list[list[str]] = []
         for partition in partitions:
             index = self.partitions.index(partition)
-            if runs and index and self.partitions[index - 1] == runs[-1][-1]:
+            if runs and len(runs[-1]) < RUN_PARTITIONS and self.partitions[index - 1] == runs[-1][-1]:
                 runs[-1].append(partition)
             else:
                 runs.append([partition])
@@ -181,6 +190,10 @@ class Pipeline(Workspace):
             self._drop_gone_states()
             settings = self.store_settings()
             apply(settings)
+            # a larger table is read by slices, in Ray tasks
+            if self.config.ray.address or any(table.size() > settings.slice_bytes for table in settings.tables):
+                stage.say("starting Ray")
+                ensure_ray(self.config.ray)
             # killed from here on, it is filled anew: nobody knows then what was written
             begun = {"partitions": stored | dict.fromkeys(partitions, UNFINISHED), "logged_until": logged_until}
             self.records.put("feature_store", "online", filled | begun)

@@ -159,16 +159,23 @@ class Workspace:
         known = self.log.bounds(newest)[1] + self.config.aggregates_delay
         return [newest] if record["close"] < known <= self.log.now else []
 
-    def pending(self) -> list[str]:
-        """Names of the stages that have work, in order; empty when everything is up to date."""
+    def pending(self, training: bool = True) -> list[str]:
+        """Names of the stages that have work, in order; empty when everything is up to date.
+
+        Args:
+            training: with those that train and judge a candidate.
+        """
         checks = {
             "validated": bool(self.stale_validation()),
             "samples": bool(self.stale_samples()),
             "feature_store": bool(self.stale_store()),
-            "candidate": not self.has_candidate(self.candidate_key),
-            "evaluation": self.records.get("evaluation", self.evaluation_key) is None,
-            "champion": self.records.get("champion", self.evaluation_key) is None,
         }
+        if training:
+            checks |= {
+                "candidate": not self.has_candidate(self.candidate_key),
+                "evaluation": self.records.get("evaluation", self.evaluation_key) is None,
+                "champion": self.records.get("champion", self.evaluation_key) is None,
+            }
         stages = [stage for stage, stale in checks.items() if stale]
         changed = "champion" in stages or "feature_store" in stages or not self.is_deployed()
         return [*stages, "deployment"] if changed else stages

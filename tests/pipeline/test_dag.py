@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +262,23 @@ def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_
     assert {day: (after.records.get("samples", day) or {})["events"] for day in DAYS} == events
     assert online.sequences("visitor")["watched"].ts.tolist() == []
     assert not online.encoded_user("visitor", after.store_close() or 0)[0]
+
+
+def test_retraining_after_late_rows_rebuilds_but_trains_nothing(config: Config) -> None:
+    """After the test before: what it changed and changed back is another log."""
+    stop()
+    assert "candidate" in Pipeline(config, Progress(), DAYS[2]).pending()
+    before = Pipeline(config, Progress()).registry.versions()
+    late = pl.DataFrame(config.table("watches").scan([DAYS[0]]).head(1).collect())
+    late.with_columns(event_id=pl.lit("later")).write_delta(config.table("watches").uri, mode="append")
+    command = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+    path = config.local_path().parent / "config.yaml"
+    done = subprocess.run([*command, "retrain", "--config", path], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert f"Nothing to train: {DAYS[2]} is the newest closed partition" in done.stdout
+    after = Pipeline(config, Progress(), DAYS[2])
+    assert after.pending(training=False) == []
+    assert after.registry.versions() == before
 
 
 def rebuilt(config: Config) -> Pipeline:

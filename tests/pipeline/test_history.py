@@ -26,9 +26,12 @@ TIMELINES = ("watched__ts", "watched__item_id", "searched__ts", "purchased__ts")
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_events_before_the_first_impressions_are_seen_until_the_log_loses_them(tmp_path: Path, local_ray: None) -> None:
+def test_events_before_the_first_impressions_are_seen_until_the_log_loses_them(
+    tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     timelines = {}
-    for name in ("whole", "late"):
+    for name, together in (("whole", 32), ("late", 2)):
+        monkeypatch.setattr("pipeline.stages.RUN_PARTITIONS", together)
         data = tmp_path / name / "data"
         import_synthetic(data, days=3, users=40, items=40, seed=5, start=START, buckets=2, say=lambda _: None)
         if name == "late":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from deltalake import DeltaTable
 
 from features.batch import candidate_counts, request_times
+from features.lake import Table
 from features.maintenance import find_users
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
@@ -57,6 +59,10 @@ def config(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Config:
     config = load(folder, folder / "data", **CHANGES)
     advance(config, DAYS[1])
     return config
+
+
+def newest_files(table: Table) -> list[Path]:
+    return sorted(Path(file.removeprefix("file://")) for file in table.delta().file_uris())
 
 
 def counted(pipeline: Pipeline, day: str) -> dict[str, int]:
@@ -119,7 +125,12 @@ def test_an_unknown_user_is_no_error_and_keeping_nothing_must_be_meant(config: C
         command = [*COMMAND, "features", *arguments, "--config", str(path)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    for table in workspace_tables(pipeline):  # as an earlier version of the table left them, somebody in them
+        shutil.copy(newest_files(table)[0], Path(table.uri, "dt=2026-01-05", "old.parquet"))
     done = corank("forget", "nobody")
+    for table in workspace_tables(pipeline):
+        assert sorted(Path(table.uri).rglob("*.parquet")) == newest_files(table)
     assert done.returncode == 0, done.stderr
     assert "user nobody: nothing was found" in done.stdout
     assert not Path(config.path("records", "forgotten", f"{forgotten_key('nobody')}.json")).exists()

@@ -202,8 +202,8 @@ class Table:
         Raises:
             CorankError: the table is laid out with another number of buckets.
         """
-        known = {str(bucket) for bucket in range(buckets)}
-        if self.is_bucketed() and not {str(one["bucket"]) for one in self.delta().partitions()} <= known:
+        there = {str(one["bucket"]) for one in self.delta().partitions()} if self.is_bucketed() else set()
+        if not all(one.isdigit() and int(one) < buckets for one in there):
             raise self._other_buckets(buckets)
 
     def _other_buckets(self, buckets: int) -> CorankError:

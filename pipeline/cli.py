@@ -149,20 +149,24 @@ def retrain(
             raise CorankError("there is no champion to start from; train the first one with `corank run`")
         # a rejected candidate covers its partition too, else it would be trained for ever
         covered = max(version.tags["partition"] for version in pipeline.registry.versions())
-        current = _pipeline(loaded, until=covered, warm_start=True)
         newer = [partition for partition in pipeline.log.shown if partition > covered]
+        current = _pipeline(loaded, until=covered if newer else None, warm_start=True)
         pending = current.pending()
         # labels that have arrived since are to be trained on; rows that came late to what was trained on are not
-        trained = max(pipeline.registry.versions(), key=lambda version: version.number).lineage()["partitions"]
-        labelled = max(current.trainable, default="") > max(trained)
+        trained = max(version.tags.get("trained", covered) for version in pipeline.registry.versions())
+        labelled = any(current.log.is_attributed(one) for one in current.partitions if one > trained)
+        # one whose labels are not known yet is built and online, and the next one is taken
+        each = (_pipeline(loaded, until=one, warm_start=True) for one in newer)
+        following = next((one for one in each if one.pending()), None)
         if set(pending) & {"evaluation", "champion"} and ("candidate" not in pending or (labelled and not newer)):
             typer.echo(f"finishing partition {covered}")
             _execute(current, serve)
-        elif newer:
-            typer.echo(f"partition {newer[0]}, starting from champion version {champion.number}")
-            _execute(_pipeline(loaded, until=newer[0], warm_start=True), serve)
+        elif following is not None:
+            typer.echo(f"partition {following.until}, starting from champion version {champion.number}")
+            _execute(following, serve)
         else:
-            typer.echo(f"Nothing to train: {covered} is the newest closed partition.")
+            newest = pipeline.log.shown[-1]
+            typer.echo(f"Nothing to train: what is known up to {newest}, the newest closed partition, is trained on.")
             if current.pending(training=False) or serve:
                 _execute(current, serve, training=False)
 

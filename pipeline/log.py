@@ -85,6 +85,8 @@ class Log:
                 f"table impressions: none of its partitions {found[0]} … {found[-1]} is closed and selected"
             )
         self.partitions = sorted({*self.shown, *self._histories()})
+        held = {one for role in config.schema_.logs for one in config.table(role).partitions()}
+        self.held = {one for one in held if config.start is None or one >= config.start}
         self._fingerprints = self._read_fingerprints(records)
 
     def _histories(self) -> set[str]:

@@ -169,7 +169,9 @@ class Pipeline(Workspace):
         filled = self.records.get("feature_store", "online") or {}
         stored: dict[str, str] = filled.get("partitions", {})
         inputs, gone = self.store_inputs(), self.gone(stored)
-        later = [one for one in stored if one > partitions[-1] and one not in gone]
+        # what a killed fill brought of later ones goes, as it fills anew
+        finished = [one for one, made_from in stored.items() if made_from != UNFINISHED]
+        later = [one for one in finished if one > partitions[-1] and one not in gone]
         if later:
             raise ConfigError(
                 f"the online store already holds partitions up to {max(later)} and cannot go back to {partitions[-1]}; "
@@ -222,13 +224,17 @@ class Pipeline(Workspace):
 
     def _drop_gone_states(self) -> None:
         """Drop the states of partitions that the log, or the config's ``start``, has no more: the online store is
-        filled from these tables."""
+        filled from these tables. Should they come back, they are built again."""
         from features.maintenance import drop_partitions
         from features.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
 
         for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES):
             table = self.build_settings().table(name)
-            if gone := self.gone(table.partitions()):
+            gone = self.gone(table.partitions())
+            for partition in gone:
+                if record := self.records.get("samples", partition):
+                    self.records.put("samples", partition, {**record, "inputs": ""})
+            if gone:
                 drop_partitions(table, gone)
 
     def train_candidate(self) -> dict[str, Any]:
@@ -409,6 +415,7 @@ class Pipeline(Workspace):
                     "content": candidate["version"],
                     "evaluation": self.evaluation_key,
                     "partition": self.partitions[-1],
+                    "trained": max(candidate["partitions"]),
                 }
                 version = registry.register(candidate["artifact"], run, tags)
             if evaluation["passed"]:
@@ -450,7 +457,7 @@ class Pipeline(Workspace):
         if load_artifact(champion.artifact).schema != config.schema_:
             raise CorankError(
                 f"champion version {champion.number} reads other features than the config declares, so it cannot be "
-                "served with them; promote a version of these features (`corank models list`) or restore the config"
+                "served with them; train one of these features (`corank run`), promote one or restore the config"
             )
         with self.progress.stage("deployment") as stage:
             stage.say(f"starting Ray Serve with model version {champion.number}")

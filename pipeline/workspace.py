@@ -129,8 +129,10 @@ class Workspace:
 
     def gone(self, partitions: Iterable[str]) -> list[str]:
         """Those of some partitions that the log, or the config's ``start``, has no more, as far as ``until`` shows."""
-        known = (one for one in partitions if self.until is None or one <= self.until)
-        return [one for one in known if one not in self.partitions]
+        others = [one for one in partitions if one not in self.partitions]
+        if self.until is None:
+            return others
+        return [one for one in others if one <= self.until and one not in self.log.held]
 
     def stale_validation(self) -> list[str]:
         stale = []

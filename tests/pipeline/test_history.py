@@ -126,6 +126,36 @@ def test_however_the_store_was_filled_it_is_as_one_filled_at_once(
     assert shorter.stale_store() == []
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_partition_of_events_alone_outlives_until_and_is_built_again_when_impressions_return(
+    tmp_path: Path, local_ray: None
+) -> None:
+    data = tmp_path / "data"
+    import_synthetic(data, days=3, users=40, items=40, seed=5, start=START, buckets=2, say=lambda _: None)
+    DeltaTable(str(data / "impressions")).delete(f"dt = '{DAYS[1]}'")
+    config = load(tmp_path, data, validation={"allow_gaps": True})
+    pipeline = fill(config)
+    assert pipeline.partitions == DAYS
+    tables = [pipeline.build_settings().table(name) for name in ("samples", "state", "user_aggregates")]
+    before = [table.scan().collect().sort("dt", "user_id").to_dicts() for table in tables]
+    earlier = Pipeline(config, Progress(), until=DAYS[1])
+    assert earlier.partitions == DAYS[:1]
+    assert earlier.gone(DAYS) == earlier.stale_store() == []
+
+    impressions = config.table("impressions")
+    rows = impressions.scan([DAYS[2]]).collect()
+    impressions.delta().delete(f"dt = '{DAYS[2]}'")
+    shorter = Pipeline(config, Progress())
+    assert shorter.partitions == DAYS[:1]
+    shorter.fill_store(shorter.stale_store())
+    assert tables[1].partitions() == DAYS[:1]
+    rows.write_delta(impressions.uri, mode="append")
+    assert Pipeline(config, Progress()).stale_samples() == DAYS[1:]
+    fill(config)
+    assert [table.scan().collect().sort("dt", "user_id").to_dicts() for table in tables] == before
+
+
 def lose(config: Config, partition: str) -> None:
     for role in config.tables:
         if role not in ("users", "items"):

@@ -464,9 +464,9 @@ class Pipeline(Workspace):
             ensure_ray(config.ray)
             url = start(self.serving_settings(champion), config.serving.host, config.serving.port)
             stage.say("comparing its answers with offline scores")
-            stored = self.record("feature_store", "online")
-            built = [partition for partition in self.partitions if partition in stored["partitions"]]
-            verified = verify_endpoint(url, champion.artifact, self.build_settings(), built, int(stored["close"]))
+            stored = self.record("feature_store", "online")  # of later partitions than ``until``, too
+            partitions, close = sorted(stored["partitions"]), int(stored["close"])
+            verified = verify_endpoint(url, champion.artifact, self.build_settings(), partitions, close)
             record = {
                 "inputs": self.deployment_inputs(champion),
                 "number": champion.number,

@@ -122,7 +122,7 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         record = pipeline.records.get("champion", pipeline.evaluation_key) or pipeline.promote()
         return dg.MaterializeResult(metadata=_metadata(record))
 
-    @dg.asset(deps=[champion], kinds={"ray"})
+    @dg.asset(deps=[feature_store, champion], kinds={"ray"})
     def deployment() -> dg.MaterializeResult[Any]:
         """A version whose answers over HTTP were verified."""
         record = pipeline.deploy()
@@ -161,7 +161,8 @@ def run_dag(pipeline: Pipeline, pending: Sequence[str]) -> None:
         whatever the first failing stage raised.
     """
     partitioned = [name for name in pending if name in PARTITIONED]
-    names = [*(("log_partition",) if partitioned else ()), *pending]
+    # Dagster orders what is selected only, and a stage that is up to date does nothing
+    names = [*(PARTITIONED if partitioned else ()), *[name for name in pending if name not in PARTITIONED]]
     tags = {}
     if partitioned:
         stale = [*pipeline.stale_validation(), *pipeline.stale_samples(), *pipeline.stale_store()]

@@ -276,6 +276,7 @@ def test_retraining_after_late_rows_rebuilds_but_trains_nothing(config: Config) 
     done = subprocess.run([*command, "retrain", "--config", path], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert f"Nothing to train: what is known up to {DAYS[2]}, the newest closed partition, is trained on" in done.stdout
+    assert done.stderr.index("✓ feature_store") < done.stderr.index("✓ deployment")
     after = Pipeline(config, Progress(), DAYS[2])
     assert after.pending(training=False) == []
     assert after.registry.versions() == before

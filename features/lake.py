@@ -158,7 +158,7 @@ class Table:
 
     def size(self) -> int:
         """Bytes of the newest version's files."""
-        return int(sum(pa.table(self.delta().get_add_actions(flatten=True))["size_bytes"].to_pylist()))
+        return int(pc.sum(pa.table(self.delta().get_add_actions(flatten=True))["size_bytes"]).as_py() or 0)
 
     def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
         """Look at every file's size and footer, which costs little and finds nearly all damage.
@@ -197,12 +197,12 @@ class Table:
             raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
 
     def require_buckets(self, buckets: int) -> None:
-        """Nobody reads what lies in a bucket beyond these, or in none.
+        """Of a table laid out by bucket: nobody would read what lies in a bucket beyond these, or in none.
 
         Raises:
             CorankError: the table is laid out with another number of buckets.
         """
-        there = {str(one["bucket"]) for one in self.delta().partitions()} if self.is_bucketed() else set()
+        there = {str(one["bucket"]) for one in self.delta().partitions()}
         if not all(one.isdigit() and int(one) < buckets for one in there):
             raise self._other_buckets(buckets)
 
@@ -367,11 +367,15 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
             use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
             column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
         )
-    size, ts = store.get_file_info(path).size, rows["ts"] if "ts" in rows.column_names else None
-    bounds = None
-    if ts is not None and pa.types.is_integer(ts.type) and len(ts) > ts.null_count == 0:
-        bounds = tuple(pc.min_max(ts).as_py().values())
-    return DataFile(path, size, rows.num_rows, dict(partition), bounds)
+    return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition), _times(rows))
+
+
+def _times(rows: pa.Table) -> tuple[int, int] | None:
+    """Least and largest ``ts``, where all rows have one."""
+    ts = rows["ts"] if "ts" in rows.column_names else pa.chunked_array([], pa.int64())
+    if not len(ts) or ts.null_count or not pa.types.is_integer(ts.type):
+        return None
+    return pc.min(ts).as_py(), pc.max(ts).as_py()
 
 
 def _leaves(schema: pa.Schema) -> list[tuple[str, str, pa.DataType]]:

@@ -101,8 +101,9 @@ def build_partitions(
         progress: called with (what, done, total).
 
     Raises:
-        CorankError: the rows of a partition do not close: impressions ≠ candidates + quarantined, or fewer were
-            read than the partition holds. No samples are committed then.
+        CorankError: a table is laid out with another number of buckets; or the rows of a partition do not close:
+            impressions ≠ candidates + quarantined, or fewer were read than the partition holds. No samples are
+            committed then.
         UnreadableError: a file of a log cannot be read; it is named.
     """
     with _laid_out(settings, partitions, progress) as by_bucket:
@@ -148,7 +149,12 @@ def _laid_out(
     to read it whole. The copies are deleted in the end; those of a killed build, when the next one begins.
     """
     clear_copies(settings.root)
-    roles = [role for role in [*settings.schema.logs, "users"] if not settings.tables[role].is_bucketed()]
+    roles = []
+    for role in (*settings.schema.logs, "users"):
+        if settings.tables[role].is_bucketed():
+            settings.tables[role].require_buckets(settings.buckets)
+        else:
+            roles.append(role)
     if not roles:
         yield settings
         return

@@ -71,15 +71,8 @@ class BuildSettings:
         return Table(table, self.table_root(table), {}, self.storage_options)
 
     def pinned(self) -> BuildSettings:
-        """For one task: every log opened once, at the version it has now.
-
-        Raises:
-            CorankError: a table is laid out with another number of buckets.
-        """
-        tables = {role: table.pinned() for role, table in self.tables.items()}
-        for role in (*self.schema.logs, "users"):
-            tables[role].require_buckets(self.buckets)
-        return replace(self, tables=tables)
+        """For one task: every log opened once, at the version it has now."""
+        return replace(self, tables={role: table.pinned() for role, table in self.tables.items()})
 
     def known_at(self, partition: str) -> int:
         """When the counts as of this partition's close become known, microseconds UTC."""

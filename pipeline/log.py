@@ -29,7 +29,8 @@ class Log:
 
     Attributes:
         shown: the closed and selected partitions of impressions, oldest first.
-        partitions: these, and those before the newest of them that hold only events: they are history.
+        held: what any log has from ``start`` on, closed or not, also after ``until``.
+        partitions: of these, all up to the newest shown; those that hold only events are history.
     """
 
     def __init__(self, config: Config, records: Records, until: str | None = None) -> None:
@@ -84,13 +85,12 @@ class Log:
             raise CorankError(
                 f"table impressions: none of its partitions {found[0]} … {found[-1]} is closed and selected"
             )
-        self.partitions = sorted({*self.shown, *self._histories()})
-        held = {one for role in config.schema_.logs for one in config.table(role).partitions()}
-        self.held = {one for one in held if config.start is None or one >= config.start}
+        self.held = {one for one in {*found, *self._of_events()} if one >= (config.start or "")}
+        self.partitions = sorted(one for one in self.held if one <= self.shown[-1])
         self._fingerprints = self._read_fingerprints(records)
 
-    def _histories(self) -> set[str]:
-        """Partitions of event tables before the newest partition of impressions, from ``start`` on."""
+    def _of_events(self) -> set[str]:
+        """Partitions of event tables."""
         found: set[str] = set()
         for role in self.config.schema_.logs[1:]:  # the first is impressions
             table = self.config.table(role)
@@ -100,7 +100,7 @@ class Log:
                     self.bounds(partition)
             except ValueError as error:
                 raise DataGateError(f"table {role} at {table.uri}: {error}") from None
-            found |= {one for one in known if (self.config.start or "") <= one < self.shown[-1]}
+            found.update(known)
         return found
 
     def gaps(self) -> list[str]:

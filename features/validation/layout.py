@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from features.lake import Table
 from features.schema import FEEDBACK, Feature, FieldSpec, Schema
-from features.validation.rules import PROFILE_KEYS, Finding, columns_of_events
+from features.validation.rules import PROFILE_KEYS, Finding, columns_counted, columns_of_events
 
 
 def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
@@ -35,10 +35,7 @@ def columns_read(role: str, schema: Schema) -> set[str]:
     """Columns of a table whose values reach samples, canonical names."""
     own = set(required_columns(role, schema))
     if role == "impressions":
-        conditions = [one.aggregate.where for one in schema.counts_of(role) if one.aggregate and one.aggregate.where]
-        return (
-            own | {"position", "weight"} | {name for one in conditions for name in pl.sql_expr(one).meta.root_names()}
-        )
+        return own | {"position", "weight"} | columns_counted(role, schema)
     return own if role in PROFILE_KEYS else own | columns_of_events(role, schema)
 
 
@@ -52,11 +49,9 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
     if missing:
         return checks
     if role not in PROFILE_KEYS:
-        where, nowhere = (
-            f"table {role} at {table.uri}",
-            any(one.get("dt", "") is None for one in table.delta().partitions()),
-        )
-        checks["null_dt"] = (nowhere, f"{where} has rows without a dt, which belong to no partition; give them theirs")
+        lost = any("dt" in one and one["dt"] is None for one in table.delta().partitions())
+        text = f"table {role} at {table.uri} has rows without a dt, which belong to no partition; give them theirs"
+        checks["null_dt"] = (lost, text)
     layout = table.schema()
     for column, (accepts, wanted) in required_columns(role, schema).items():
         own, index = table.columns.get(column, column), layout.get_field_index(column)

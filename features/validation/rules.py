@@ -279,6 +279,12 @@ def columns_of_events(role: str, schema: Schema) -> set[str]:
             read |= {"item_id"} if sequence.joined else set()
             if sequence.where is not None:
                 read |= set(pl.sql_expr(sequence.where).meta.root_names())
+    return read | columns_counted(role, schema)
+
+
+def columns_counted(role: str, schema: Schema) -> set[str]:
+    """Columns that aggregates read of a log."""
+    read: set[str] = set()
     for feature in schema.counts_of(role):
         assert feature.aggregate is not None
         read |= {feature.aggregate.column} if feature.aggregate.column is not None else set()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import polars as pl
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 
 from features.encoding import bucket_of, encode
 from features.errors import CorankError
-from features.lake import Table, replace_partition, write_file
+from features.lake import DataFile, Table, replace_partition, write_file
 from features.samples import build_partitions
 from features.schema import SECOND, EventField, Feature, Schema, Sequence, partition_bounds
 from features.states import (
@@ -240,7 +242,7 @@ def test_users_laid_out_with_another_number_of_buckets_are_an_error(tmp_path: Pa
     users.write_delta(str(tmp_path / "own"), delta_write_options={"partition_by": ["bucket"]})
     one = settings(tables | {"users": Table("users", str(tmp_path / "own"))}, tmp_path / "out")
     with pytest.raises(CorankError, match=r"table users .* not the user hash modulo 2"):
-        fold_all(one, DAYS, [])
+        build_partitions(one, DAYS, [], shown(tables), lambda *_: None)
 
 
 @pytest.mark.parametrize("bucket", [pl.Series(["3"]), pl.Series([None], dtype=pl.String)])
@@ -249,8 +251,10 @@ def test_rows_that_lie_in_no_bucket_of_the_config_are_an_error(tmp_path: Path, b
     tables = write_world(tmp_path, seed=3, users=8)
     stray = tables["events"].scan([DAYS[1]]).collect().head(1).with_columns(bucket=bucket)
     stray.write_delta(tables["events"].uri, mode="append")
+    one = settings(tables, tmp_path / "out")
     with pytest.raises(CorankError, match=r"table events .* not the user hash modulo 2"):
-        fold_all(settings(tables, tmp_path / "out"), DAYS, [])
+        build_partitions(one, DAYS, [], shown(tables), lambda *_: None)
+    assert not Table(ITEM_AGGREGATES, one.table_root(ITEM_AGGREGATES)).exists()
 
 
 def test_a_new_partitions_window_lists_only_its_own_files_of_the_states(tmp_path: Path) -> None:
@@ -266,28 +270,26 @@ def test_a_new_partitions_window_lists_only_its_own_files_of_the_states(tmp_path
 
 def test_of_two_writers_of_a_partition_one_wins_whole_and_the_other_is_told(tmp_path: Path) -> None:
     root, schema = str(tmp_path / "table"), pa.schema({name: pa.string() for name in ("row", "dt", "bucket")})
+    both_opened = Barrier(2)
 
-    def write(number: int) -> str:
-        """What it was told, if anything."""
-        names = [f"{number}-{row}" for row in range(3)]
-        files = [
-            write_file(root, pa.table({"row": [name]}), {"dt": DAYS[0], "bucket": str(row)}, {})
-            for row, name in enumerate(names)
-        ]
-        try:
-            replace_partition(root, DAYS[0], files, schema, {})
-        except CorankError as error:
-            return str(error)
-        return ""
+    def files(writer: str, wait: bool) -> Iterator[DataFile]:
+        """Asked for once the table was opened."""
+        if wait:
+            both_opened.wait(timeout=30)
+        for bucket in "012":
+            rows = pa.table({"row": [f"{writer}-{bucket}"]})
+            yield write_file(root, rows, {"dt": DAYS[0], "bucket": bucket}, {})
 
-    assert write(0) == ""
-    with ThreadPoolExecutor(4) as pool:
-        done = list(pool.map(write, range(1, 13)))
-        rows = Table("table", root).scan().collect()["row"].sort().to_list()
-    assert "" in done
-    assert all("another writer changed it meanwhile" in told for told in done if told)
-    winner = rows[0].split("-")[0]
-    assert rows == [f"{winner}-{row}" for row in range(3)]
+    replace_partition(root, DAYS[0], files("first", False), schema, {})
+    with ThreadPoolExecutor(2) as pool:
+        done = {name: pool.submit(replace_partition, root, DAYS[0], files(name, True), schema, {}) for name in "ab"}
+        failures = {name: one.exception() for name, one in done.items()}
+    (loser,) = [name for name, failure in failures.items() if failure is not None]
+    assert isinstance(failures[loser], CorankError)
+    assert "another writer changed it meanwhile" in str(failures[loser])
+    (winner,) = {"a", "b"} - {loser}
+    rows = Table("table", root).scan().collect()["row"].sort().to_list()
+    assert rows == [f"{winner}-{bucket}" for bucket in "012"]
 
 
 def test_a_column_called_like_a_time_may_be_of_any_type(tmp_path: Path) -> None:

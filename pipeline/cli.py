@@ -103,11 +103,11 @@ def _load(path: Path) -> Config:
     return load_config(path)
 
 
-def _pipeline(config: Config, until: str | None = None, warm_start: bool = False) -> Pipeline:
+def _pipeline(config: Config, until: str | None = None) -> Pipeline:
     from pipeline.progress import Progress
     from pipeline.stages import Pipeline
 
-    return Pipeline(config, Progress(), until, warm_start)
+    return Pipeline(config, Progress(), until)
 
 
 # --- the DAG ------------------------------------------------------------------------------------------
@@ -140,35 +140,12 @@ def retrain(
     Late or corrected rows of partitions that were trained on rebuild samples and features, but train nothing again.
     """
     with guarded(debug):
-        from features.errors import CorankError
+        from pipeline.retraining import next_retraining
 
-        loaded = _load(config)
-        pipeline = _pipeline(loaded)
-        champion = pipeline.registry.champion()
-        if champion is None:
-            raise CorankError("there is no champion to start from; train the first one with `corank run`")
-        # a rejected candidate covers its partition too, else it would be trained for ever
-        covered = max(version.tags["partition"] for version in pipeline.registry.versions())
-        newer = [partition for partition in pipeline.log.shown if partition > covered]
-        current = _pipeline(loaded, until=covered if newer else None, warm_start=True)
-        pending = current.pending()
-        # labels that have arrived since are to be trained on; rows that came late to what was trained on are not
-        trained = max(version.tags.get("trained", covered) for version in pipeline.registry.versions())
-        labelled = any(current.log.is_attributed(one) for one in current.partitions if one > trained)
-        # one whose labels are not known yet is built and online, and the next one is taken
-        each = (_pipeline(loaded, until=one, warm_start=True) for one in newer)
-        following = next((one for one in each if one.pending()), None)
-        if set(pending) & {"evaluation", "champion"} and ("candidate" not in pending or (labelled and not newer)):
-            typer.echo(f"finishing partition {covered}")
-            _execute(current, serve)
-        elif following is not None:
-            typer.echo(f"partition {following.until}, starting from champion version {champion.number}")
-            _execute(following, serve)
-        else:
-            newest = pipeline.log.shown[-1]
-            typer.echo(f"Nothing to train: what is known up to {newest}, the newest closed partition, is trained on.")
-            if current.pending(training=False) or serve:
-                _execute(current, serve, training=False)
+        step = next_retraining(_load(config))
+        typer.echo(step.says)
+        if serve or step.pipeline.pending(step.training):
+            _execute(step.pipeline, serve, step.training)
 
 
 def _execute(pipeline: Pipeline, serve: bool, training: bool = True) -> None:

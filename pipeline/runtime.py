@@ -103,7 +103,7 @@ def ensure_ray(config: RayConfig) -> None:
         # connecting may last, and leaves nothing behind
         nullcontext() if config.address else _interrupted_afterwards(),
         # first of all Ray would set a handler of its own, which exits at once
-        mock.patch.object(ray._private.utils, "set_sigterm_handler"),  # type: ignore[attr-defined]
+        mock.patch("ray._private.utils.set_sigterm_handler"),
     ):
         ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
 

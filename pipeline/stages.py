@@ -228,14 +228,14 @@ class Pipeline(Workspace):
         from features.maintenance import drop_partitions
         from features.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
 
-        for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES):
-            table = self.build_settings().table(name)
-            gone = self.gone(table.partitions())
-            for partition in gone:
-                if record := self.records.get("samples", partition):
-                    self.records.put("samples", partition, {**record, "inputs": ""})
-            if gone:
-                drop_partitions(table, gone)
+        tables = [self.build_settings().table(name) for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES)]
+        gone = [self.gone(table.partitions()) for table in tables]
+        for partition in set().union(*gone):
+            if record := self.records.get("samples", partition):
+                self.records.put("samples", partition, {**record, "inputs": ""})
+        for table, partitions in zip(tables, gone, strict=True):
+            if partitions:
+                drop_partitions(table, partitions)
 
     def train_candidate(self) -> dict[str, Any]:
         """Train on all partitions, or from the champion on what came after its training."""

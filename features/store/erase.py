@@ -74,8 +74,9 @@ def erase_absent(
     Raises:
         CorankError: the views are not registered, a table cannot be read, or the store does not answer.
     """
-    store, close = open_store(settings), end if close is None else close
-    removed = {}
+    close = end if close is None else close
+    logged_until = close if logged_until is None else logged_until
+    store, removed = open_store(settings), {}
     for name in settings.views:
         view = registered_view(store, name)
         until = close if name.startswith(SEQUENCE_VIEW) else end
@@ -89,7 +90,7 @@ def erase_absent(
             if name.startswith(SEQUENCE_VIEW):
                 for portion in absent.iter_slices(LOCKED_ROWS) if absent.height else ():
                     with sole_writer(store, portion[key]):
-                        users = _without_pushed(store, view, portion, close if logged_until is None else logged_until)
+                        users = _without_pushed(store, view, portion, logged_until)
                         _erase_from_view(store, view, users)
                     removed[name] += len(users)
             else:

@@ -199,15 +199,17 @@ def materialize(
 
     Raises:
         CorankError: the views are not registered (:func:`apply`), or a table cannot be read.
+        UnavailableError: the online store does not answer.
     """
-    store, close = open_store(settings), end if close is None else close
-    written = {}
+    close = end if close is None else close
+    logged_until = close if logged_until is None else logged_until
+    store, written = open_store(settings), {}
     for name in settings.views:
         view = registered_view(store, name)
         query = view_query(store, view, start, close if name.startswith(SEQUENCE_VIEW) else end)
         partitions = Partitions(query, settings.slice_bytes)
         rows = 0
-        for count in _written(store, settings, view, partitions, close if logged_until is None else logged_until):
+        for count in _written(store, settings, view, partitions, logged_until):
             rows += count
             if progress is not None:
                 progress(name, rows)

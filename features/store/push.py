@@ -89,11 +89,11 @@ class OnlineWriter:
             known = sorted({sequence.events for sequence in self.schema.sequences})
             raise CorankError(f"push: no sequence reads the table {table!r}; tables of sequences are {known}")
         checked = _checked(events, table)
-        try:
-            coded = {sequence.name: self._coded(checked, sequence, table) for sequence in sequences}
-        except pl.exceptions.PolarsError as failure:
-            raise CorankError(f"push to {table}: a column has another type than the log's: {failure}") from failure
         with reachable(self._store):
+            try:
+                coded = {sequence.name: self._coded(checked, sequence, table) for sequence in sequences}
+            except pl.exceptions.PolarsError as failure:
+                raise CorankError(f"push to {table}: a column has another type than the log's: {failure}") from failure
             return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
 
     def _coded(self, events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
@@ -125,8 +125,7 @@ class OnlineWriter:
         for start in range(0, len(items), READ_ROWS):
             entities = [{"item_id": item} for item in items[start : start + READ_ROWS]]
             names = [f"{ITEM_VIEW}:{name}" for name in columns]
-            with reachable(self._store):
-                found = self._store.get_online_features(features=names, entity_rows=entities).to_dict()
+            found = self._store.get_online_features(features=names, entity_rows=entities).to_dict()
             rows.append(pl.DataFrame({name: found[name] for name in rows[0].columns}, schema=rows[0].schema))
         stored = pl.concat(rows).drop_nulls(UPDATED_AT).sort(UPDATED_AT)
         coded = [encode(one, pl.col(one.source)).alias(name) for name, one in fields.items()]

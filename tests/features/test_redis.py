@@ -21,7 +21,7 @@ from features.lake import Table
 from features.schema import SECOND, partition_bounds
 from features.states import STATE
 from features.store.erase import erase_absent, erase_users
-from features.store.online import STRIPES, apply, materialize, open_store, sole_writer
+from features.store.online import STRIPES, FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.push import OnlineWriter
 from features.store.query import Query
 from features.store.reader import OnlineReader
@@ -140,17 +140,25 @@ def test_a_store_filled_anew_after_a_correction_is_as_one_filled_for_the_first_t
     assert not any(erase_absent(corrected, CLOSES[1], CLOSES[1]).values())
 
 
+def two_days(
+    root: Path, name: str, online: Literal["sqlite", "redis"], request: pytest.FixtureRequest
+) -> FeatureStoreSettings:
+    """A store that is filled with two days of a world."""
+    address = request.getfixturevalue("redis_address") if online == "redis" else ""
+    tables = write_world(root, seed=1, users=USERS)
+    build_state(tables, root, 0)
+    settings = store_settings(tables, root, name, online=online, redis=address)
+    apply(settings)
+    materialize(settings, 0, CLOSES[1])
+    return settings
+
+
 @pytest.mark.parametrize("online", ["sqlite", "redis"])
 def test_pushes_of_several_writers_for_one_user_are_all_kept(
     tmp_path: Path, online: Literal["sqlite", "redis"], request: pytest.FixtureRequest
 ) -> None:
     """Writers with connections of their own, as replicas have them, and a materialisation between them."""
-    address = request.getfixturevalue("redis_address") if online == "redis" else ""
-    tables = write_world(tmp_path, seed=1, users=USERS)
-    build_state(tables, tmp_path, 0)
-    settings = store_settings(tables, tmp_path, "crowded", online=online, redis=address)
-    apply(settings)
-    materialize(settings, 0, CLOSES[1])
+    settings = two_days(tmp_path, "crowded", online, request)
 
     def push(number: int) -> None:
         writer = OnlineWriter(settings, log_delay=86_400 * SECOND)  # none of them is visible yet, so all are kept
@@ -170,12 +178,7 @@ def test_pushes_of_several_writers_for_one_user_are_all_kept(
 def test_a_user_is_forgotten_after_a_push_in_flight_not_before_it(
     tmp_path: Path, online: Literal["sqlite", "redis"], request: pytest.FixtureRequest
 ) -> None:
-    address = request.getfixturevalue("redis_address") if online == "redis" else ""
-    tables = write_world(tmp_path, seed=1, users=USERS)
-    build_state(tables, tmp_path, 0)
-    settings = store_settings(tables, tmp_path, "forgetting", online=online, redis=address)
-    apply(settings)
-    materialize(settings, 0, CLOSES[1])
+    settings = two_days(tmp_path, "forgetting", online, request)
     with ThreadPoolExecutor(1) as pool:
         with sole_writer(open_store(settings), pl.Series(["1"])):  # as a push holds it from its reading to its writing
             erased = pool.submit(erase_users, settings, ["1"])

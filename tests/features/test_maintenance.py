@@ -32,11 +32,11 @@ from features.states import SAMPLES, state_schema
 from features.store.erase import erase_users as erase_online_users
 from features.store.online import FeatureStoreSettings, apply, materialize
 from features.store.reader import OnlineReader
-from tests.features import test_store
+from tests.features import profiles
 from tests.features.worlds import DAYS, SCHEMA, settings, write_world
 
 USER = "2"
-store_settings = test_store.settings
+store_settings = profiles.settings
 
 
 @pytest.fixture
@@ -190,9 +190,9 @@ def test_a_user_erased_online_is_unknown_and_all_others_stay(
     if online == "redis":
         own = replace(own, online="redis", redis=request.getfixturevalue("redis_address"))
     apply(own)
-    materialize(own, 0, 20 * test_store.DAY)
+    materialize(own, 0, 20 * profiles.DAY)
     reader = OnlineReader(own)  # as the endpoint holds it: opened before
-    others, items = [reader.user(user) for user in "bcd"], reader.items(["1", "2"], 20 * test_store.DAY)
+    others, items = [reader.user(user) for user in "bcd"], reader.items(["1", "2"], 20 * profiles.DAY)
     assert reader.user("a") is not None
     assert len(reader.sequences("a")["clicks"].ts) == 200
     removed = erase_online_users(own, ["a", "nobody"])
@@ -201,13 +201,13 @@ def test_a_user_erased_online_is_unknown_and_all_others_stay(
         assert seen.user("a") is None
         assert len(seen.sequences("a")["clicks"].ts) == 0
         assert [seen.user(user) for user in "bcd"] == others
-        assert seen.items(["1", "2"], 20 * test_store.DAY).equals(items)
+        assert seen.items(["1", "2"], 20 * profiles.DAY).equals(items)
     assert erase_online_users(own, ["a"]) == {}
 
 
 def test_erased_bytes_are_gone_from_the_sqlite_file(store_settings: FeatureStoreSettings) -> None:
     apply(store_settings)
-    materialize(store_settings, 0, 20 * test_store.DAY)
+    materialize(store_settings, 0, 20 * profiles.DAY)
     path = Path(store_settings.sqlite_path)
     assert b"Bonn" in path.read_bytes()  # only user a lives there
     erase_online_users(store_settings, ["a"])

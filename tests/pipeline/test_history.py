@@ -31,7 +31,7 @@ def test_events_before_the_first_impressions_are_seen_until_the_log_loses_them(
 ) -> None:
     timelines = {}
     for name, together in (("whole", 32), ("late", 2)):
-        monkeypatch.setattr("pipeline.stages.RUN_PARTITIONS", together)
+        monkeypatch.setattr("pipeline.data_stages.RUN_PARTITIONS", together)
         data = tmp_path / name / "data"
         import_synthetic(data, days=3, users=40, items=40, seed=5, start=START, buckets=2, say=lambda _: None)
         if name == "late":

@@ -48,12 +48,14 @@ def bucket_column(user_id: pl.Expr, buckets: int) -> pl.Expr:
 
 
 def encode(field: FieldSpec, column: pl.Expr) -> pl.Expr:
-    """Codes (Int64) of an id or category column, Float32 (null stays null; ``scale``) of a number column.
+    """Codes (Int64) of an id or category column, Float32 (``scale``) of a number column.
 
+    A number is finite or missing (null): NaN, infinities and what is beyond 32 bits read as missing.
     A list column (multi-valued feature) gives a list of codes: nulls inside it are left out, a null list is empty.
     """
     if field.kind == "number":
-        return (column.cast(pl.Float64).log1p() if field.scale == "log" else column).cast(pl.Float32)
+        number = (column.cast(pl.Float64).log1p() if field.scale == "log" else column).cast(pl.Float32)
+        return pl.when(number.is_finite()).then(number)
 
     def codes(values: pl.Expr) -> pl.Expr:
         if field.vocabulary is None:

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
-from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.exceptions import CommitFailedError, DeltaError, DeltaProtocolError
 from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
+from features.columns import partition_column, read, read_type, row_text
 from features.encoding import bucket_column
 from features.errors import CorankError, UnreadableError
+from features.fingerprints import WHOLE_TABLE, fingerprints
+from features.schema import Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
 
@@ -44,6 +49,12 @@ SAME_TYPES = {
 
 SHOWN_FILES = 5
 
+READ_FEATURES = {"deletionVectors", "timestampNtz"}
+"""Delta's table features that deltalake and Polars can read."""
+
+MAPPING_VERSION = 2
+"""Delta's reader version that brought column mapping."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -52,8 +63,15 @@ class Table:
     Attributes:
         name: what messages call it (its role or its name in the config).
         uri: local path or ``s3://`` address.
-        columns: canonical name → the user's own column name; columns not named keep theirs.
+        columns: canonical name → the user's own column name; columns not named keep theirs. What a name is mapped from
+            is decided here alone: a column of the table's own that has the name is out of sight.
         storage_options: handed to deltalake (credentials, endpoint).
+        version: the one that is read, whatever is written meanwhile; None: the newest.
+        grain: of a user's log, which is read by partitions; None: of a profile table, and of the builder's own.
+        partition: of a log, its partition column; ``ts``: partitions are cut from the rows' times. Default: ``dt``
+            where the log is partitioned by it, else ``ts``.
+        makes: columns that :meth:`scan` makes where the table has none: ``updated_at`` (0: from the beginning),
+            ``event_id`` (the row's content).
         opened: see :meth:`pinned`.
     """
 
@@ -61,21 +79,29 @@ class Table:
     uri: str
     columns: Mapping[str, str] = field(default_factory=dict)
     storage_options: Mapping[str, str] = field(default_factory=dict)
+    version: int | None = None
+    grain: Grain | None = None
+    partition: str | None = None
+    makes: tuple[str, ...] = ()
     opened: DeltaTable | None = field(default=None, compare=False, repr=False)
 
     def pinned(self) -> Table:
         """The table at the version it has now, opened once; for a task that reads it many times. Not picklable."""
         return replace(self, opened=self.delta())
 
+    def at(self, version: int | None) -> Table:
+        """The table at a version; None: as it is by then."""
+        return replace(self, version=version, opened=None)
+
     def exists(self) -> bool:
         return self.opened is not None or DeltaTable.is_deltatable(self.uri, dict(self.storage_options))
 
     def delta(self) -> DeltaTable:
-        """The table at its newest version.
+        """The table at its version.
 
         Raises:
             CorankError: there is no Delta table at this address.
-            UnreadableError: its log is damaged.
+            UnreadableError: its log is damaged, its version is gone, or it uses a Delta feature that cannot be read.
         """
         if self.opened is not None:
             return self.opened
@@ -85,48 +111,121 @@ class Table:
                 "Correct `tables` in the config, or write the table (`corank import --help`)."
             )
         try:
-            return DeltaTable(self.uri, storage_options=dict(self.storage_options))
+            table = LocalPaths(self.uri, version=self.version, storage_options=dict(self.storage_options))
+            unread = _unread_features(table)
+        except DeltaProtocolError as error:
+            unread = _first_line(error)
         except (DeltaError, OSError) as error:
+            at = "" if self.version is None else f" at version {self.version}"
             raise UnreadableError(
-                f"table {self.name}: the Delta log of {self.uri} cannot be read ({_first_line(error)}); "
+                f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({_first_line(error)}); "
                 "restore its files in _delta_log"
             ) from error
+        if unread:
+            raise UnreadableError(
+                f"table {self.name} at {self.uri} uses a Delta feature that cannot be read: {unread}. Write a copy "
+                "without it and name that in the config."
+            )
+        return table
 
     def schema(self) -> pa.Schema:
-        """Arrow schema under the canonical names."""
-        names = self._canonical()
-        schema = pa.schema(self.delta().schema().to_arrow())
-        return pa.schema([column.with_name(names.get(column.name, column.name)) for column in schema])
+        """Arrow schema under the canonical names, with the table's own types; :meth:`read_schema`: as they are read."""
+        delta = self.delta()
+        own = pa.schema(delta.schema().to_arrow())
+        return pa.schema([own.field(column).with_name(name) for name, column in self._names(delta).items()])
+
+    def read_schema(self) -> pa.Schema:
+        """Arrow schema of what :meth:`scan` gives."""
+        fields = [pa.field(one.name, read_type(one.name, one.type)) for one in self.schema()]
+        made = {"updated_at": pa.int64(), "event_id": pa.string(), "dt": pa.string()}
+        missing = set(made) & self._made({one.name for one in fields})
+        return pa.schema([*fields, *[pa.field(name, made[name]) for name in sorted(missing)]])
 
     def types(self) -> dict[str, str]:
         """Canonical name of every column → :func:`type_name` of its type."""
         return {column.name: type_name(column.type) for column in self.schema()}
 
+    def partition_column(self) -> str | None:
+        """The table's own column that it is partitioned by; None: partitions are cut from ``ts``, or there are none."""
+        if self.partition == "ts":
+            return None
+        column = self.partition or "dt"
+        return column if column in self.delta().metadata().partition_columns else None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether partitions are cut from the rows' times."""
+        return self.grain is not None and self.partition_column() is None
+
     def partitions(self) -> list[str]:
         """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt."""
-        delta = self.delta()
-        if "dt" not in delta.metadata().partition_columns:
+        column = self.partition_column()
+        if column is not None:
+            return sorted({str(part[column]) for part in self.delta().partitions() if part[column] is not None})
+        if self.grain is None:
             return []
-        return sorted({str(part["dt"]) for part in delta.partitions() if part["dt"] is not None})
+        found: set[str] = set()
+        unclear = []
+        for path, extent in self._extents().items():
+            names = {partition_of(moment, self.grain) for moment in extent} if extent is not None else set()
+            if len(names) == 1:
+                found |= names
+            else:
+                unclear.append(path)
+        if unclear:
+            rows = _scan(self.delta(), unclear)
+            own = self._names(self.delta())["ts"]
+            ts = read("ts", pl.col(own), rows.collect_schema()[own]).alias("ts")
+            cut = rows.select(ts).select(partition_column(pl.col("ts"), self.grain).alias("dt").unique())
+            found |= set(self.collect(cut)["dt"].drop_nulls())
+        return sorted(found)
+
+    def unpartitioned_rows(self) -> bool:
+        """Whether rows belong to no partition: without ``dt``, or, where it is cut from ``ts``, without that."""
+        column = self.partition_column()
+        if column is not None:
+            return any(part[column] is None for part in self.delta().partitions())
+        own = self._names(self.delta()).get("ts")
+        if self.grain is None or own is None:
+            return False
+        actions = pl.DataFrame(pa.table(self.delta().get_add_actions(flatten=True)))
+        nulls = actions[f"null_count.{own}"] if f"null_count.{own}" in actions.columns else None
+        if nulls is not None and not nulls.null_count() and not nulls.sum():
+            return False  # as the log's statistics say
+        return bool(self.collect(_scan(self.delta()).select(pl.col(own).is_null().any())).item())
 
     def is_bucketed(self) -> bool:
         """Whether the table is laid out by (dt, bucket), bucket = user hash mod the number of buckets."""
-        return self.exists() and "bucket" in self.delta().metadata().partition_columns
+        return self.exists() and "bucket" in self.delta().metadata().partition_columns and not self.is_cut
 
     def scan(self, partitions: Iterable[str] | None = None) -> pl.LazyFrame:
-        """Rows under canonical names, ``ts`` and ``updated_at`` as int64 microseconds UTC."""
-        names = self._canonical()
-        frame = pl.scan_delta(self.delta())
-        if partitions is not None:
-            frame = frame.filter(pl.col("dt").cast(pl.String).is_in(list(partitions)))
-        schema = frame.collect_schema()
-        frame = frame.rename({own: name for own, name in names.items() if own in schema})
-        stamps = [
-            pl.col(name).dt.cast_time_unit("us").dt.timestamp("us").alias(name)
-            for name, kind in frame.collect_schema().items()
-            if name in ("ts", "updated_at") and isinstance(kind, pl.Datetime)
-        ]
-        return frame.with_columns(stamps) if stamps else frame
+        """Rows under canonical names and types (:mod:`features.columns`), ``ts`` and ``updated_at`` as int64
+        microseconds UTC, with the columns that the table lacks and :attr:`makes`."""
+        delta, wanted = self.delta(), None if partitions is None else list(partitions)
+        names, column = self._names(delta), self.partition_column()
+        if wanted is not None and self.is_cut:
+            spans = _spans(wanted, self.grain or "day")
+            frame = _scan(delta, [path for path, extent in self._extents().items() if _meets(extent, spans)])
+            clock = pl.col(names["ts"])
+            kind = frame.collect_schema()[names["ts"]]
+            # on the column as it is stored, so that parts of files are skipped
+            inside = [clock.is_between(_moment(low, kind), _moment(high, kind), closed="left") for low, high in spans]
+            frame = frame.filter(pl.any_horizontal(pl.lit(False), *inside))
+        else:
+            frame = _scan(delta)
+            if wanted is not None:
+                frame = frame.filter(pl.col(column or "dt").cast(pl.String).is_in(wanted))
+        kinds = frame.collect_schema()
+        frame = frame.select(read(name, pl.col(own), kinds[own]).alias(name) for name, own in names.items())
+        made = self._made(set(names))
+        if "event_id" in made:  # of the user's own columns; where a row lies says nothing about it
+            own_kinds = {name: kind for name, kind in frame.collect_schema().items() if name not in ("dt", "bucket")}
+            frame = frame.with_columns(row_text(own_kinds).alias("event_id"))
+        if "updated_at" in made:
+            frame = frame.with_columns(pl.lit(0, pl.Int64).alias("updated_at"))
+        if "dt" in made and self.grain is not None:
+            frame = frame.with_columns(partition_column(pl.col("ts"), self.grain).alias("dt"))
+        return frame
 
     def collect(self, frame: pl.LazyFrame, partitions: Iterable[str] | None = None) -> pl.DataFrame:
         """The result of a query on this table's :meth:`scan`.
@@ -157,7 +256,7 @@ class Table:
             raise
 
     def size(self) -> int:
-        """Bytes of the newest version's files."""
+        """Bytes of the version's files."""
         return int(pc.sum(pa.table(self.delta().get_add_actions(flatten=True))["size_bytes"]).as_py() or 0)
 
     def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
@@ -171,18 +270,9 @@ class Table:
             UnreadableError: names table, partition, file and problem.
         """
         delta = self.delta()
-        wanted = None if partitions is None else set(partitions)
         schema = pa.schema(delta.schema().to_arrow())
         types = {column.name: type_name(column.type) for column in schema}
-        actions = pa.table(delta.get_add_actions(flatten=True))
-        days = actions["partition.dt"].to_pylist() if "partition.dt" in actions.column_names else [None] * len(actions)
-        files = [
-            (path, size, None if day is None else str(day))
-            for path, size, day in zip(
-                actions["path"].to_pylist(), actions["size_bytes"].to_pylist(), days, strict=True
-            )
-            if wanted is None or str(day) in wanted
-        ]
+        files = self._files(None if partitions is None else list(partitions))
         store = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
         with ThreadPoolExecutor(16) as pool:
             problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
@@ -232,36 +322,201 @@ class Table:
         return self.collect(frame, partitions).filter(bucket_column(pl.col("user_id"), buckets) == bucket)
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
-        """Per partition the table's id and the last commit with data change that touched it.
+        """Per partition what its content is identified by (:mod:`features.fingerprints`).
 
-        Compaction and other commits without data change do not count. ``cache`` is what an earlier
-        call left there; only later commits are read then, so that log clean-up changes nothing.
+        Args:
+            cache: what an earlier call left there; only later commits are read then.
         """
         delta = self.delta()
-        identity, newest = str(delta.metadata().id)[:8], delta.version()
-        cache = cache if cache is not None else {}
-        if cache.get("table") != identity or cache.get("version", -1) > newest:
-            cache.clear()
-            cache.update({"table": identity, "version": -1, "partitions": {}})
-        touched: dict[str, int] = cache["partitions"]
-        log = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
-        for version in range(cache["version"] + 1, newest + 1):
-            name = f"_delta_log/{version:020d}.json"
-            if log.get_file_info(name).type == fs.FileType.NotFound:
-                continue  # cleaned up behind a checkpoint; its partitions are filled in below
-            for line in log.open_input_file(name).read().splitlines():
-                entry = json.loads(line)
-                action = entry.get("add") or entry.get("remove")
-                if action and action.get("dataChange", True):
-                    touched[str((action.get("partitionValues") or {}).get("dt"))] = version
-        present = self.partitions() or ["None"]
-        for partition in present:
-            touched.setdefault(partition, 0)
-        cache["version"] = newest
-        return {partition: f"{identity}@{touched[partition]}" for partition in present}
+        store = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
+        present = self.partitions() or [WHOLE_TABLE]
+        files: dict[str, list[str]] = {partition: [] for partition in present}
+        if self.is_cut and "ts" in self._names(delta):
+            clock = self._names(delta)["ts"]
+            for path, extent in self._extents().items():
+                for partition in self._within(present, extent):
+                    files[partition].append(path)
 
-    def _canonical(self) -> dict[str, str]:
-        return {own: name for name, own in self.columns.items()}
+            def touched(action: Mapping[str, Any]) -> Iterable[str] | None:
+                extent = _logged_extent(action, clock)
+                return None if extent is None else self._within(present, extent)
+        else:
+            column = self.partition_column()
+            for path, _, own in self._files(None):
+                files.setdefault(own or WHOLE_TABLE, []).append(path)
+
+            def touched(action: Mapping[str, Any]) -> Iterable[str] | None:
+                if column is None:
+                    return [WHOLE_TABLE]
+                values = action.get("partitionValues")
+                return None if not values else [str(values.get(column))]
+
+        return fingerprints(delta, store, {one: files.get(one, []) for one in present}, touched, cache)
+
+    def _names(self, delta: DeltaTable) -> dict[str, str]:
+        """Canonical name of every column that can be reached → its own name, in the table's order."""
+        own = [column.name for column in delta.schema().fields]
+        mapped = {name: column for name, column in self.columns.items() if column in own}
+        hidden = set(mapped.values()) | set(self.columns)
+        if self.grain is not None:
+            column = self.partition_column()
+            hidden |= {"dt"} if column is None else {column}
+            mapped |= {} if column is None else {"dt": column}
+        names = mapped | {column: column for column in own if column not in hidden}
+        return dict(sorted(names.items(), key=lambda one: own.index(one[1])))
+
+    def _made(self, present: set[str]) -> set[str]:
+        """The columns that the table lacks, and that are made."""
+        return {one for one in self.makes if one not in present} | ({"dt"} if self.is_cut else set())
+
+    def _files(self, partitions: Sequence[str] | None) -> list[tuple[str, int, str | None]]:
+        """Path, bytes and partition (None: cut from ``ts``) of the files that may hold rows of these partitions."""
+        actions = pa.table(self.delta().get_add_actions(flatten=True))
+        paths = [unquote(path) for path in actions["path"].to_pylist()]
+        column = self.partition_column()
+        if column is not None:
+            days = [None if one is None else str(one) for one in actions[f"partition.{column}"].to_pylist()]
+        else:
+            days = [None] * len(actions)
+        files = list(zip(paths, actions["size_bytes"].to_pylist(), days, strict=True))
+        if partitions is None:
+            return files
+        if self.is_cut:
+            spans, extents = _spans(partitions, self.grain or "day"), self._extents()
+            return [file for file in files if _meets(extents[file[0]], spans)]
+        wanted = set(partitions)
+        return [file for file in files if file[2] in wanted]
+
+    def _extents(self) -> dict[str, tuple[int, int] | None]:
+        """Path of every file → least and largest ``ts`` in it, microseconds UTC; None where the log does not say."""
+        delta = self.delta()
+        own = self._names(delta).get("ts")
+        actions = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
+        paths = [unquote(path) for path in actions["path"]]
+        if own is None or f"min.{own}" not in actions.columns or f"max.{own}" not in actions.columns:
+            return dict.fromkeys(paths)
+        kind = actions.schema[f"min.{own}"]
+        ends = actions.select(read("ts", pl.col(f"{end}.{own}"), kind).alias(end) for end in ("min", "max"))
+        # statistics of timestamps are cut off at milliseconds
+        slack = 0 if kind.is_integer() else 999
+        bounds = [None if None in row else (int(row[0]), int(row[1]) + slack) for row in ends.rows()]
+        return dict(zip(paths, bounds, strict=True))
+
+    def _within(self, partitions: Sequence[str], extent: tuple[int, int] | None) -> list[str]:
+        """Those of some partitions that a file of this extent may hold rows of."""
+        grain = self.grain or "day"
+        return [one for one in partitions if _meets(extent, [partition_bounds(one, grain)])]
+
+
+class LocalPaths(DeltaTable):
+    """A Delta table whose files are named as the file system names them; deltalake encodes what lies above them."""
+
+    def file_uris(self, *args: Any, **options: Any) -> list[str]:
+        root = self.table_uri.removeprefix("file://")
+        files = super().file_uris(*args, **options)
+        return [unquote(root) + file.removeprefix(root) if file.startswith(root) else file for file in files]
+
+
+def _scan(delta: DeltaTable, paths: Sequence[str] | None = None) -> pl.LazyFrame:
+    """Rows of a table, of some of its files only if ``paths`` names them, under the table's own names and types."""
+    if paths is not None:
+        delta = SomeFiles(delta, paths)
+    values = delta.metadata().partition_columns
+    above = delta.table_uri.removeprefix("file://")
+    if not values or "=" not in unquote(above):
+        return pl.scan_delta(delta)
+    # Polars takes the values of partitions from paths, and would take name=value of any folder above for one
+    schema = pl.Schema(delta.schema())
+    actions = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
+    named = actions.select(pl.col(f"partition.{one}").alias(one) for one in values).with_columns(
+        pl.Series("__file", delta.file_uris())
+    )
+    stored = pl.Schema({name: kind for name, kind in schema.items() if name not in values})
+    parts = [
+        pl.scan_parquet(
+            own["__file"].to_list(),
+            schema=stored,
+            glob=False,
+            hive_partitioning=False,
+            missing_columns="insert",
+            extra_columns="ignore",
+            storage_options=delta._storage_options,
+        ).with_columns(pl.lit(value).cast(schema[name]).alias(name) for name, value in zip(values, key, strict=True))
+        for key, own in named.partition_by(values, as_dict=True).items()
+    ]
+    return pl.concat([part.select(schema.names()) for part in parts or [pl.LazyFrame(schema=schema)]])
+
+
+class SomeFiles(LocalPaths):
+    """What :func:`polars.scan_delta` asks a table for, limited to some of its files."""
+
+    def __init__(self, table: DeltaTable, paths: Iterable[str]) -> None:
+        """
+        Args:
+            paths: relative to the table, as the file system has them.
+        """
+        super().__init__(table.table_uri, version=table.version(), storage_options=table._storage_options)
+        # by path: another reader may list the files in another order, after a checkpoint for instance
+        listed = pa.table(super().get_add_actions())["path"].to_pylist()
+        order = {unquote(path): index for index, path in enumerate(listed)}
+        self._positions = [order[path] for path in paths]
+
+    def file_uris(self, *args: Any, **options: Any) -> list[str]:
+        every = super().file_uris(*args, **options)
+        return [every[index] for index in self._positions]
+
+    def get_add_actions(self, flatten: bool = False) -> Any:
+        return pa.table(super().get_add_actions(flatten)).take(pa.array(self._positions, pa.int64()))
+
+
+def _unread_features(delta: DeltaTable) -> str:
+    """Delta features of a table that neither deltalake nor Polars can read; empty when there are none."""
+    protocol = delta.protocol()
+    mode = delta.metadata().configuration.get("delta.columnMapping.mode", "none")
+    if mode != "none" or protocol.min_reader_version == MAPPING_VERSION:
+        return "column mapping (delta.columnMapping.mode)"
+    unread = sorted(set(protocol.reader_features or ()) - READ_FEATURES)
+    return ", ".join(unread)
+
+
+def _spans(partitions: Iterable[str], grain: Grain) -> list[tuple[int, int]]:
+    """Opening and close of partitions, microseconds UTC, in order; those that follow each other as one."""
+    spans: list[tuple[int, int]] = []
+    for opening, close in sorted(partition_bounds(one, grain) for one in set(partitions)):
+        if spans and spans[-1][1] == opening:
+            spans[-1] = (spans[-1][0], close)
+        else:
+            spans.append((opening, close))
+    return spans
+
+
+def _moment(ts: int, kind: Any) -> pl.Expr:
+    """Microseconds UTC as a column of times stores them."""
+    return (
+        pl.lit(ts, pl.Int64).cast(pl.Datetime("us")).cast(pl.Date)
+        if kind == pl.Date
+        else pl.lit(ts, pl.Int64).cast(kind)
+    )
+
+
+def _meets(extent: tuple[int, int] | None, spans: Iterable[tuple[int, int]]) -> bool:
+    """Whether a file of this extent (both ends included) may hold rows of one of the spans (the close excluded)."""
+    return extent is None or any(extent[0] < close and opening <= extent[1] for opening, close in spans)
+
+
+def _logged_extent(action: Mapping[str, Any], clock: str) -> tuple[int, int] | None:
+    """Least and largest time in a file, microseconds UTC, as an action of the log has them; None where it does not."""
+    try:
+        statistics = json.loads(action["stats"])
+        ends = [statistics[end][clock] for end in ("minValues", "maxValues")]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if all(isinstance(end, int) for end in ends):
+        return ends[0], ends[1]
+    low, high = (datetime.fromisoformat(str(end)) for end in ends)
+    low, high = (one if one.tzinfo else one.replace(tzinfo=UTC) for one in (low, high))
+    # cut off at milliseconds
+    return round(low.timestamp() * 1e6), round(high.timestamp() * 1e6) + 999
 
 
 def type_name(kind: pa.DataType) -> str:

@@ -131,10 +131,16 @@ def profiles_of(
 ) -> pl.DataFrame:
     """Profile snapshots ordered by updated_at: key, updated_at, known, a code per feature.
 
-    Those of items also have the keys to cross, as text, and the side information of events.
+    Those of items also have the keys to cross, as text, and the side information of events. Where there is no such
+    table, nobody has a profile.
     """
-    table = settings.tables[role]
-    frame = table.collect(table.scan()) if bucket is None else table.slice(None, bucket, settings.buckets)
+    table = settings.tables.get(role)
+    if table is None:
+        frame = pl.DataFrame(schema={key: pl.String, "updated_at": pl.Int64})
+    elif bucket is None:
+        frame = table.collect(table.scan())
+    else:
+        frame = table.slice(None, bucket, settings.buckets)
     texts = []
     for column in settings.schema.cross_keys if role == "items" else ():
         kind = pl.List(pl.String) if isinstance(frame.schema[column], pl.List) else pl.String

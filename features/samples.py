@@ -150,7 +150,7 @@ def _laid_out(
     """
     clear_copies(settings.root)
     roles = []
-    for role in (*settings.schema.logs, "users"):
+    for role in (*settings.schema.logs, *(["users"] if "users" in settings.tables else [])):
         if settings.tables[role].is_bucketed():
             settings.tables[role].require_buckets(settings.buckets)
         else:

@@ -45,7 +45,7 @@ TAKEN_NAMES = frozenset(("user_id", "event_id", "ts"))
 class Declaration(BaseModel):
     """Base of all declarations: unknown keys are mistakes, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FieldSpec(Declaration):
@@ -312,6 +312,14 @@ class Schema(Declaration):
         """All other features."""
         return tuple(feature for feature in self.features if feature not in self.user_side)
 
+    def profile_columns(self, role: Literal["users", "items"]) -> tuple[str, ...]:
+        """Columns of a profile table whose values are read, its key left out. Without any the table is optional."""
+        key, side = ("user_id", self.side("user")) if role == "users" else ("item_id", self.side("item"))
+        read = [feature.source for feature in side]
+        if role == "items":
+            read += [*self.cross_keys, *self.joined_columns]
+        return tuple(dict.fromkeys(column for column in read if column != key))
+
     @property
     def joined_columns(self) -> tuple[str, ...]:
         """Columns of items that events carry as side information."""
@@ -345,14 +353,20 @@ def partition_of(ts: int, grain: Grain) -> str:
 def partition_bounds(partition: str, grain: Grain) -> tuple[int, int]:
     """Open and close of a partition in microseconds UTC.
 
+    A name is exactly what the grain's format writes, so names in the order of text are in the order of time.
+
     Raises:
         ValueError: the name is not one of this grain (weeks begin on Monday).
     """
     example = EPOCH_MONDAY.strftime(PARTITION_FORMATS[grain])
     try:
         start = datetime.strptime(partition, PARTITION_FORMATS[grain]).replace(tzinfo=UTC)
+        exact = start.strftime(PARTITION_FORMATS[grain]) == partition  # strptime takes 2026-1-5, too
     except ValueError:
-        raise ValueError(f"partition {partition!r} is not a {grain}: it is written like {example}") from None
+        exact = False
+    if not exact:
+        article = "an" if grain == "hour" else "a"
+        raise ValueError(f"partition {partition!r} is not {article} {grain}: it is written like {example}")
     if grain == "week" and start.weekday() != 0:
         raise ValueError(f"partition {partition!r} is not a Monday; weeks begin on Monday, like {example}")
     close = start + GRAIN_LENGTH[grain]

@@ -10,9 +10,10 @@ import difflib
 import os
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import unquote
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from features.errors import ConfigError
 from features.lake import Table
@@ -22,8 +23,24 @@ from features.validation import ValidationRules
 from models.config import MODELS, AnyConfig, model_config
 from models.tokens import check_fit
 
+PROFILES: tuple[Literal["users", "items"], ...] = ("users", "items")
+"""The roles of profile tables; each is optional, and so is its column ``updated_at``."""
+
 ENVIRONMENT_PREFIX = "CORANK_"
 RESERVED_VARIABLES = {"CORANK_CONFIG"}
+
+UNOPENABLE = "[]^|\\"
+"""Characters that Delta's library takes for something else in a local path."""
+
+
+class PartitionConfig(Declaration):
+    """What a log is partitioned by; profile tables have no partitions."""
+
+    column: str | None = Field(
+        None,
+        description="the table's partition column, or ts: partitions are cut from the rows' times, whatever the table "
+        "is partitioned by. Default: dt where it is partitioned by that, else ts",
+    )
 
 
 class TableConfig(Declaration):
@@ -31,13 +48,20 @@ class TableConfig(Declaration):
 
     path: str = Field(description="local folder or s3:// address of the Delta table")
     columns: dict[str, str] = Field({}, description="corank's name: the table's own column name")
+    partition: PartitionConfig = PartitionConfig()
     storage_options: dict[str, str] = Field({}, description="credentials and endpoint for s3://")
+
+    @field_validator("path")
+    @classmethod
+    def _path_can_be_opened(cls, path: str) -> str:
+        return openable(path)
 
     @model_validator(mode="after")
     def _partition_columns_keep_their_names(self) -> TableConfig:
-        for name in ("dt", "bucket"):
-            if name in self.columns:
-                raise ValueError(f"columns: {name} cannot be mapped; a partition column must be called so")
+        if "dt" in self.columns:
+            raise ValueError(f"columns: dt cannot be mapped; write `partition: {{column: {self.columns['dt']}}}`")
+        if "bucket" in self.columns:
+            raise ValueError("columns: bucket cannot be mapped; a partition column must be called so")
         return self
 
 
@@ -75,10 +99,12 @@ class ModelConfig(Declaration):
     @model_validator(mode="after")
     def _is_a_model(self) -> ModelConfig:
         try:
-            _ = self.sizes
+            sizes = self.sizes
         except ValidationError as error:
             kind, _ = MODELS[self.name]
             raise ValueError("; ".join(_explain(problem, kind) for problem in error.errors())) from None
+        for key in self.overrides:  # a file has them as text
+            (self.__pydantic_extra__ or {})[key] = getattr(sizes, key)
         return self
 
 
@@ -178,15 +204,23 @@ class Config(Declaration):
     ray: RayConfig = RayConfig()
     mlflow_uri: str | None = Field(None, description="tracking server; default: SQLite in the local folder")
 
+    @field_validator("workspace")
+    @classmethod
+    def _workspace_can_be_opened(cls, path: str) -> str:
+        return openable(path)
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Config:
         schema = self.schema_  # checks features, sequences and tasks against each other
-        for role in ("impressions", "users", "items"):
-            if role not in self.tables:
-                raise ValueError(f"tables: {role} is missing; there are {sorted(self.tables)}")
+        if "impressions" not in self.tables:
+            raise ValueError(f"tables: impressions is missing; there are {sorted(self.tables)}")
+        for role in PROFILES:
+            columns = schema.profile_columns(role)
+            if columns and role not in self.tables:
+                raise ValueError(f"tables: {role} is missing, and features read its columns {', '.join(columns)}")
         for feature in schema.aggregates("user", "item", "cross"):
             of = feature.aggregate.of if feature.aggregate else ""
-            logs = sorted(set(self.tables) - {"users", "items", FEEDBACK})  # late labels are no log of their own time
+            logs = sorted(set(self.tables) - {*PROFILES, FEEDBACK})  # late labels are no log of their own time
             if of not in logs:
                 raise ValueError(
                     f"features: {feature.name} counts the rows of {of!r}, but tables has only the logs {logs}"
@@ -234,8 +268,22 @@ class Config(Declaration):
         return self.evaluation.task or self.tasks[0].name
 
     def table(self, role: str) -> Table:
+        """One of the user's tables, at its newest version.
+
+        What a log or a profile table may lack is made: an event's id, and when a profile became true.
+        """
         own = self.tables[role]
-        return Table(role, _absolute(own.path), own.columns, own.storage_options)
+        is_profile = role in PROFILES
+        makes = ("updated_at",) if is_profile else () if role in ("impressions", FEEDBACK) else ("event_id",)
+        return Table(
+            role,
+            _absolute(own.path),
+            own.columns,
+            own.storage_options,
+            grain=None if is_profile else self.grain,
+            partition=None if is_profile else own.partition.column,
+            makes=makes,
+        )
 
     def path(self, *parts: str) -> str:
         """A path below the workspace (may be s3://)."""
@@ -260,6 +308,35 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().resolve())
 
 
+def openable(path: str) -> str:
+    """The same path, if Delta's library can open what lies there.
+
+    Raises:
+        ValueError: it is local and holds what the library takes for something else.
+    """
+    local = path if "://" in path else _absolute(path)
+    if "://" not in path and (unquote(local) != local or set(UNOPENABLE) & set(local)):
+        raise ValueError(
+            f"a folder's name holds one of {' '.join(UNOPENABLE)} or an escape like %20, which Delta tables cannot lie "
+            "below; rename it"
+        )
+    return path
+
+
+class _Scalars(yaml.SafeLoader):
+    """YAML whose scalars are the text that is written: NO, 012 and 2026-01-05 are no boolean, octal number or date.
+    What is a number or a boolean the declaration of the key says."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [one for one in resolvers if one[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _scalars_as_written(text: str) -> Any:
+    return yaml.load(text, _Scalars)
+
+
 def load_config(path: str | Path) -> Config:
     """Read, override from the environment, and check a config file.
 
@@ -270,7 +347,9 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"config {path}: no such file. The examples lie in pipeline/examples.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _scalars_as_written(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
@@ -295,7 +374,7 @@ def _override(content: dict[str, Any], variable: str, value: str) -> None:
     try:
         for key in keys[:-1]:
             node = node.setdefault(key, {}) if isinstance(node, dict) else node[int(key)]
-        node[keys[-1] if isinstance(node, dict) else int(keys[-1])] = yaml.safe_load(value)
+        node[keys[-1] if isinstance(node, dict) else int(keys[-1])] = _scalars_as_written(value)
     except (ValueError, TypeError, IndexError, AttributeError):
         raise ConfigError(
             f"environment variable {variable}: the config has nothing at {'.'.join(keys)} to override "

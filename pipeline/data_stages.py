@@ -34,7 +34,6 @@ class DataStages(Workspace):
         from features.validation import validate_partitions
 
         config = self.config
-        tables = {role: config.table(role) for role in config.tables}
         self.require_no_gaps()
         with self.progress.stage("validated") as stage:
             done = 0
@@ -45,7 +44,7 @@ class DataStages(Workspace):
                 stage.say(f"{done}/{len(partitions)} partitions, now {result.partition}")
 
             results, docs = validate_partitions(
-                tables,
+                self.log.tables,
                 config.schema_,
                 list(partitions),
                 config.grain,
@@ -124,6 +123,7 @@ class DataStages(Workspace):
                         {
                             "inputs": self.sample_inputs[partition],
                             "fingerprint": self.log.fingerprint(partition),
+                            "versions": self.log.versions,
                             "code": code_version(),
                             **asdict(counts[partition]),
                         },

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import polars as pl
 
 from features.errors import ConfigError, CorankError, DataGateError
-from features.lake import reads_as
+from features.fingerprints import WHOLE_TABLE
+from features.lake import Table, reads_as
 from features.logs import feedback_partitions
 from features.records import Records, digest
-from features.schema import FEEDBACK, SECOND, Side, partition_bounds, partition_of
-from features.validation import check_tables, columns_read
-from pipeline.config import Config
-
-PROFILES = {"users": "user_id", "items": "item_id"}
-SIDES: dict[str, Side] = {"users": "user", "items": "item"}
+from features.schema import FEEDBACK, SECOND, partition_bounds, partition_of
+from features.validation import PROFILE_KEYS, check_tables, columns_read
+from pipeline.config import PROFILES, Config
 
 
 def now_us() -> int:
@@ -27,57 +27,69 @@ def now_us() -> int:
 class Log:
     """The user's tables as partitions with fingerprints, as of the moment this object was made.
 
+    Whatever is written to the tables meanwhile belongs to the next one: every stage reads these versions.
+
     Attributes:
+        tables: each at one version.
+        versions: of the tables that are there.
+        now: microseconds UTC; later partitions are not closed yet, later times lie in the future.
         shown: the closed and selected partitions of impressions, oldest first.
         held: what any log has from ``start`` on, closed or not, also after ``until``.
         partitions: of these, all up to the newest shown; those that hold only events are history.
     """
 
-    def __init__(self, config: Config, records: Records, until: str | None = None) -> None:
+    def __init__(
+        self, config: Config, records: Records, until: str | None = None, as_of: Mapping[str, Any] | None = None
+    ) -> None:
         """
+        Args:
+            as_of: ``versions`` and ``now`` of an earlier log, as a record's lineage has them, to read it once more.
+
         Raises:
             ConfigError: ``start`` or ``until`` is no partition of this grain.
             DataGateError: a table or column is missing, mistyped or of another type than when its table was
-                validated (all of them are named), or lies in the future.
+                validated (all of them are named), or lies in the future; a partition's name is none of the grain.
             UnreadableError: a file of a profile table or a Delta log is damaged.
             CorankError: no partition is closed.
         """
-        problems = check_tables({role: config.table(role) for role in config.tables}, config.schema_)
+        self.config = config
+        self.now = now_us() if as_of is None else int(as_of["now"])
+        self.versions: dict[str, int] = {}
+        self.tables: dict[str, Table] = {}
+        for role in config.tables:
+            table = config.table(role)
+            if as_of is not None:
+                self.versions[role] = int(as_of["versions"][role])
+            elif table.exists():
+                self.versions[role] = table.delta().version()
+            self.tables[role] = table.at(self.versions.get(role))
+        problems = check_tables(self.tables, config.schema_)
         if problems:
             named = "\n".join(f"  {problem.message}" for problem in problems)
             raise DataGateError(f"the tables do not fit the config:\n{named}")
-        self.config = config
-        self.now = now_us()
         self._refuse_changed_types(records)
-        for role in set(config.tables) - set(PROFILES):
-            table = config.table(role)
-            if "dt" not in table.delta().metadata().partition_columns:
-                raise DataGateError(f"table {role} at {table.uri}: it is not partitioned by a column dt")
         for key, partition in (("start", config.start), ("--until", until)):
             if partition is not None:
                 try:
                     partition_bounds(partition, config.grain)
                 except ValueError as error:
                     raise ConfigError(f"{key}: {error}") from None
-        impressions = config.table("impressions")
-        found = impressions.partitions()
+        impressions = self.tables["impressions"]
+        found = self._partitions_of("impressions")
         if not found:
             raise DataGateError(f"table impressions at {impressions.uri}: no partition holds any row")
-        try:
-            bounds = {partition: partition_bounds(partition, config.grain) for partition in found}
-        except ValueError as error:
-            raise DataGateError(f"table impressions at {impressions.uri}: {error}") from None
-        future = [partition for partition in found if bounds[partition][0] > self.now]
+        future = [partition for partition in found if self.bounds(partition)[0] > self.now]
         if future:
             count = impressions.collect(impressions.scan(future).select(pl.len()), future).item()
             raise DataGateError(
                 f"table impressions, partition {future[0]}: {count:,} rows lie in the future (partitions "
                 f"{', '.join(future[:5])}); correct ts and dt"
             )
+        # names are exactly what the grain's format writes (partition_bounds), so their order is that of time
         self.shown = [
             partition
             for partition in found
-            if bounds[partition][1] <= self.now
+            if self.bounds(partition)[1] <= self.now
             and (config.start is None or partition >= config.start)
             and (until is None or partition <= until)
         ]
@@ -85,23 +97,30 @@ class Log:
             raise CorankError(
                 f"table impressions: none of its partitions {found[0]} … {found[-1]} is closed and selected"
             )
-        self.held = {one for one in {*found, *self._of_events()} if one >= (config.start or "")}
+        events = [self._partitions_of(role) for role in config.schema_.logs[1:]]  # the first is impressions
+        if FEEDBACK in config.tables:
+            self._partitions_of(FEEDBACK)
+        self.held = {one for one in {*found, *chain(*events)} if one >= (config.start or "")}
         self.partitions = sorted(one for one in self.held if one <= self.shown[-1])
-        self._fingerprints = self._read_fingerprints(records)
+        self._fingerprints = self._read_fingerprints(records, cached=as_of is None)
 
-    def _of_events(self) -> set[str]:
-        """Partitions of event tables."""
-        found: set[str] = set()
-        for role in self.config.schema_.logs[1:]:  # the first is impressions
-            table = self.config.table(role)
-            known = table.partitions()
-            try:
-                for partition in known:
-                    self.bounds(partition)
-            except ValueError as error:
-                raise DataGateError(f"table {role} at {table.uri}: {error}") from None
-            found.update(known)
-        return found
+    def _partitions_of(self, role: str) -> list[str]:
+        """Partitions of a log, oldest first.
+
+        Raises:
+            DataGateError: a name is none of the grain.
+        """
+        table = self.tables[role]
+        known = table.partitions()
+        try:
+            for partition in known:
+                self.bounds(partition)
+        except ValueError as error:
+            raise DataGateError(
+                f"table {role} at {table.uri}: {error}. Write it so, or set tables.{role}.partition.column to ts: "
+                "partitions are then cut from the rows' times"
+            ) from None
+        return known
 
     def gaps(self) -> list[str]:
         """Partitions without impressions between the oldest and the newest that have some."""
@@ -123,16 +142,15 @@ class Log:
 
     def keep_types(self, records: Records) -> None:
         """Record the types of every table's columns, once the tables were validated: later ones are compared."""
-        for role in self.config.tables:
-            table = self.config.table(role)
+        for role, table in self.tables.items():
             if table.exists():
                 records.put("types", role, table.types())
 
     def _refuse_changed_types(self, records: Records) -> None:
         """Raise when a column that is read has another type than validated; new columns and wider types are fine."""
         changed = []
-        for role in self.config.tables:
-            known, table = records.get("types", role), self.config.table(role)
+        for role, table in self.tables.items():
+            known = records.get("types", role)
             types = table.types() if known and table.exists() else {}
             for column in sorted(columns_read(role, self.config.schema_) & set(types) & set(known or {})):
                 old, new = (known or {})[column], types[column]
@@ -166,34 +184,30 @@ class Log:
             labels[partition] = digest([known, fingerprints if known else {}])
         return labels
 
-    def _read_fingerprints(self, records: Records) -> dict[str, dict[str, str]]:
+    def _read_fingerprints(self, records: Records, cached: bool) -> dict[str, dict[str, str]]:
         result: dict[str, dict[str, str]] = {partition: {} for partition in self.partitions}
         self._labels: dict[str, str] = {}
-        for role in self.config.tables:
-            table = self.config.table(role)
-            cache = records.get("log", role) or {}
+        for role, table in self.tables.items():
+            cache = (records.get("log", role) or {}) if cached else {}
             cache.pop("recorded_at", None)
             before = digest(cache)
             by_partition = self._profile_fingerprints(role, cache) if role in PROFILES else table.fingerprints(cache)
-            if digest(cache) != before:
+            if cached and digest(cache) != before:
                 records.put("log", role, cache)
             if role == FEEDBACK and self.config.schema_.delayed_tasks:
-                self._labels = self._read_labels({name: one for name, one in by_partition.items() if name != "None"})
+                by_partition.pop(WHOLE_TABLE, None)  # a table without any row
+                self._labels = self._read_labels(by_partition)
             for partition in self.partitions if role != FEEDBACK else ():
                 result[partition][role] = by_partition.get(partition, "no rows")
         return result
 
-    def _profile_fingerprints(self, role: str, cache: dict[str, Any]) -> dict[str, str]:
+    def _profile_fingerprints(self, role: Any, cache: dict[str, Any]) -> dict[str, str]:
         """Profiles have no partitions: what counts is the snapshots that a partition can see, with their values.
 
         A snapshot that becomes valid later changes no earlier partition; a late or corrected one does.
         """
-        table = self.config.table(role)
-        key = PROFILES[role]
-        schema = self.config.schema_
-        crossed = set(schema.cross_keys) if role == "items" else set()
-        crossed |= set(schema.joined_columns) if role == "items" else set()
-        columns = sorted({feature.source for feature in schema.side(SIDES[role])} | crossed | {key, "updated_at"})
+        table = self.tables[role]
+        columns = sorted({*self.config.schema_.profile_columns(role), PROFILE_KEYS[role], "updated_at"})
         version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
         if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):
             return dict(cache["partitions"])

@@ -6,7 +6,7 @@ Every stage is up to date when its record carries the digest of what it would be
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,16 +51,24 @@ class Workspace:
     Args:
         until: use the log up to this partition; default: the newest closed one.
         warm_start: begin training with the champion, on what came after its own training.
+        as_of: a record's lineage: the log is read as it was then, not as it is now.
     """
 
-    def __init__(self, config: Config, progress: Progress, until: str | None = None, warm_start: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        until: str | None = None,
+        warm_start: bool = False,
+        as_of: Mapping[str, Any] | None = None,
+    ) -> None:
         self.config, self.progress = config, progress
-        self.until, self.warm_start = until, warm_start
+        self.until, self.warm_start, self.as_of = until, warm_start, as_of
         self.records = Records(config.path("records"))
 
     @cached_property
     def log(self) -> Log:
-        return Log(self.config, self.records, self.until)
+        return Log(self.config, self.records, self.until, self.as_of)
 
     @property
     def partitions(self) -> list[str]:
@@ -200,6 +208,8 @@ class Workspace:
         """What every record of a whole log carries: fingerprints, config and code."""
         return {
             "fingerprints": {partition: self.log.fingerprint(partition) for partition in self.partitions},
+            "versions": self.log.versions,
+            "now": self.log.now,
             "config": self.config.digest_of(*type(self.config).model_fields),
             "code": code_version(),
         }
@@ -256,12 +266,17 @@ class Workspace:
         record = self.records.get("feature_store", "online") or {}
         return record.get("close")
 
-    def build_settings(self) -> BuildSettings:
+    def build_settings(self, made_of: Mapping[str, Any] | None = None) -> BuildSettings:
+        """
+        Args:
+            made_of: a record; the user's tables are read as they were when it was made. Default: as the log has them.
+        """
         from features.states import BuildSettings
 
         config = self.config
+        versions = self.log.versions | ((made_of or {}).get("versions") or {})
         return BuildSettings(
-            tables={role: config.table(role) for role in config.tables},
+            tables={role: table.at(versions.get(role)) for role, table in self.log.tables.items()},
             schema=config.schema_,
             grain=config.grain,
             buckets=config.buckets,
@@ -281,8 +296,8 @@ class Workspace:
             project=config.name,
             registry=str(config.local_path("feast", "registry.db")),
             schema=config.schema_,
-            users=config.table("users"),
-            items=config.table("items"),
+            users=self.log.tables.get("users"),
+            items=self.log.tables.get("items"),
             state_uri=config.path("tables", "state"),
             user_aggregates=Table("user_aggregates", config.path("tables", "user_aggregates")),
             item_aggregates=Table("item_aggregates", config.path("tables", "item_aggregates")),

@@ -14,13 +14,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
 from features.errors import CorankError
-from features.lake import Table
+from features.lake import SomeFiles, Table
 from features.tasks import arrow, each, ray_runs, task
 
 T = TypeVar("T")
@@ -39,32 +40,13 @@ class Slice(Table):
     """Some files of one version of a table, read as if the table had no others.
 
     Attributes:
-        version: of the table.
-        files: their paths as that version's log has them.
+        files: their paths, relative to the table.
     """
 
-    version: int = 0
     files: tuple[str, ...] = ()
 
     def delta(self) -> DeltaTable:
-        return _SomeFiles(self)
-
-
-class _SomeFiles(DeltaTable):
-    """What :func:`polars.scan_delta` asks a table for, limited to some of its files."""
-
-    def __init__(self, part: Slice) -> None:
-        super().__init__(part.uri, version=part.version, storage_options=dict(part.storage_options))
-        # by path: another reader may list the files in another order, after a checkpoint for instance
-        order = {path: index for index, path in enumerate(pa.table(super().get_add_actions())["path"].to_pylist())}
-        self._positions = [order[path] for path in part.files]
-
-    def file_uris(self, *args: Any, **options: Any) -> list[str]:
-        every = super().file_uris(*args, **options)
-        return [every[index] for index in self._positions]
-
-    def get_add_actions(self, flatten: bool = False) -> Any:
-        return pa.table(super().get_add_actions(flatten)).take(pa.array(self._positions, pa.int64()))
+        return SomeFiles(super().delta(), self.files)
 
 
 def dated(table: Table, clock: str) -> pl.LazyFrame:
@@ -137,8 +119,9 @@ class Query:
                 files = files.filter(outside.fill_null(False).not_())
         groups = (pl.col("size_bytes").cum_sum() - 1) // slice_bytes
         parts = files.group_by(groups.alias("slice"), maintain_order=True).agg("path")["path"].to_list()
-        own = {one.name: getattr(self.table, one.name) for one in fields(Table)}
-        return [Slice(**own, version=delta.version(), files=tuple(part)) for part in parts]
+        table = self.table.at(delta.version())
+        own = {one.name: getattr(table, one.name) for one in fields(Table)}
+        return [Slice(**own, files=tuple(map(unquote, part))) for part in parts]
 
 
 def latest(query: Query, *pieces: pl.DataFrame | pa.Table) -> pl.DataFrame:

@@ -2,9 +2,18 @@
 
 from features.validation.gate import Gate, PartitionValidation, validate_partitions
 from features.validation.layout import check_tables, columns_read
-from features.validation.rules import Finding, ValidationRules, any_broken, distinct_events, quarantine, row_rules
+from features.validation.rules import (
+    PROFILE_KEYS,
+    Finding,
+    ValidationRules,
+    any_broken,
+    distinct_events,
+    quarantine,
+    row_rules,
+)
 
 __all__ = [
+    "PROFILE_KEYS",
     "Finding",
     "Gate",
     "PartitionValidation",

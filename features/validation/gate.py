@@ -20,7 +20,7 @@ import pyarrow as pa
 from features.errors import ConfigError, UnreadableError
 from features.lake import Table, replace_partition, write_file
 from features.schema import SECOND, Grain, Schema, partition_bounds
-from features.validation.layout import layout_checks, roles
+from features.validation.layout import joins, layout_checks, roles
 from features.validation.rules import (
     PROFILE_KEYS,
     Finding,
@@ -37,6 +37,9 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 ROWS = "_rows"
 """Metric that every suite's row of metrics has: the number of rows it was computed over."""
+
+JOINED_PARTITIONS = 8
+"""Newest partitions of a log whose ids are looked for in another table."""
 
 UNREADABLE = Rule("unreadable_files", pl.lit(0), "cannot be read")
 """Files that are missing, damaged or of another type than the table (:meth:`Table.check_files`)."""
@@ -152,14 +155,19 @@ def validate_partitions(
     newest = max((partition_bounds(partition, grain)[0] for partition in partitions), default=now)
     readable, broken, checks = _judge_layouts(gate, tables, schema, newest)
     profile_rows: dict[str, int] = {}
+    said = list(broken)
     for role in PROFILE_KEYS:
         if role in readable:
             own = profile_rules(role, schema, rules)
             rows, failed = _judge(gate, readable[role], "", newest, own)
             profile_rows[role] = rows
-            broken += [finding for _, finding in failed]
+            said += [finding for _, finding in failed]
+            broken += [finding for rule, finding in failed if rule.gate]
             checks += len(own)
-    shared = PartitionValidation("", profile_rows, 0, checks, tuple(broken), tuple(broken))
+    if not broken:
+        strangers, count = _judge_joins(gate, readable, schema, partitions, rules, newest)
+        said, broken, checks = said + strangers, broken + strangers, checks + count
+    shared = PartitionValidation("", profile_rows, 0, checks, tuple(said), tuple(broken))
     results = []
     events = {role: table for role, table in readable.items() if role != "impressions"}
     for partition in partitions:
@@ -177,7 +185,7 @@ def _judge_layouts(
     readable: dict[str, Table] = {}
     findings: list[Finding] = []
     checks = 0
-    for role in roles(schema):
+    for role in roles(schema, tables):
         layout = layout_checks(role, tables.get(role), schema)
         rules = [Rule(name, pl.lit(broken), message) for name, (broken, message) in layout.items()]
         metrics = {name: float(broken) for name, (broken, _) in layout.items()}
@@ -187,6 +195,56 @@ def _judge_layouts(
         if not failed:
             readable[role] = tables[role]
     return readable, findings, checks
+
+
+def _judge_joins(
+    gate: Gate,
+    tables: Mapping[str, Table],
+    schema: Schema,
+    partitions: Sequence[str],
+    rules: ValidationRules,
+    moment: int,
+) -> tuple[list[Finding], int]:
+    """Findings of ids that never meet those of another table, such as 001 and 1, and the number of checks.
+
+    The newest of these partitions tell: ids are written alike, or they are not.
+    """
+    checked: list[tuple[Rule, float, str]] = []
+    for role, other, key in joins(schema):
+        if role not in tables or other not in tables:
+            continue
+        try:
+            here, there = (_some_ids(tables[one], key, partitions) for one in (role, other))
+        except UnreadableError:
+            continue  # the verdict on the partition itself names the file
+        smaller = min(here.len(), there.len())
+        if not smaller:
+            continue
+        met = int(here.is_in(there.implode()).sum())
+        text = (
+            f"has (almost) no {key} in common with table {other}: {met:,} of {smaller:,} are in both (for example "
+            f"{here.sort()[0]!r} here, {there.sort()[0]!r} there); write them alike, or accept it by "
+            "validation.min_matched_share: 0"
+        )
+        rule = Rule(f"{role}_{key}_in_{other}", pl.lit(0), text, None, rules.min_matched_share)
+        checked.append((rule, met / smaller, role))
+    if not checked:
+        return [], 0
+    metrics = {rule.name: share for rule, share, _ in checked}
+    failed = gate.judge("joins", "joins", moment, metrics, [rule for rule, _, _ in checked])
+    broken = {rule.name for rule, _ in failed}
+    return [
+        Finding(role, "", rule.name, 0, 0, f"table {role} {rule.text}")
+        for rule, _, role in checked
+        if rule.name in broken
+    ], len(checked)
+
+
+def _some_ids(table: Table, key: str, partitions: Sequence[str]) -> pl.Series:
+    """Distinct ids of a profile table, or of a log's newest partitions, as text."""
+    own = None if table.grain is None else [one for one in table.partitions() if one in partitions][-JOINED_PARTITIONS:]
+    ids = table.scan(own).select(pl.col(key).cast(pl.String).drop_nulls().unique())
+    return table.collect(ids, own).to_series()
 
 
 def _validate_partition(
@@ -210,19 +268,24 @@ def _validate_partition(
         own = (
             impression_rules(schema, partition, grain, rules, now)
             if impressions
-            else event_rules(role, schema, partition, grain, now)
+            else event_rules(role, schema, partition, grain, rules, now)
         )
         moment = partition_bounds(partition, grain)[0]
         rows[role], failed = _judge(gate, table, partition, moment, own)
         findings += [finding for _, finding in failed]
+        broken = [rule for rule, _ in failed if rule.sets_aside]
         overfull = any(rule.name == "quarantined_share" for rule, _ in failed)
-        # beyond the limit the single row rules say what is wrong
-        failures += [finding for rule, finding in failed if rule.gate or overfull]
+        # beyond the limit the single row rules say what is wrong; of one alone the share says nothing more
+        failures += [
+            finding
+            for rule, finding in failed
+            if (rule.gate and not (rule.name == "quarantined_share" and len(broken) == 1))
+            or (rule.sets_aside and overfull)
+        ]
         checks += len(own)
         if impressions and UNREADABLE not in [rule for rule, _ in failed]:
-            bad = any(not rule.gate for rule, _ in failed)
             try:
-                rejected = _rejected(table, schema, partition, grain, now) if bad else None
+                rejected = _rejected(table, schema, partition, grain, now) if broken else None
             except UnreadableError as error:  # a damaged page of a column that no rule reads
                 failures.append(_unreadable(role, partition, error))
                 findings.append(failures[-1])

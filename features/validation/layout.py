@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -19,23 +20,37 @@ def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
     """
     return [
         Finding(role, "", check, 1, 0, message)
-        for role in [*roles(schema), *([FEEDBACK] if schema.delayed_tasks else [])]
+        for role in [*roles(schema, tables), *([FEEDBACK] if schema.delayed_tasks else [])]
         for check, (broken, message) in layout_checks(role, tables.get(role), schema).items()
         if broken
     ]
 
 
-def roles(schema: Schema) -> list[str]:
-    """The tables that a pipeline reads."""
+def roles(schema: Schema, tables: Collection[str]) -> list[str]:
+    """The tables that a pipeline reads. Profiles that there are count also when no column of theirs is read."""
     first, *events = schema.logs
-    return [first, *PROFILE_KEYS, *events]
+    profiles: list[str] = [role for role in ("users", "items") if role in tables or schema.profile_columns(role)]
+    return [first, *profiles, *events]
+
+
+def joins(schema: Schema) -> list[tuple[str, str, str]]:
+    """The joins that a pipeline rests on: (table, other table, id that both have)."""
+    first, *events = schema.logs
+    found = [(first, "users", "user_id"), (first, "items", "item_id")]
+    for role in events:
+        found.append((role, first, "user_id"))
+        if any(one.joined for one in schema.sequences if one.events == role):
+            found.append((role, "items", "item_id"))
+    if schema.delayed_tasks:
+        found += [(FEEDBACK, first, "request_id"), (FEEDBACK, first, "item_id")]
+    return found
 
 
 def columns_read(role: str, schema: Schema) -> set[str]:
     """Columns of a table whose values reach samples, canonical names."""
     own = set(required_columns(role, schema))
     if role == "impressions":
-        return own | {"position", "weight"} | columns_counted(role, schema)
+        return own | set(OPTIONAL) | columns_counted(role, schema)
     return own if role in PROFILE_KEYS else own | columns_of_events(role, schema)
 
 
@@ -48,47 +63,106 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
     checks = {"missing_table": (missing, f"table {role}: there is no Delta table at {table.uri}; {hint}")}
     if missing:
         return checks
-    if role not in PROFILE_KEYS:
-        lost = any("dt" in one and one["dt"] is None for one in table.delta().partitions())
-        text = f"table {role} at {table.uri} has rows without a dt, which belong to no partition; give them theirs"
-        checks["null_dt"] = (lost, text)
-    layout = table.schema()
-    for column, (accepts, wanted) in required_columns(role, schema).items():
-        own, index = table.columns.get(column, column), layout.get_field_index(column)
-        where, mapped = f"table {role} at {table.uri}: column {own}", f"tables.{role}.columns"
-        hint = f"map it under {mapped} or correct the config; there are: {', '.join(layout.names)}"
-        checks[f"missing_column_{column}"] = (index < 0, f"{where} is missing; {hint}")
-        if index >= 0:
-            kind = layout.field(index).type
+    where, layout, given = f"table {role} at {table.uri}", table.schema(), table.read_schema()
+    own_names = [column.name for column in table.delta().schema().fields]
+    for column, own in table.columns.items():
+        hint = f"correct tables.{role}.columns; there are: {', '.join(own_names)}"
+        checks[f"missing_column_{column}"] = (
+            own not in own_names,
+            f"{where}: column {own} is missing, which {column} is mapped to; {hint}",
+        )
+    required = required_columns(role, schema)
+    optional = {name: one for name, one in OPTIONAL.items() if role == "impressions" and name in layout.names}
+    for column, (accepts, wanted) in (optional | required).items():
+        own = table.columns.get(column, column)
+        shown, mapped = f"{where}: column {own}", f"tables.{role}.columns"
+        if column not in table.columns:
+            hint = f"map it under {mapped} or correct the config; there are: {_reachable(table, layout, own_names)}"
+            checks[f"missing_column_{column}"] = (column not in given.names, f"{shown} is missing; {hint}")
+        if column in layout.names:
+            kind = layout.field(column).type
             hint = f"must be {wanted}; convert it, or map another column under {mapped}"
-            checks[f"mistyped_column_{column}"] = (not accepts(kind), f"{where} has type {kind}, but {hint}")
+            checks[f"mistyped_column_{column}"] = (not accepts(kind), f"{shown} has type {kind}, but {hint}")
+    if any(broken for broken, _ in checks.values()):
+        return checks
+    if role not in PROFILE_KEYS:
+        checks |= _partition_checks(table, where)
+    if any(broken for broken, _ in checks.values()):
+        return checks
     conditions = [("sequence", one.name, one.where) for one in schema.sequences if one.events == role]
     conditions += [
         ("feature", one.name, one.aggregate.where if one.aggregate else None) for one in schema.counts_of(role)
     ]
     for what, name, condition in conditions:
         if condition is not None:
-            problem = _problem_of_condition(condition, layout.names)
-            where = f"table {role}: the condition {condition!r} of {what} {name}"
-            checks[f"condition_{name}"] = (bool(problem), f"{where} {problem}; correct {what}s in the config")
+            problem = _problem_of_condition(condition, table.scan().collect_schema())
+            shown = f"table {role}: the condition {condition!r} of {what} {name}"
+            checks[f"condition_{name}"] = (bool(problem), f"{shown} {problem}; correct {what}s in the config")
     return checks
 
 
-def _problem_of_condition(condition: str, columns: Sequence[str]) -> str:
-    """What is wrong with an SQL condition on these columns; empty if nothing is."""
+def _reachable(table: Table, layout: pa.Schema, own_names: Sequence[str]) -> str:
+    """The columns that a config can name, and those of the table's own that a mapping hides."""
+    hidden = [name for name in own_names if name not in layout.names and name in table.columns]
+    shadows = "".join(
+        f"; its own column {name} is hidden, as {name} is mapped to {table.columns[name]}" for name in hidden
+    )
+    return ", ".join(layout.names) + shadows
+
+
+def _partition_checks(table: Table, where: str) -> dict[str, tuple[bool, str]]:
+    """Whether the log is partitioned as the config says, and every row belongs to a partition."""
+    column = table.partition_column()
+    missing = table.partition not in (None, "ts") and column is None
+    partitioned = ", ".join(table.delta().metadata().partition_columns) or "nothing"
+    text = (
+        f"{where}: it is not partitioned by {table.partition}, but by {partitioned}; correct tables.{table.name}."
+        "partition, or leave it out: partitions are then cut from ts"
+    )
+    checks = {"partition_column": (missing, text)}
+    if not missing:
+        lost = "ts" if column is None else "dt" if column == "dt" else f"{column} (its partition)"
+        text = f"{where} has rows without a {lost}, which belong to no partition; give them theirs"
+        checks["null_dt"] = (table.unpartitioned_rows(), text)
+    return checks
+
+
+def _problem_of_condition(condition: str, kinds: Mapping[str, Any]) -> str:
+    """What is wrong with an SQL condition on columns of these Polars types, as the builder has them; empty if nothing
+    is."""
     try:
-        unknown = sorted(set(pl.sql_expr(condition).meta.root_names()) - set(columns))
+        expression = pl.sql_expr(condition)
+        unknown = sorted(set(expression.meta.root_names()) - set(kinds))
+        if unknown:
+            return f"reads {', '.join(unknown)}, but there are only {', '.join(kinds)}"
+        text = dict.fromkeys(KEYS_AS_TEXT & set(kinds), pl.String)
+        result = pl.DataFrame(schema={**kinds, **text}).select(expression).to_series()
     except pl.exceptions.PolarsError as error:
-        return f"is not valid SQL ({error})"
-    return f"reads {', '.join(unknown)}, but there are only {', '.join(columns)}" if unknown else ""
+        reason = str(error).strip().splitlines()[0]
+        of = ", ".join(f"{name} is {str(kinds[name]).lower()}" for name in _names_in(condition, kinds))
+        return f"is not valid SQL ({reason}{'; ' if of else ''}{of}; ids are text)"
+    if result.dtype != pl.Boolean:
+        return f"gives {str(result.dtype).lower()}, not true or false"
+    return ""
+
+
+def _names_in(condition: str, kinds: Mapping[str, Any]) -> list[str]:
+    try:
+        return [name for name in pl.sql_expr(condition).meta.root_names() if name in kinds]
+    except pl.exceptions.PolarsError:
+        return []
 
 
 Accepts = Callable[[pa.DataType], bool]
 
+KEYS_AS_TEXT = {"request_id", "user_id", "item_id"}
+"""Columns that the builder reads as text, also in conditions."""
+
 
 def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]]:
-    identifier, moment = (_is_identifier, "a text or an integer"), (_is_moment, "an integer or a timestamp")
-    partition = (_is_identifier, "a text (the partition)")
+    """Canonical name → what its type must be. What :attr:`Table.makes` may be missing."""
+    identifier, moment = (_is_identifier, "a text or an integer"), (_is_moment, "an integer, a timestamp or a date")
+    partition = (_is_partition, "a text or a date (the partition)")
     if role in PROFILE_KEYS:
         side = schema.side("user" if role == "users" else "item")
         own = {PROFILE_KEYS[role]: identifier, "updated_at": moment}
@@ -128,7 +202,12 @@ def _is_identifier(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_identifier(kind.value_type)
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return bool(text or pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind))
+    whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
+    return bool(text or whole or pa.types.is_boolean(kind) or pa.types.is_date(kind))
+
+
+def _is_partition(kind: pa.DataType) -> bool:
+    return _is_identifier(kind) and not pa.types.is_boolean(kind)
 
 
 def _is_key(kind: pa.DataType) -> bool:
@@ -136,7 +215,7 @@ def _is_key(kind: pa.DataType) -> bool:
 
 
 def _is_moment(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_timestamp(kind))
+    return bool(pa.types.is_integer(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind))
 
 
 def _is_label(kind: pa.DataType) -> bool:
@@ -151,3 +230,10 @@ def _is_number(kind: pa.DataType) -> bool:
 def _is_list(kind: pa.DataType) -> bool:
     nested = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind)
     return bool(nested and _is_identifier(kind.value_type))
+
+
+OPTIONAL: dict[str, tuple[Accepts, str]] = {
+    "position": (lambda kind: bool(pa.types.is_integer(kind)), "an integer"),
+    "weight": (_is_number, "a number"),
+}
+"""Columns of impressions that may be missing."""

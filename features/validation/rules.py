@@ -3,12 +3,14 @@
 * *row rules* set single impressions aside (quarantine), up to ``max_quarantined`` of a partition;
 * *gate rules* stop the partition: nothing is built or trained from it.
 
+Some rules do neither: what they find is said, and the values read as missing or unknown.
+
 The sample builder applies the same row rules, so that impressions = candidates + quarantined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +18,7 @@ import polars as pl
 import polars.selectors as cs
 from pydantic import Field
 
-from features.schema import OTHER_UNITS, SECOND, Declaration, Feature, Grain, Schema, partition_bounds
+from features.schema import OTHER_UNITS, SECOND, Declaration, Feature, FieldSpec, Grain, Schema, partition_bounds
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -33,6 +35,16 @@ class ValidationRules(Declaration):
     max_quarantined: float = Field(0.0, ge=0, le=1, description="largest share of impressions that may be set aside")
     min_rows: int = Field(1, ge=1, description="fewest impressions of a partition")
     max_null_share: dict[str, Share] = Field({}, description="feature: largest share of rows without a value")
+    max_outside_vocabulary: float = Field(
+        0.05, ge=0, le=1, description="largest share of a category's values outside its vocabulary before it is said"
+    )
+    min_matched_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="smallest share of ids that two tables must have in common (a log and its profiles, impressions "
+        "and events); 0: any",
+    )
     allow_gaps: bool = Field(False, description="accept missing partitions between the oldest and the newest")
 
 
@@ -54,9 +66,10 @@ class Rule:
 
     Attributes:
         metric: aggregate over the rows of the table's partition.
-        text: completes ``subject``, which may name the metric as ``count`` and the partition's ``rows``.
+        text: completes ``subject``, which may name the metric as ``count`` or ``value`` and the partition's ``rows``.
         share: the metric is a share of the rows; it is reported as their number.
-        gate: a failure stops the partition; else rows were set aside.
+        gate: a failure stops the partition.
+        sets_aside: the rows go into quarantine, and beyond its limit the failure stops the partition, too.
         example: a value that breaks the rule, shown to the user; null when there is none.
     """
 
@@ -66,6 +79,7 @@ class Rule:
     highest: float | None = 0
     lowest: float | None = None
     gate: bool = True
+    sets_aside: bool = False
     share: bool = False
     subject: str = "{count:,} of {rows:,} rows"
     example: pl.Expr | None = None
@@ -74,7 +88,7 @@ class Rule:
         """What a user reads when GX says that this rule failed."""
         count = round(value * rows) if self.share else int(value)
         where = f"table {table}, partition {partition}" if partition else f"table {table}"
-        message = f"{where}: {self.subject.format(count=count, rows=rows)} {self.text}"
+        message = f"{where}: {self.subject.format(count=count, rows=rows, value=value)} {self.text}"
         if example is not None:
             message += f" (for example {example})"
         return Finding(table, partition, self.name, count, rows, message)
@@ -95,6 +109,9 @@ def row_rules(schema: Schema, partition: str, grain: Grain, now: int) -> dict[st
         bad = ~label.is_in([0, 1])
         rules[f"label_{task.name}"] = (bad.fill_null(False), f"have a label {task.source} outside {{0, 1}}")
     rules |= _clock_rules(start, close, partition, now)
+    weight = cs.by_name("weight", require_all=False)
+    unfit = pl.any_horizontal(~is_finite(weight) | (weight < 0)).fill_null(False)
+    rules["weight"] = (unfit, "have a weight that is negative or not finite")
     # with the user, so that a bucket of users never depends on the rows of another
     repeated = ~pl.struct("user_id", "request_id", "item_id").is_first_distinct()
     rules["duplicate_candidate"] = (repeated, "repeat an item within its request")
@@ -126,6 +143,52 @@ def any_broken(schema: Schema, partition: str, grain: Grain, now: int) -> pl.Exp
 def is_negative(column: str) -> pl.Expr:
     """True on negative integers, which logs write for a missing id; false in a column of text, where "-1" is an id."""
     return pl.any_horizontal((cs.by_name(column, require_all=False) & cs.signed_integer()) < 0).fill_null(False)
+
+
+def is_finite(column: pl.Expr) -> pl.Expr:
+    """True on numbers that the model can read; null stays null. A 64-bit number may be too large for 32 bits."""
+    return column.cast(pl.Float32).is_finite()
+
+
+def value_rules(fields: Sequence[FieldSpec], rules: ValidationRules, counted: Collection[str] = ()) -> list[Rule]:
+    """What is said of values of a table that are read as missing or unknown; nothing stops.
+
+    Args:
+        fields: features and side information whose column the table has.
+        counted: further columns, which aggregates sum up.
+    """
+    numbers = dict.fromkeys([*[field.source for field in fields if field.kind == "number"], *counted])
+    found = [
+        Rule(
+            f"not_finite_{column}",
+            (~is_finite(pl.col(column))).sum(),
+            f"have a {column} that is no finite number (NaN, infinite or beyond 32 bits); it is read as missing",
+            gate=False,
+        )
+        for column in numbers
+    ]
+    limit = rules.max_outside_vocabulary
+    for field in fields:
+        if field.vocabulary is None:
+            continue
+        values = pl.col(field.source)
+        if isinstance(field, Feature) and field.multi:
+            values = values.list.explode(keep_nulls=False, empty_as_null=False)
+        text = values.cast(pl.String).drop_nulls()
+        outside = ~text.is_in(list(field.vocabulary))
+        found.append(
+            Rule(
+                f"outside_vocabulary_{field.name}",
+                outside.mean().fill_nan(0),
+                f"of the values of {field.source} are outside the vocabulary of {field.name}, more than "
+                f"validation.max_outside_vocabulary ({limit:.2%}) lets pass unsaid; they are read as unknown",
+                limit,
+                gate=False,
+                subject="{value:.1%}",
+                example=text.filter(outside).first(),
+            )
+        )
+    return found
 
 
 def _clock_rules(start: int, close: int, partition: str, now: int) -> dict[str, tuple[pl.Expr, str]]:
@@ -204,7 +267,7 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
             subject="{count:,} request ids ({rows:,} rows)",
         ),
         *[
-            Rule(name, bad.sum(), f"{text}; {remedy}", gate=False, example=_example(name, bad))
+            Rule(name, bad.sum(), f"{text}; {remedy}", gate=False, sets_aside=True, example=_example(name, bad))
             for name, (bad, text) in own.items()
         ],
         Rule(
@@ -215,10 +278,13 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
             share=True,
         ),
         *_null_share_rules(schema.side("context"), rules),
+        *value_rules(schema.side("context"), rules, _summed("impressions", schema)),
     ]
 
 
-def event_rules(role: str, schema: Schema, partition: str, grain: Grain, now: int) -> list[Rule]:
+def event_rules(
+    role: str, schema: Schema, partition: str, grain: Grain, rules: ValidationRules, now: int
+) -> list[Rule]:
     """Rules of one partition of a table of events. Exact repeats are tolerated: they count once."""
     start, close = partition_bounds(partition, grain)
     read = sorted(columns_of_events(role, schema))
@@ -249,14 +315,34 @@ def event_rules(role: str, schema: Schema, partition: str, grain: Grain, now: in
         Rule(
             "conflicting_event_id",
             versions - ids,
-            "repeat the event_id of another event of the same user, with other values of "
-            f"{', '.join(name for name in read if name not in EVENT_KEY)}; give every event an id of its own",
+            "repeat the event_id of another event of the same user, with other values; give every event an id of its "
+            "own",
+            example=_differing([name for name in read if name not in EVENT_KEY]),
         ),
         *[
             Rule(name, bad.sum(), f"{text}; {REWRITE}", example=_example(name, bad))
             for name, (bad, text) in _clock_rules(start, close, partition, now).items()
         ],
+        *value_rules(
+            [field for sequence in schema.sequences if sequence.events == role for field in sequence.own],
+            rules,
+            _summed(role, schema),
+        ),
     ]
+
+
+def _differing(columns: Sequence[str]) -> pl.Expr:
+    """Names of the columns in which rows of one event differ."""
+    names = [
+        pl.when((pl.struct(name).n_unique().over(EVENT_KEY) > 1).any()).then(pl.lit(f"in {name}")) for name in columns
+    ]
+    return pl.concat_str(names, separator=", ", ignore_nulls=True).first()
+
+
+def _summed(role: str, schema: Schema) -> list[str]:
+    """Columns of a log that aggregates sum up."""
+    columns = [one.aggregate.column for one in schema.counts_of(role) if one.aggregate is not None]
+    return [column for column in columns if column is not None]
 
 
 def distinct_events(events: pl.DataFrame) -> pl.DataFrame:
@@ -321,7 +407,10 @@ def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rul
             )
             for unit, span in OTHER_UNITS.items()
         ],
-        *_null_share_rules(schema.side("user" if role == "users" else "item"), rules),
+        *_null_share_rules(side := schema.side("user" if role == "users" else "item"), rules),
+        *value_rules(
+            [*side, *(one for sequence in schema.sequences for one in sequence.joined if role == "items")], rules
+        ),
     ]
 
 

@@ -61,7 +61,7 @@ def fingerprints(
     for partition in files:
         if partition in seen:
             named[partition] = seen[partition]
-        if seen.get(partition, -1) <= doubt and (now[partition] != before.get(partition) or hidden):
+        if 0 <= doubt >= seen.get(partition, -1) and (now[partition] != before.get(partition) or hidden):
             named[partition] = f"files {now[partition]}" + (f" of version {newest}" if hidden else "")
         named.setdefault(partition, 0)
     commit = _commit(store, newest)

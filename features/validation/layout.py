@@ -103,7 +103,8 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
 
 def _reachable(table: Table, layout: pa.Schema, own_names: Sequence[str]) -> str:
     """The columns that a config can name, and those of the table's own that a mapping hides."""
-    hidden = [name for name in own_names if name not in layout.names and name in table.columns]
+    targets = set(table.columns.values())
+    hidden = [name for name in own_names if name in table.columns and name not in targets]
     shadows = "".join(
         f"; its own column {name} is hidden, as {name} is mapped to {table.columns[name]}" for name in hidden
     )

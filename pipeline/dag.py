@@ -10,13 +10,17 @@ pipeline.definitions`` shows the same assets in Dagster's web UI.
 import os
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from alembic.util import CommandError
+from sqlalchemy.exc import SQLAlchemyError
 
 from features.errors import DataGateError
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
+from pipeline.creation import locked, make_whole, remove, sqlalchemy_path
 from pipeline.stages import Pipeline
 
 CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
@@ -145,13 +149,43 @@ def _metadata(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_instance(config: Config) -> dg.DagsterInstance:
-    """The Dagster instance in the local folder (SQLite), or the one that DAGSTER_HOME names."""
+    """The Dagster instance in the local folder (SQLite), or the one that DAGSTER_HOME names.
+
+    Its history is for people to look at; nothing is decided by it. So one that cannot be opened is set aside.
+    """
+    if named := os.environ.get("DAGSTER_HOME"):
+        return dg.DagsterInstance.from_config(named)
     home = config.local_path("dagster")
-    home.mkdir(parents=True, exist_ok=True)
-    settings = home / "dagster.yaml"
-    if not settings.exists():
-        settings.write_text("telemetry:\n  enabled: false\n")
-    return dg.DagsterInstance.from_config(os.environ.get("DAGSTER_HOME") or str(home))
+    with locked(config.local_path("dagster.lock")):
+        if home.exists() and not _opens(home):
+            aside = home.with_name("dagster.damaged")
+            remove(aside)
+            home.rename(aside)
+        if not home.exists():
+            make_whole(home, _make_home)
+    return dg.DagsterInstance.from_config(str(sqlalchemy_path(home)))
+
+
+def _make_home(home: Path) -> None:
+    home.mkdir()
+    (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n", encoding="utf-8")
+    _open_home(home)
+
+
+def _open_home(home: Path) -> None:
+    """Open an instance and all its databases, which makes their tables."""
+    with dg.DagsterInstance.from_config(str(sqlalchemy_path(home))) as instance:
+        instance.get_runs(limit=1)
+        instance.all_asset_keys()
+        instance.all_instigator_state()
+
+
+def _opens(home: Path) -> bool:
+    try:
+        _open_home(home)
+    except (SQLAlchemyError, CommandError, OSError):
+        return False
+    return (home / "dagster.yaml").is_file()
 
 
 def run_dag(pipeline: Pipeline, pending: Sequence[str]) -> None:

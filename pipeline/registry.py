@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from features.errors import CorankError
 from pipeline.config import Config
+from pipeline.creation import locked, make_whole, remove, sqlalchemy_path
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -38,6 +41,66 @@ class ModelVersion:
             ) from error
 
 
+def local_database(folder: Path) -> str:
+    """The address of MLflow's database in a folder; it is made when there is none, or a half-made one without content.
+
+    Raises:
+        CorankError: it cannot be opened, and what it holds would be lost.
+    """
+    path = folder / "mlflow.db"
+    with locked(folder / "mlflow.lock"):
+        if path.exists() and (problem := _problem_of(path)):
+            if _may_hold_content(path):
+                raise CorankError(
+                    f"MLflow's database {path} cannot be opened: {problem}. If another version of MLflow wrote it, "
+                    f"`mlflow db upgrade {_uri(path)}`; if it is damaged, restore it from a backup, or move it away: "
+                    "its versions are lost then, and `corank run` registers a new first one."
+                )
+            remove(path)
+        if not path.exists():
+            make_whole(path, _open_database)
+    return _uri(path)
+
+
+def _uri(database: Path) -> str:
+    return f"sqlite:///{sqlalchemy_path(database.parent) / database.name}"
+
+
+def _open_database(path: Path) -> None:
+    """Open a database as MLflow does, which makes its tables."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(_uri(path), _uri(path))
+    client.search_experiments(max_results=1)
+    client.search_registered_models(max_results=1)
+
+
+def _problem_of(path: Path) -> str:
+    """Why MLflow cannot open a database; empty if it can."""
+    if not path.stat().st_size:
+        return "it is empty"
+    try:
+        _open_database(path)
+    except Exception as error:  # of a half-made one MLflow and its migrations raise anything
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _may_hold_content(path: Path) -> bool:
+    """Whether a database that MLflow cannot open has runs or versions, or is too damaged to tell."""
+    if not path.stat().st_size:
+        return False
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}
+            return any(
+                database.execute(f"select 1 from {table} limit 1").fetchone()
+                for table in {"runs", "model_versions"} & tables
+            )
+    except sqlite3.DatabaseError:
+        return True
+
+
 class ModelRegistry:
     """The registered model of one pipeline."""
 
@@ -49,10 +112,9 @@ class ModelRegistry:
         from mlflow import MlflowClient
 
         local = config.local_path("mlflow")
-        local.mkdir(parents=True, exist_ok=True)
-        self.uri = config.mlflow_uri or f"sqlite:///{local}/mlflow.db"
+        self.uri = config.mlflow_uri or local_database(local)
         self.name = config.name
-        self._artifacts = None if config.mlflow_uri else f"file://{local}/artifacts"
+        self._artifacts = None if config.mlflow_uri else (local / "artifacts").as_uri()
         mlflow.set_tracking_uri(self.uri)
         self.client = MlflowClient(self.uri, self.uri)
 

@@ -1,0 +1,59 @@
+"""Local files that a library makes step by step, made whole or not at all.
+
+A kill, a full disk or a second command in the middle would leave a half-made database that nothing can open any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; others wait. The operating system frees the lock of one that was killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def make_whole(path: Path, make: Callable[[Path], None]) -> None:
+    """Have a file or folder made elsewhere, then give it its place. The caller holds a lock."""
+    prefix = f".{path.name}.new-"
+    for left in path.parent.glob(f"{prefix}*"):  # of a killed one
+        remove(left)
+    # a name of its own: libraries keep connections by name
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+    try:
+        make(scratch / path.name)
+        os.replace(scratch / path.name, path)
+    finally:
+        remove(scratch)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all it holds."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sqlalchemy_path(path: Path) -> Path:
+    """The same place under a name without ``?``, after which SQLAlchemy reads options, not a path."""
+    if "?" not in str(path):
+        return path
+    alias = (
+        Path(tempfile.gettempdir()) / f"corank-{os.getuid()}" / blake2b(str(path).encode(), digest_size=8).hexdigest()
+    )
+    alias.parent.mkdir(mode=0o700, exist_ok=True)
+    if not alias.is_symlink():
+        alias.symlink_to(path)
+    return alias

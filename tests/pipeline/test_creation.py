@@ -1,0 +1,89 @@
+"""Databases that MLflow and Dagster make step by step: half-made ones brick nothing, and two at once make one."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from features.errors import CorankError
+from pipeline.config import Config
+from pipeline.dag import open_instance
+from pipeline.registry import ModelRegistry, local_database
+from tests.pipeline.workspaces import load
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return load(tmp_path, tmp_path / "data")
+
+
+def half_made(config: Config) -> Path:
+    """As a kill during the migrations leaves it: not all tables, and the version of an early one."""
+    ModelRegistry(config)
+    path = config.local_path("mlflow", "mlflow.db")
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("drop table registered_model_aliases")
+        database.execute("update alembic_version set version_num = '451aebb31d03'")
+    return path
+
+
+def test_a_half_made_registry_is_made_again(config: Config) -> None:
+    half_made(config)
+    assert ModelRegistry(config).versions() == []
+
+
+def test_an_empty_registry_is_made_again(config: Config) -> None:
+    path = config.local_path("mlflow", "mlflow.db")
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert ModelRegistry(config).versions() == []
+
+
+def test_a_registry_with_content_that_cannot_be_opened_is_named_and_kept(config: Config) -> None:
+    path = half_made(config)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("insert into runs (run_uuid, name) values ('1', 'a run')")
+    with pytest.raises(CorankError, match=r"MLflow's database .*mlflow.db cannot be opened"):
+        ModelRegistry(config)
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("select name from runs").fetchall() == [("a run",)]
+    path.write_bytes(b"no database at all" * 100)
+    with pytest.raises(CorankError, match="restore it from a backup"):
+        ModelRegistry(config)
+
+
+@pytest.mark.timeout(120)
+def test_two_first_commands_at_once_make_one_registry(tmp_path: Path) -> None:
+    code = "import sys, pathlib, pipeline.registry as one; print(one.local_database(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    two = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [one.communicate(timeout=100)[0].strip().splitlines()[-1] for one in two]
+    assert [one.returncode for one in two] == [0, 0]
+    assert said == [local_database(tmp_path)] * 2
+
+
+def test_dagsters_history_that_cannot_be_opened_is_set_aside(config: Config) -> None:
+    with open_instance(config) as instance:
+        assert instance.get_runs() == []
+    home = config.local_path("dagster")
+    half = home / "history" / "runs.db"
+    assert half.is_file()
+    half.write_bytes(b"no database at all" * 100)
+    with open_instance(config) as instance:
+        assert instance.get_runs() == []
+    assert (home.with_name("dagster.damaged") / "history" / "runs.db").is_file()
+
+
+@pytest.mark.parametrize("folder", ["what?", "100% größe #1"])
+def test_databases_lie_below_any_path(tmp_path: Path, folder: str) -> None:
+    config = load(tmp_path / folder, tmp_path / "data")
+    assert ModelRegistry(config).versions() == []
+    with open_instance(config) as instance:
+        assert instance.get_runs() == []
+    assert config.local_path("mlflow", "mlflow.db").is_file()
+    assert config.local_path("dagster", "history", "runs.db").is_file()

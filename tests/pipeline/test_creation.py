@@ -22,18 +22,23 @@ def config(tmp_path: Path) -> Config:
     return load(tmp_path, tmp_path / "data")
 
 
-def half_made(config: Config) -> Path:
-    """As a kill during the migrations leaves it: not all tables, and the version of an early one."""
-    ModelRegistry(config)
+def half_made(config: Config, folder: Path) -> Path:
+    """As a kill during the migrations leaves it: not all tables, and the version of an early one.
+
+    Made in another folder, as MLflow keeps its connections to a database by name.
+    """
+    local_database(folder)
     path = config.local_path("mlflow", "mlflow.db")
+    path.parent.mkdir(parents=True)
+    (folder / "mlflow.db").rename(path)
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("drop table registered_model_aliases")
         database.execute("update alembic_version set version_num = '451aebb31d03'")
     return path
 
 
-def test_a_half_made_registry_is_made_again(config: Config) -> None:
-    half_made(config)
+def test_a_half_made_registry_is_made_again(config: Config, tmp_path: Path) -> None:
+    half_made(config, tmp_path)
     assert ModelRegistry(config).versions() == []
 
 
@@ -44,8 +49,8 @@ def test_an_empty_registry_is_made_again(config: Config) -> None:
     assert ModelRegistry(config).versions() == []
 
 
-def test_a_registry_with_content_that_cannot_be_opened_is_named_and_kept(config: Config) -> None:
-    path = half_made(config)
+def test_a_registry_with_content_that_cannot_be_opened_is_named_and_kept(config: Config, tmp_path: Path) -> None:
+    path = half_made(config, tmp_path)
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("insert into runs (run_uuid, name) values ('1', 'a run')")
     with pytest.raises(CorankError, match=r"MLflow's database .*mlflow.db cannot be opened"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,6 +18,9 @@ from pipeline.config import Config
 from pipeline.creation import locked, make_whole, remove, sqlalchemy_path
 
 CHAMPION, PREVIOUS = "champion", "previous"
+
+WHOLE = int.from_bytes(b"rank")
+"""SQLite's application_id of a database that was opened once after all its tables were made."""
 
 
 @dataclass(frozen=True)
@@ -48,48 +54,60 @@ def local_database(folder: Path) -> str:
         CorankError: it cannot be opened, and what it holds would be lost.
     """
     path = folder / "mlflow.db"
+    uri = f"sqlite:///{sqlalchemy_path(folder) / path.name}"
     with locked(folder / "mlflow.lock"):
-        if path.exists() and (problem := _problem_of(path)):
+        if path.exists() and not _is_whole(path) and (problem := _problem_of(path)):
             if _may_hold_content(path):
                 raise CorankError(
                     f"MLflow's database {path} cannot be opened: {problem}. If another version of MLflow wrote it, "
-                    f"`mlflow db upgrade {_uri(path)}`; if it is damaged, restore it from a backup, or move it away: "
+                    f"`mlflow db upgrade {uri}`; if it is damaged, restore it from a backup, or move it away: "
                     "its versions are lost then, and `corank run` registers a new first one."
                 )
             remove(path)
         if not path.exists():
             make_whole(path, _open_database)
-    return _uri(path)
-
-
-def _uri(database: Path) -> str:
-    return f"sqlite:///{sqlalchemy_path(database.parent) / database.name}"
+    return uri
 
 
 def _open_database(path: Path) -> None:
-    """Open a database as MLflow does, which makes its tables."""
+    """Open a database as MLflow does, which makes its tables, and mark it as whole."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(_uri(path), _uri(path))
+    uri = f"sqlite:///{sqlalchemy_path(path.parent) / path.name}"
+    client = MlflowClient(uri, uri)
     client.search_experiments(max_results=1)
     client.search_registered_models(max_results=1)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(f"pragma application_id = {WHOLE}")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            return bool(database.execute("pragma application_id").fetchone() == (WHOLE,))
+    except sqlite3.DatabaseError:
+        return False
 
 
 def _problem_of(path: Path) -> str:
-    """Why MLflow cannot open a database; empty if it can."""
+    """Why MLflow cannot open a database; empty if it can, and it is marked then.
+
+    A copy is opened: MLflow would migrate it on the way, and keep its connections to what is to be replaced.
+    """
     if not path.stat().st_size:
         return "it is empty"
-    try:
-        _open_database(path)
-    except Exception as error:  # of a half-made one MLflow and its migrations raise anything
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        copy = Path(shutil.copy(path, folder))
+        try:
+            _open_database(copy)
+        except Exception as error:  # of a half-made one MLflow and its migrations raise anything
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        os.replace(copy, path)
     return ""
 
 
 def _may_hold_content(path: Path) -> bool:
     """Whether a database that MLflow cannot open has runs or versions, or is too damaged to tell."""
-    if not path.stat().st_size:
-        return False
     try:
         with closing(sqlite3.connect(path)) as database:
             tables = {name for (name,) in database.execute("select name from sqlite_master where type = 'table'")}

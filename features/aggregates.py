@@ -1,37 +1,57 @@
 """Windowed aggregates (DESIGN §2): counts and sums per user, per item, and per user and key of the item.
 
-Folded partition by partition, so that a new partition costs in proportion to itself:
+Kept partition by partition, so that a new partition costs in proportion to itself. A feature without a window is a
+running total. One with a window of w partitions is what each partition added, with the time *until* which it counts:
 
-    rows of d ──► delta(d)        state(d) = state(d−1) + delta(d) − delta of the partition that leaves the window
+    added by partition d:   count, sum,   known from ts(d) = close(d) + aggregates_delay,   until ts(d) + w partitions
+    as of a moment:         the sum, oldest first, of what is known by then and whose until lies after it
 
-A :class:`Tally` is that fold in memory, in Polars; the state tables hold, per owner and partition with a change,
-the counts within the window and the delta. A feature's value is made of count and sum only when it is read, by
-:func:`aggregate_value`, in builder and service alike.
+So a window moves with the calendar, whatever partitions exist, and a stored state needs nobody to expire it: builder
+and online reader add up the same numbers in the same order (:func:`within`). A :class:`Tally` holds them in memory, in
+Polars; the state tables, per owner and partition with a change, as columns and lists (:func:`state_fields`). The
+feature's value is made of count and sum when it is read, by :func:`aggregate_value`, in builder and service alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from features.encoding import encode
-from features.schema import Aggregate, Feature, Schema
+from features.schema import GRAIN_LENGTH, Aggregate, Feature, Grain, Schema
 
 KEY = "__key"
 """What is crossed with the user, as text; no column of the user's own has this name."""
 
 
 def count_column(feature: Feature) -> str:
-    """Rows of the window that count."""
+    """Rows that count: of the window, of all time or of one partition."""
     return f"count__{feature.name}"
 
 
 def sum_column(feature: Feature) -> str:
     """Sum of the aggregate's column over them."""
     return f"sum__{feature.name}"
+
+
+def until_column(feature: Feature) -> str:
+    """Of a windowed feature's state, a list: when what a partition added leaves the window, microseconds UTC."""
+    return f"until__{feature.name}"
+
+
+def counts_column(feature: Feature) -> str:
+    """Beside the list of :func:`until_column`: the partitions' counts, oldest first."""
+    return f"counts__{feature.name}"
+
+
+def sums_column(feature: Feature) -> str:
+    """Beside the list of :func:`until_column`: the partitions' sums, oldest first."""
+    return f"sums__{feature.name}"
 
 
 def key_column(feature: Feature) -> str:
@@ -42,11 +62,6 @@ def key_column(feature: Feature) -> str:
 def cross_column(key: str) -> str:
     """A column of items that features cross with the user, as text, beside the encoded ones."""
     return f"cross__{key}"
-
-
-def delta_column(column: str) -> str:
-    """What the partition itself adds to a count or sum."""
-    return f"delta_{column}"
 
 
 def value_columns(features: Iterable[Feature]) -> list[str]:
@@ -77,17 +92,50 @@ def aggregate_value(feature: Feature, count: pl.Expr, total: pl.Expr) -> pl.Expr
     return encode(feature, value)
 
 
+def state_columns(feature: Feature) -> dict[str, pa.DataType]:
+    """A feature's columns in a state table, with the type of a value: totals, or what partitions added to a window."""
+    if aggregate_of(feature).window is None:
+        return {count_column(feature): pa.int64(), sum_column(feature): pa.float64()}
+    return {until_column(feature): pa.int64(), counts_column(feature): pa.int64(), sums_column(feature): pa.float64()}
+
+
 def state_fields(features: Sequence[Feature], cross: Sequence[Feature] = ()) -> list[pa.Field]:
-    """Columns of a state table beside owner, ts and partition: scalars of ``features``, lists of ``cross``."""
-    fields = []
-    for feature in features:
-        for column, kind in ((count_column(feature), pa.int64()), (sum_column(feature), pa.float64())):
-            fields += [pa.field(column, kind), pa.field(delta_column(column), kind)]
+    """Columns of a state table beside owner, ts and partition.
+
+    Of ``features`` scalars, or lists where there is a window, oldest partition first; of ``cross`` always lists, with
+    the key of every entry beside, ordered by key and then by time.
+    """
+    fields = [
+        pa.field(column, kind if aggregate_of(feature).window is None else pa.list_(kind))
+        for feature in features
+        for column, kind in state_columns(feature).items()
+    ]
     for feature in cross:
-        fields.append(pa.field(key_column(feature), pa.list_(pa.string())))
-        for column, kind in ((count_column(feature), pa.int64()), (sum_column(feature), pa.float64())):
-            fields += [pa.field(column, pa.list_(kind)), pa.field(delta_column(column), pa.list_(kind))]
+        columns = {key_column(feature): pa.string(), **state_columns(feature)}
+        fields += [pa.field(column, pa.list_(kind)) for column, kind in columns.items()]
     return fields
+
+
+def within(feature: Feature, entries: pl.DataFrame, ts: pl.Expr | int, owners: int) -> list[pl.Series]:
+    """What is within a feature's window at a moment: the value columns [owners].
+
+    Sums are added up one after the other in the order of the entries, so equal entries give equal bits.
+
+    Args:
+        entries: :func:`state_columns` as values, all known at the moment, and the number of their ``owner`` [E].
+        ts: microseconds UTC, or the column of ``entries`` that has it.
+    """
+    until, counts, sums = state_columns(feature)
+    inside = entries.filter(pl.col(until) > ts)
+    owner = inside["owner"].to_numpy()
+    count = np.bincount(owner, inside[counts].to_numpy(), owners).astype(np.int64)  # exact below 2^53
+    total = np.bincount(owner, inside[sums].to_numpy(), owners)
+    return [pl.Series(count_column(feature), count), pl.Series(sum_column(feature), total)]
+
+
+def exploded(rows: pl.DataFrame, lists: Sequence[str]) -> pl.DataFrame:
+    """One row per entry of parallel lists; none for an empty or missing list."""
+    return rows.explode(lists, empty_as_null=False, keep_nulls=False)
 
 
 def deltas(features: Sequence[Feature], keys: Sequence[str], sources: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -133,35 +181,34 @@ def _any_nonzero(columns: Iterable[str]) -> pl.Expr:
 
 @dataclass
 class Tally:
-    """Counts and sums of some features with the same owners, as of the newest folded partition.
+    """Counts and sums of some features with the same owners.
 
     Attributes:
         keys: the columns that name an owner: user_id, item_id, or user_id and key.
-        rows: per owner the newest state that any request of the next partition can read, and all after it, by ts
-            (microseconds UTC, when it becomes known).
-        recent: deltas of the partitions that are still in some window, with their ``number``.
-        number: of the newest folded partition; None before the first.
+        length: of a partition, microseconds.
+        rows: per owner the newest totals that any request to come can read, and all after it, by ts (microseconds
+            UTC, when it becomes known). Who has a row has been seen; of users and keys only totals need any.
+        entries: of the features with a window what each partition added, oldest first, with its ts. Value columns of
+            0 are no entries.
     """
 
     keys: list[str]
     features: Sequence[Feature]
+    length: int
     rows: pl.DataFrame = field(init=False)
-    recent: pl.DataFrame = field(init=False)
-    number: int | None = None
+    entries: pl.DataFrame = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = _empty(self.keys, self.features, ts=pl.Int64())
-        self.recent = _empty(self.keys, self.features, number=pl.Int64())
-
-    @property
-    def windows(self) -> set[int]:
-        return {aggregate.window for aggregate in map(aggregate_of, self.features) if aggregate.window is not None}
+        self.windows = {one: window for one in self.features if (window := aggregate_of(one).window) is not None}
+        self.totals = [one for one in self.features if one not in self.windows]
+        self.rows = _empty(self.keys, self.totals, ts=pl.Int64())
+        self.entries = _empty(self.keys, list(self.windows), ts=pl.Int64())
 
     def current(self) -> pl.DataFrame:
-        """The newest state of every owner."""
+        """The newest totals of every owner."""
         return self.rows.unique(self.keys, keep="last", maintain_order=True)
 
-    def advance(self, delta: pl.DataFrame, number: int, ts: int) -> pl.DataFrame:
+    def advance(self, delta: pl.DataFrame, ts: int) -> pl.DataFrame:
         """Fold one partition in.
 
         Args:
@@ -169,69 +216,127 @@ class Tally:
             ts: when the new state becomes known, microseconds UTC.
 
         Returns:
-            the owners whose state changed, or who are new: keys, ts, and the state's value columns.
+            keys of the owners whose state changed, or who are new.
         """
-        moves = [delta]
-        for window in self.windows:
-            leaving = pl.col("number") <= number - window
-            if self.number is not None:
-                leaving &= pl.col("number") > self.number - window
-            columns = value_columns([one for one in self.features if aggregate_of(one).window == window])
-            moves.append(self.recent.filter(leaving).select(*self.keys, *[-pl.col(column) for column in columns]))
-        columns = value_columns(self.features)
-        moved = summed(moves, self.keys, self.features)
-        adding = [move.filter(_any_nonzero(move.columns[len(self.keys) :])).select(self.keys) for move in moves]
-        touched = pl.concat(adding).unique().with_columns(pl.lit(True).alias("touched"))
-        before = moved.select(self.keys).join(self.current(), on=self.keys, how="left", maintain_order="left")
-        moving = moved.select(self.keys).join(touched, on=self.keys, how="left", maintain_order="left")["touched"]
-        changed = before["ts"].is_null() | moving.fill_null(False)
-        after = before.select(
-            *self.keys,
-            pl.lit(ts, pl.Int64).alias("ts"),
-            *[(pl.col(column).fill_null(0) + moved[column]).alias(column) for column in columns],
-        )
-        # what is left of a float sum after everything left the window is rounding
-        after = after.with_columns(
-            pl.when(pl.col(count_column(one)) != 0).then(sum_column(one)).otherwise(0.0).alias(sum_column(one))
-            for one in self.features
-        ).filter(changed)
-        self.rows = pl.concat([self.rows, after])
-        longest = max(self.windows, default=0)
-        kept = self.recent.filter(pl.col("number") > number - longest)
-        if longest:
-            kept = pl.concat([kept, delta.select(*self.keys, pl.lit(number, pl.Int64).alias("number"), *columns)])
-        self.recent, self.number = kept, number
-        return after
+        before = delta.select(self.keys).join(self.current(), on=self.keys, how="left", maintain_order="left")
+        changed = delta.with_columns(_any_nonzero(value_columns(self.features)).alias("changed"))["changed"]
+        if KEY not in self.keys:
+            changed |= before["ts"].is_null()
+        known = pl.lit(ts, pl.Int64).alias("ts")
+        if self.totals or KEY not in self.keys:
+            after = before.select(
+                *self.keys, known, *[pl.col(one).fill_null(0) + delta[one] for one in value_columns(self.totals)]
+            )
+            self.rows = pl.concat([self.rows, after.filter(changed)])
+        added = delta.filter(_any_nonzero(value_columns(self.windows)))
+        self.entries = pl.concat([self.entries, added.select(*self.keys, known, *value_columns(self.windows))])
+        return delta.filter(changed).select(self.keys)
+
+    def states(self, owners: pl.DataFrame, ts: int) -> pl.DataFrame:
+        """Rows of the state table for some owners: their keys, ``ts`` and the columns of :func:`state_fields`.
+
+        Args:
+            owners: user_id or item_id, each once.
+            ts: when the newest folded partition becomes known, microseconds UTC.
+        """
+        result = owners.with_columns(pl.lit(ts, pl.Int64).alias("ts"))
+        if KEY not in self.keys:
+            result = result.join(self.current().drop("ts"), on=self.keys, how="left", maintain_order="left")
+        for feature in self.features:
+            if feature in self.windows:
+                long = self._within(feature, ts)
+            elif KEY in self.keys:
+                long = self.current().filter(pl.col(count_column(feature)) != 0)
+            else:
+                continue
+            long, lists = long.join(owners, on=owners.columns, how="semi"), list(state_columns(feature))
+            if KEY in self.keys:
+                long, lists = long.rename({KEY: key_column(feature)}), [key_column(feature), *lists]
+            long = long.sort(lists[:-2]).group_by(owners.columns).agg(lists)  # by key, then by time
+            result = result.join(long, on=owners.columns, how="left", maintain_order="left")
+        return result
+
+    def _within(self, feature: Feature, ts: int) -> pl.DataFrame:
+        """A windowed feature's entries that count at ``ts``: keys and :func:`state_columns`."""
+        span = self.windows[feature] * self.length
+        inside = self.entries.filter((pl.col("ts") + span > ts) & (pl.col(count_column(feature)) != 0))
+        return inside.select(*self.keys, *self._as_state(feature, pl.col("ts")))
+
+    def _as_state(self, feature: Feature, known: pl.Expr) -> list[pl.Expr]:
+        """:func:`state_columns` of entries that became known at some time."""
+        values = [known + self.windows[feature] * self.length, *[pl.col(one) for one in value_columns([feature])]]
+        return [value.alias(name) for value, name in zip(values, state_columns(feature), strict=True)]
+
+    def load(self, states: pl.DataFrame, since: int = 0) -> None:
+        """Take in rows of the state table, ordered by ts and after those known.
+
+        Args:
+            since: of lists take only what partitions added that became known from then on (microseconds UTC); those
+                before are known.
+        """
+        if KEY in self.keys:
+            (feature,) = self.features
+            lists = [key_column(feature), *state_columns(feature)]
+            states = exploded(states.select("user_id", "ts", *lists), lists).rename({lists[0]: KEY})
+        if self.totals or KEY not in self.keys:
+            self.rows = pl.concat([self.rows, states.select(self.rows.columns)])
+        added = []
+        for feature, window in self.windows.items():
+            lists = list(state_columns(feature))
+            long = states.select(*self.keys, *lists)
+            long = long if KEY in self.keys else exploded(long, lists)
+            until, *values = lists
+            names = dict(zip(values, value_columns([feature]), strict=True))
+            long = long.with_columns((pl.col(until) - window * self.length).alias("ts")).drop(until).rename(names)
+            # a state that is not known yet repeats what the one before it has
+            added.append(long.filter(pl.col("ts") >= since).unique([*self.keys, "ts"]))
+        stacked = pl.concat([self.entries.clear(), *added], how="diagonal")  # a row is of one feature
+        entries = stacked.group_by([*self.keys, "ts"]).agg(pl.col(value_columns(self.windows)).sum()).sort("ts")
+        self.entries = pl.concat([self.entries, entries])
 
     def forget_before(self, ts: int) -> None:
-        """Drop states that no request from ``ts`` (microseconds UTC) on can read."""
+        """Drop what no request from ``ts`` (microseconds UTC) on can read."""
         known = pl.col("ts") <= ts
         newest = self.rows.filter(known).unique(self.keys, keep="last", maintain_order=True)
         self.rows = pl.concat([newest, self.rows.filter(~known)])
+        longest = max(self.windows.values(), default=0) * self.length
+        self.entries = self.entries.filter(pl.col("ts") + longest > ts)
 
     def as_of(self, moments: pl.DataFrame) -> pl.DataFrame:
         """The states known at ``moments`` (keys and ts), row by row: ``known`` and the value columns."""
-        return (
-            moments.select(*self.keys, "ts")
-            .with_row_index("row")
-            .sort("ts")
-            .join_asof(
-                self.rows.with_columns(pl.lit(True).alias("known")).sort("ts", maintain_order=True),
-                on="ts",
-                by=self.keys,
-                strategy="backward",
-                check_sortedness=False,
-            )
-            .sort("row")
-            .select(pl.col("known").fill_null(False), *value_columns(self.features))
+        # states become known one partition apart: moments between two of these times read the same
+        phase = next((int(one["ts"][0]) for one in (self.rows, self.entries) if one.height), 0) % self.length
+        asked = moments.select(*self.keys, pl.col("ts") - (pl.col("ts") - phase) % self.length)
+        distinct = asked.unique(maintain_order=True).sort("ts", maintain_order=True)
+        found = distinct.join_asof(
+            self.rows.with_columns(pl.lit(True).alias("known")).sort("ts", maintain_order=True),
+            on="ts",
+            by=self.keys,
+            strategy="backward",
+            check_sortedness=False,
+        )
+        if self.windows:
+            known = self.entries.rename({"ts": "since"})
+            entries = distinct.with_row_index("owner").join(known, on=self.keys, maintain_order="right")
+            entries = entries.filter(pl.col("since") <= pl.col("ts"))
+            for feature in self.windows:
+                own = entries.select("owner", "ts", *self._as_state(feature, pl.col("since")))
+                found = found.with_columns(within(feature, own, pl.col("ts"), distinct.height))
+        return asked.join(found, on=[*self.keys, "ts"], how="left", maintain_order="left").select(
+            pl.col("known").fill_null(False), *value_columns(self.features)
         )
 
 
-def user_tallies(schema: Schema) -> tuple[Tally, list[Tally]]:
+def user_tallies(schema: Schema, grain: Grain) -> tuple[Tally, list[Tally]]:
     """The tally of the user's own aggregates, and one per cross aggregate."""
-    own = Tally(["user_id"], schema.aggregates("user"))
-    return own, [Tally(["user_id", KEY], [feature]) for feature in schema.aggregates("cross")]
+    own = Tally(["user_id"], schema.aggregates("user"), _length(grain))
+    return own, [Tally(["user_id", KEY], [feature], _length(grain)) for feature in schema.aggregates("cross")]
 
 
-def item_tally(schema: Schema) -> Tally:
-    return Tally(["item_id"], schema.aggregates("item"))
+def item_tally(schema: Schema, grain: Grain) -> Tally:
+    return Tally(["item_id"], schema.aggregates("item"), _length(grain))
+
+
+def _length(grain: Grain) -> int:
+    """Microseconds of a partition."""
+    return GRAIN_LENGTH[grain] // timedelta(microseconds=1)

@@ -17,16 +17,12 @@ import polars as pl
 import pyarrow as pa
 
 from features.aggregates import (
-    KEY,
     Tally,
     aggregate_of,
-    delta_column,
     deltas,
     item_tally,
-    key_column,
     summed,
     user_tallies,
-    value_columns,
 )
 from features.batch import (
     candidate_counts,
@@ -35,7 +31,7 @@ from features.batch import (
 from features.encoding import bucket_column
 from features.logs import crossed, log_rows, new_events, profiles_of, with_feedback
 from features.requests import in_order, newest, sample_rows
-from features.schema import partition_bounds, partition_number
+from features.schema import partition_bounds
 from features.states import (
     EVENT_ID,
     ITEM_AGGREGATES,
@@ -46,17 +42,13 @@ from features.states import (
     bucket_rows,
     is_snapshot,
     item_aggregates_schema,
-    item_rows,
     load_state,
-    needed_partitions,
-    restore,
     restore_items,
     restore_users,
     state_rows,
     to_arrow,
     unpartitioned,
     user_aggregates_schema,
-    with_deltas,
 )
 
 
@@ -79,13 +71,13 @@ def fold_bucket(
     items = profiles_of(settings, "items", "item_id", schema.side("item"), None)
     previous = earlier[-1] if earlier else None
     state: dict[str, pl.DataFrame] = {}
-    own, cross = user_tallies(schema)
-    counted = item_tally(schema)
+    own, cross = user_tallies(schema, grain)
+    counted = item_tally(schema, grain)
     for index, partition in enumerate(partitions):
         opening, close = partition_bounds(partition, grain)
         if index == 0:
-            restore_users(settings, own, cross, bucket, earlier, opening)
-            restore_items(settings, counted, earlier, opening)
+            restore_users(settings, [own, *cross], bucket, earlier, opening)
+            restore_items(settings, counted, None, earlier, opening)
         rows, counts = log_rows(settings, partition, bucket)
         whole = is_snapshot(partition, previous, grain)
         if index == 0:
@@ -120,7 +112,8 @@ def fold_bucket(
         yield USER_AGGREGATES, partition, _advance_users(settings, own, cross, rows, items, partition, whole), {}
         for tally in (own, *cross):
             tally.forget_before(close)
-        counted.rows = pl.concat([counted.rows, item_rows(settings, counted, [partition])])
+        of_items = bucket_rows(settings, ITEM_AGGREGATES, item_aggregates_schema(schema), None, [partition])
+        counted.load(of_items, since=settings.known_at(partition))
         counted.forget_before(close)
         previous = partition
 
@@ -138,12 +131,12 @@ def rows_after(settings: BuildSettings, earlier: Sequence[str], impressions: pl.
     rows = [unpartitioned(sample_schema(schema)).empty_table()]
     moment = int(impressions.select(pl.col("ts").min()).item())
     items = profiles_of(settings, "items", "item_id", schema.side("item"), None)
-    counted = item_tally(schema)
-    restore_items(settings, counted, earlier, moment)
+    counted = item_tally(schema, settings.grain)
+    restore_items(settings, counted, None, earlier, moment)
     marked = impressions.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
     for (bucket,), part in marked.partition_by("bucket", as_dict=True, include_key=False).items():
-        own, cross = user_tallies(schema)
-        restore_users(settings, own, cross, bucket, earlier, moment)
+        own, cross = user_tallies(schema, settings.grain)
+        restore_users(settings, [own, *cross], bucket, earlier, moment)
         users = profiles_of(settings, "users", "user_id", schema.side("user"), bucket)
         state = load_state(settings, bucket, earlier, part.select("user_id").unique())
         timelines = {name: in_order(events) for name, events in state.items()}
@@ -161,38 +154,19 @@ def _advance_users(
     whole: bool,
 ) -> pa.Table:
     """Fold the partition into the user's tallies; rows of ``user_aggregates``, of all users if ``whole``."""
-    number, ts = partition_number(partition, settings.grain), settings.known_at(partition)
-    delta = deltas(own.features, own.keys, rows)
-    changed = [own.advance(delta, number, ts).select("user_id")]
-    lists = []
+    ts = settings.known_at(partition)
+    changed = [own.advance(deltas(own.features, own.keys, rows), ts)]
     for tally in cross:
         (feature,) = tally.features
         aggregate = aggregate_of(feature)
         counted = crossed(rows[aggregate.of], items, str(aggregate.key))
-        added = deltas(tally.features, tally.keys, {aggregate.of: counted})
-        moved = tally.advance(added, number, ts)
-        changed.append(moved.select("user_id"))
-        counts = value_columns(tally.features)
-        state = (
-            tally.current()
-            .join(moved.select(*tally.keys, pl.lit(True).alias("moved")), on=tally.keys, how="left")
-            .filter((pl.col(counts[0]) != 0) | pl.col("moved"))
-            .join(added.rename({one: delta_column(one) for one in counts}), on=tally.keys, how="left")
-            .with_columns(pl.col([delta_column(one) for one in counts]).fill_null(0))
-            .sort("user_id", KEY)
-            .rename({KEY: key_column(feature)})
-        )
-        lists.append(state.group_by("user_id").agg(key_column(feature), *with_deltas(tally.features)))
+        changed.append(tally.advance(deltas(tally.features, tally.keys, {aggregate.of: counted}), ts).select("user_id"))
     users = own.current().select("user_id") if whole else pl.concat(changed).unique()
-    result = users.join(own.current().drop("ts"), on="user_id", how="left").with_columns(pl.lit(ts).alias("ts"))
-    columns = value_columns(own.features)
-    result = result.join(
-        delta.rename({column: delta_column(column) for column in columns}), on="user_id", how="left"
-    ).with_columns(pl.col(delta_column(column)).fill_null(0) for column in columns)
-    for one in lists:
-        result = result.join(one, on="user_id", how="left")
+    states = own.states(users, ts)
+    for tally in cross:
+        states = states.join(tally.states(users, ts).drop("ts"), on="user_id", how="left")
     arrow = unpartitioned(user_aggregates_schema(settings.schema))
-    return to_arrow(result.select(arrow.names).sort("user_id"), arrow)
+    return to_arrow(states.select(arrow.names).sort("user_id"), arrow)
 
 
 def item_deltas(settings: BuildSettings, bucket: int, partitions: Iterable[str]) -> Iterator[pl.DataFrame]:
@@ -215,25 +189,18 @@ def fold_items(
     Args:
         parts: :func:`item_deltas` of all buckets of users for this bucket of items.
     """
-    tally = item_tally(settings.schema)
+    tally = item_tally(settings.schema, settings.grain)
     arrow = unpartitioned(item_aggregates_schema(settings.schema))
-    columns = value_columns(tally.features)
     previous = earlier[-1] if earlier else None
     for index, partition in enumerate(partitions):
         opening, close = partition_bounds(partition, settings.grain)
         if index == 0:
-            needed = needed_partitions(settings, [tally], earlier, opening)
-            rows = bucket_rows(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), bucket, needed)
-            restore(settings, tally, rows.sort("ts"), earlier, opening)
+            restore_items(settings, tally, bucket, earlier, opening)
         of_partition = parts.filter(pl.col("dt") == partition).drop("dt", "bucket")
-        delta = summed([of_partition], tally.keys, tally.features)
         ts = settings.known_at(partition)
-        changed = tally.advance(delta, partition_number(partition, settings.grain), ts)
+        changed = tally.advance(summed([of_partition], tally.keys, tally.features), ts)
         if is_snapshot(partition, previous, settings.grain):
-            changed = tally.current().with_columns(pl.lit(ts).alias("ts"))
-        changed = changed.join(
-            delta.rename({column: delta_column(column) for column in columns}), on="item_id", how="left"
-        ).with_columns(pl.col(delta_column(column)).fill_null(0) for column in columns)
-        yield partition, to_arrow(changed.select(arrow.names).sort("item_id"), arrow)
+            changed = tally.current().select("item_id")
+        yield partition, to_arrow(tally.states(changed, ts).select(arrow.names).sort("item_id"), arrow)
         tally.forget_before(close)
         previous = partition

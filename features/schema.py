@@ -110,7 +110,7 @@ class Aggregate(Declaration):
     function: Literal["count", "sum", "mean", "rate"] = "count"
     column: Name | None = Field(None, description="what to sum; for a rate a column of 0 and 1. Null is not counted")
     where: str | None = Field(None, description="SQL condition that selects the rows")
-    window: int | None = Field(None, ge=1, description="newest partitions that count; default: all")
+    window: int | None = Field(None, ge=1, description="newest partitions of the calendar that count; default: all")
     key: Name | None = Field(None, description="side cross: a column of items (one value or a list), or item_id")
     prior: float | None = Field(None, description="a mean or rate starts here …")
     prior_weight: float = Field(1.0, gt=0, description="… as if it had been seen in so many rows")

@@ -13,24 +13,20 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from features.aggregates import (
-    KEY,
-    Tally,
-    delta_column,
-    key_column,
-    state_fields,
-    value_columns,
-)
+from features.aggregates import Tally, state_fields
 from features.batch import (
     code_type,
     event_id_column,
     timeline_column,
 )
 from features.lake import Table
-from features.schema import Feature, Grain, Schema, partition_bounds, partition_number
+from features.schema import Grain, Schema, partition_bounds, partition_number
 from features.schema import Sequence as BehaviourSequence
 
 SAMPLES, STATE, USER_AGGREGATES, ITEM_AGGREGATES = "samples", "state", "user_aggregates", "item_aggregates"
+
+LAYOUT = 2
+"""Of the builder's own tables; what another version of corank laid out otherwise is built anew."""
 
 SNAPSHOT_EVERY = 16
 """A state table holds all its owners in one of so many partitions, so that reading it never goes back further."""
@@ -91,13 +87,13 @@ def state_schema(schema: Schema) -> pa.Schema:
 
 
 def user_aggregates_schema(schema: Schema) -> pa.Schema:
-    """A user's counts in the window and, in lists, those per key; known from ``ts`` on. One row per change."""
+    """A user's counts and those per key (:func:`state_fields`), known from ``ts`` on. One row per change."""
     fields = state_fields(schema.aggregates("user"), schema.aggregates("cross"))
     return partitioned([pa.field("user_id", pa.string()), pa.field("ts", pa.int64()), *fields])
 
 
 def item_aggregates_schema(schema: Schema) -> pa.Schema:
-    """An item's counts in the window, known from ``ts`` on. One row per change."""
+    """An item's counts (:func:`state_fields`), known from ``ts`` on. One row per change."""
     fields = state_fields(schema.aggregates("item"))
     return partitioned([pa.field("item_id", pa.string()), pa.field("ts", pa.int64()), *fields])
 
@@ -178,21 +174,9 @@ def to_arrow(rows: pl.DataFrame, schema: pa.Schema) -> pa.Table:
 def load_state(
     settings: BuildSettings, bucket: int, earlier: Sequence[str], users: pl.DataFrame | None = None
 ) -> dict[str, pl.DataFrame]:
-    """The newest state of these users of the bucket (default: all), one row per event and sequence.
-
-    Partitions are read newest first, only until everyone is found.
-    """
-    schema, missing = settings.schema, users
-    found = [pl.DataFrame(pl.from_arrow(state_schema(schema).empty_table()))]
-    for partition in reversed(since_snapshot(settings, earlier)):
-        if missing is not None and missing.is_empty():
-            break
-        rows = bucket_rows(settings, STATE, state_schema(schema), bucket, [partition])
-        if missing is not None:
-            rows = rows.join(missing, on="user_id", how="semi", maintain_order="left")
-            missing = missing.join(rows, on="user_id", how="anti")
-        found.append(rows)
-    rows = pl.concat(found).unique("user_id", keep="first", maintain_order=True)
+    """The newest state of these users of the bucket (default: all), one row per event and sequence."""
+    schema = settings.schema
+    rows = newest_rows(settings, STATE, state_schema(schema), bucket, earlier, owners=users)
     state = {}
     for sequence in schema.sequences:
         columns = [timeline_column(sequence, event_field) for event_field, _ in _timeline_types(sequence)]
@@ -206,75 +190,60 @@ def load_state(
 
 
 def restore_users(
-    settings: BuildSettings, own: Tally, cross: Sequence[Tally], bucket: int, earlier: Sequence[str], opening: int
+    settings: BuildSettings, tallies: Sequence[Tally], bucket: int, earlier: Sequence[str], opening: int
 ) -> None:
-    """Bring the user's tallies to where the earlier partitions left them."""
-    needed = needed_partitions(settings, [own, *cross], earlier, opening)
-    rows = bucket_rows(settings, USER_AGGREGATES, user_aggregates_schema(settings.schema), bucket, needed).sort("ts")
-    restore(settings, own, rows, earlier, opening)
-    for tally in cross:
-        (feature,) = tally.features
-        columns = [key_column(feature), *with_deltas([feature])]
-        long = rows.select("user_id", "ts", "dt", *columns).filter(pl.col(columns[0]).list.len() > 0).explode(columns)
-        newest = rows.filter(pl.col("ts") <= opening).group_by("user_id").agg(pl.col("ts").max().alias("newest"))
-        # a list is a user's whole state: keys that only an older list has are gone
-        long = long.join(newest, on="user_id", how="left", maintain_order="left").filter(
-            (pl.col("ts") >= pl.col("newest")) | pl.col("newest").is_null() | (pl.col(delta_column(columns[1])) != 0)
-        )
-        stale = pl.col("ts") < pl.col("newest")
-        restore(settings, tally, long.rename({columns[0]: KEY}), earlier, opening, ~stale.fill_null(False))
+    """The user's counts that a request from ``opening`` on can read."""
+    layout = user_aggregates_schema(settings.schema)
+    rows = newest_rows(settings, USER_AGGREGATES, layout, bucket, earlier, opening)
+    for tally in tallies:
+        tally.load(rows)
+        tally.forget_before(opening)
 
 
-def restore_items(settings: BuildSettings, counted: Tally, earlier: Sequence[str], opening: int) -> None:
-    """The counts of items that a request from ``opening`` on can read; the fold of items has written them."""
-    counted.rows = item_rows(settings, counted, since_snapshot(settings, earlier, opening))
+def restore_items(
+    settings: BuildSettings, counted: Tally, bucket: int | None, earlier: Sequence[str], opening: int
+) -> None:
+    """The counts of a bucket's items, or all, that a request from ``opening`` on can read."""
+    layout = item_aggregates_schema(settings.schema)
+    counted.load(newest_rows(settings, ITEM_AGGREGATES, layout, bucket, earlier, opening))
     counted.forget_before(opening)
 
 
-def item_rows(settings: BuildSettings, counted: Tally, partitions: Sequence[str]) -> pl.DataFrame:
-    """All items' states of some partitions, ordered by ts, as :attr:`Tally.rows` holds them."""
-    rows = bucket_rows(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), None, partitions)
-    return rows.sort("ts").select(counted.rows.columns)
-
-
-def needed_partitions(
-    settings: BuildSettings, tallies: Sequence[Tally], earlier: Sequence[str], opening: int
-) -> Sequence[str]:
-    """The earlier partitions that the tallies are restored from: states as of ``opening``, and open windows."""
-    since = since_snapshot(settings, earlier, opening)
-    longest = max((window for tally in tallies for window in tally.windows), default=0)
-    first = partition_number(earlier[-1], settings.grain) - longest + 1 if earlier else 0
-    inside = [one for one in earlier if partition_number(one, settings.grain) >= first]
-    return max(since, inside, key=len)
-
-
-def restore(
+def newest_rows(
     settings: BuildSettings,
-    tally: Tally,
-    rows: pl.DataFrame,
+    table: str,
+    schema: pa.Schema,
+    bucket: int | None,
     earlier: Sequence[str],
-    opening: int,
-    current: pl.Expr | None = None,
-) -> None:
-    """Fill a tally from rows of its state table, ordered by ts; ``current`` marks those that are states."""
-    if not earlier:
-        return
-    columns = value_columns(tally.features)
-    states = rows if current is None else rows.filter(current)
-    tally.rows = states.select(*tally.keys, "ts", *columns)
-    tally.forget_before(opening)
-    tally.number = partition_number(earlier[-1], settings.grain)
-    numbers = {one: partition_number(one, settings.grain) for one in earlier}
-    adds = pl.any_horizontal(pl.lit(False), *[pl.col(delta_column(column)) != 0 for column in columns])
-    recent = rows.filter(adds).with_columns(pl.col("dt").replace_strict(numbers, return_dtype=pl.Int64).alias("number"))
-    tally.recent = recent.filter(pl.col("number") > tally.number - max(tally.windows, default=0)).select(
-        *tally.keys, "number", *[pl.col(delta_column(column)).alias(column) for column in columns]
-    )
+    known_by: int | None = None,
+    owners: pl.DataFrame | None = None,
+) -> pl.DataFrame:
+    """The newest row of every owner in one of the builder's tables, ordered by ts.
 
+    Partitions are read newest first, only until everyone is found.
 
-def with_deltas(features: Sequence[Feature]) -> list[str]:
-    """The value columns, each followed by its delta's."""
-    return [name for column in value_columns(features) for name in (column, delta_column(column))]
+    Args:
+        schema: of the table; its first column names the owner.
+        bucket: None: all.
+        known_by: the newest row with ts up to this moment (microseconds UTC), and all after it.
+        owners: with one column, the owners that are wanted; default: all.
+    """
+    owner = schema.names[0]
+    empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
+    found, done, missing = [empty], empty.select(owner), owners
+    for partition in reversed(since_snapshot(settings, earlier, known_by)):
+        if missing is not None and missing.is_empty():
+            break
+        rows = bucket_rows(settings, table, schema, bucket, [partition])
+        if missing is not None:
+            rows = rows.join(missing, on=owner, how="semi", maintain_order="left")
+        rows = rows.join(done, on=owner, how="anti", maintain_order="left")
+        found.append(rows)
+        known = rows.select(owner) if known_by is None else rows.filter(pl.col("ts") <= known_by).select(owner)
+        done = pl.concat([done, known])
+        if missing is not None:
+            missing = missing.join(known, on=owner, how="anti")
+    return pl.concat(found[::-1])
 
 
 def bucket_rows(

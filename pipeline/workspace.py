@@ -97,13 +97,15 @@ class Workspace:
     @cached_property
     def state_inputs(self) -> dict[str, str]:
         """Per partition the digest of all that its states are made from, the partition before included."""
+        from features.states import LAYOUT
+
         settings = self.config.digest_of(
             *DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start"
         )
         chain: dict[str, str] = {}
         previous = ""
         for partition in self.partitions:
-            previous = digest([settings, self.log.fingerprint(partition), previous])
+            previous = digest([LAYOUT, settings, self.log.fingerprint(partition), previous])
             chain[partition] = previous
         return chain
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from feast import Entity, FeatureService, FeatureView, Field, ValueType
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.aggregates import count_column, key_column, sum_column
+from features.aggregates import state_fields
 from features.batch import event_id_column, timeline_column
 from features.errors import ConfigError
 from features.lake import Table
@@ -91,17 +91,21 @@ def definitions(
 
 
 def aggregate_fields(schema: Schema, side: Literal["user", "item"]) -> list[Field]:
-    """What is stored of a user's or item's counts: ``ts``, when they became known, counts and sums; lists per key."""
-    fields = [Field(name="ts", dtype=Int64)]
-    for feature in schema.aggregates(side):
-        fields += [Field(name=count_column(feature), dtype=Int64), Field(name=sum_column(feature), dtype=Float64)]
-    for feature in schema.aggregates("cross") if side == "user" else ():
-        fields += [
-            Field(name=key_column(feature), dtype=Array(String)),
-            Field(name=count_column(feature), dtype=Array(Int64)),
-            Field(name=sum_column(feature), dtype=Array(Float64)),
-        ]
-    return fields
+    """What is stored of a user's or item's counts: ``ts``, when they became known, and the columns of a state table.
+
+    So of a feature with a window a historical retrieval, too, gives back lists (``until__``, ``counts__``, ``sums__``):
+    what single partitions added, to be added up where ``until`` lies after the moment asked for.
+    """
+    columns = state_fields(schema.aggregates(side), schema.aggregates("cross") if side == "user" else ())
+    stored = {pa.int64(): Int64, pa.float64(): Float64}
+    lists = {pa.int64(): Array(Int64), pa.float64(): Array(Float64), pa.string(): Array(String)}
+    return [
+        Field(name="ts", dtype=Int64),
+        *[
+            Field(name=one.name, dtype=lists[one.type.value_type] if pa.types.is_list(one.type) else stored[one.type])
+            for one in columns
+        ],
+    ]
 
 
 def _profile_view(name: str, entity: Entity, table: Table, sources: Iterable[str]) -> FeatureView:

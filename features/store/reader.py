@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +22,12 @@ from features.aggregates import (
     aggregate_value,
     count_column,
     cross_column,
+    exploded,
     key_column,
+    state_columns,
     sum_column,
     value_columns,
+    within,
 )
 from features.batch import event_id_column, feature_column, timeline_column
 from features.encoding import encode
@@ -96,6 +100,7 @@ class OnlineReader:
         self._items = ItemTable(
             self._encode_items(pl.DataFrame(nothing, schema={**self._item, **self._item_counts})),
             self._read_items,
+            partial(_values_at, settings.schema.aggregates("item")),
             settings.item_max_age_seconds,
             settings.max_cached_items,
         )
@@ -119,9 +124,8 @@ class OnlineReader:
         row = self._user_row(user_id)
         items = self.items(item_ids, ts)
         known_counts = self._is_counted(row, ts)
-        crossed = [
-            self._crossed(one, items, item_ids, row if known_counts else {}) for one in self.schema.aggregates("cross")
-        ]
+        counts = row if known_counts else {}
+        crossed = [self._crossed(one, items, item_ids, counts, ts) for one in self.schema.aggregates("cross")]
         return *self._encoded(user_id, row, ts), items.with_columns(crossed)
 
     def _user_row(self, user_id: str) -> dict[str, Any]:
@@ -140,22 +144,28 @@ class OnlineReader:
         raw = {name: [row[name] if has_profile and name != "user_id" else None] for name in self._user}
         raw["user_id"] = [user_id if known else None]
         features = self.schema.aggregates("user")
-        counts = {name: [row[name] if counted else None] for name in value_columns(features)}
+        names = [name for one in features for name in state_columns(one)]
+        counts = pl.DataFrame(
+            {name: [row[name] if counted else None] for name in names},
+            schema={name: self._user_counts[name] for name in names},
+        )
         frame = encode_features(self.schema.side("user"), pl.DataFrame(raw, schema=self._user)).hstack(
-            pl.DataFrame(counts, schema={name: self._user_counts[name] for name in counts}).select(_values(features))
+            _values_at(features, counts, ts)
         )
         return known, frame.row(0, named=True)
 
-    def _crossed(self, feature: Feature, items: pl.DataFrame, item_ids: list[str], row: Mapping[str, Any]) -> pl.Series:
+    def _crossed(
+        self, feature: Feature, items: pl.DataFrame, item_ids: list[str], row: Mapping[str, Any], ts: int
+    ) -> pl.Series:
         """A cross feature of every item: the user's counts of all the keys that the item has, added up."""
         key = str(aggregate_of(feature).key)
         keys = pl.Series(KEY, item_ids, pl.String) if key == "item_id" else items[cross_column(key)].alias(KEY)
         keyed = pl.DataFrame([keys]).with_row_index("candidate")
         if isinstance(keys.dtype, pl.List):
             keyed = keyed.explode(KEY, empty_as_null=True, keep_nulls=True)
-        columns = {KEY: key_column(feature), **{one: one for one in value_columns([feature])}}
-        kinds = {KEY: pl.String, count_column(feature): pl.Int64, sum_column(feature): pl.Float64}
-        counts = pl.DataFrame({name: row.get(own) or [] for name, own in columns.items()}, schema=kinds)
+        names = [key_column(feature), *state_columns(feature)]
+        kinds = {name: self._user_counts[name].inner for name in names}
+        counts = _per_key(feature, pl.DataFrame({name: row.get(name) or [] for name in names}, schema=kinds), ts)
         found = keyed.join(counts, on=KEY, how="left", maintain_order="left")
         summed = found.group_by("candidate", maintain_order=True).agg(pl.col(value_columns([feature])).sum())
         return summed.select(_values([feature])).to_series()
@@ -229,7 +239,7 @@ class OnlineReader:
             kind = pl.List(pl.String) if isinstance(raw.schema[key], pl.List) else pl.String
             crossed.append(raw[key].cast(kind).alias(cross_column(key)))
         profile = encode_features([one for one in features if one not in own], raw)
-        counts = raw.select(_values(self.schema.aggregates("item")))
+        counts = raw.select(name for one in self.schema.aggregates("item") for name in state_columns(one))
         counted_at = (
             raw[COUNTED_AT] if COUNTED_AT in raw.columns else pl.repeat(None, raw.height, dtype=pl.Int64, eager=True)
         )
@@ -248,7 +258,8 @@ class Stored:
 
     Attributes:
         profile, updated_at: codes and numbers of the profile; ``NEVER`` without one.
-        counts, counted_at: values of the aggregates; ``NEVER`` for an item that was never seen.
+        counts, counted_at: what the aggregates are made of, encoded when the moment is known, as windows move;
+            ``NEVER`` for an item that was never seen.
         ids: features that are the item's own id; they hold as soon as either part does.
     """
 
@@ -283,12 +294,21 @@ class ItemTable:
     Args:
         blank: one row, which stands for whatever is not known at the time of a request.
         read: these ids as they are stored, in their order.
+        values: features of some rows of ``Stored.counts`` at a moment, microseconds UTC.
         max_age: seconds until an entry is read again.
         max_items: the table is emptied when it would hold more ids.
     """
 
-    def __init__(self, blank: Stored, read: Callable[[list[str]], Stored], max_age: float, max_items: int) -> None:
+    def __init__(
+        self,
+        blank: Stored,
+        read: Callable[[list[str]], Stored],
+        values: Callable[[pl.DataFrame, int], pl.DataFrame],
+        max_age: float,
+        max_items: int,
+    ) -> None:
         self._read = read
+        self._values = values
         self._max_age = max_age
         self._max_items = max_items
         self._rows: dict[str, int] = {}
@@ -311,7 +331,7 @@ class ItemTable:
         parts = (
             _rows(table.ids, np.where(known, rows, 0)),
             _rows(table.profile, np.where(profiled, rows, 0)),
-            _rows(table.counts, np.where(counted, rows, 0)),
+            self._values(_rows(table.counts, np.where(counted, rows, 0)), ts),
         )
         columns = [column for part in parts for column in part]
         return pl.DataFrame([*columns, pl.Series("item_known", known)])
@@ -336,6 +356,28 @@ class ItemTable:
 def _rows(frame: pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
     """These rows; a frame without columns has none to take."""
     return frame[rows] if frame.width else frame
+
+
+def _values_at(features: Iterable[Feature], stored: pl.DataFrame, ts: int) -> pl.DataFrame:
+    """The values of aggregates at a moment, from what is stored of each owner, a row each."""
+    columns = []
+    for feature in features:
+        if aggregate_of(feature).window is None:
+            columns += [stored[name] for name in value_columns([feature])]
+            continue
+        lists = stored.select(*state_columns(feature)).with_row_index("owner")
+        columns += within(feature, exploded(lists, list(state_columns(feature))), ts, stored.height)
+    return pl.DataFrame(columns).select(_values(features))
+
+
+def _per_key(feature: Feature, stored: pl.DataFrame, ts: int) -> pl.DataFrame:
+    """What counts at a moment per key (``KEY`` and the value columns), from what is stored of a user's keys."""
+    key = stored[key_column(feature)].alias(KEY)
+    if aggregate_of(feature).window is None:
+        return pl.DataFrame([key, *[stored[name] for name in value_columns([feature])]])
+    entries = stored.with_columns(key.rle_id().alias("owner"))  # they are ordered by key
+    keys = key.unique(maintain_order=True)
+    return pl.DataFrame([keys, *within(feature, entries, ts, len(keys))])
 
 
 def _values(features: Iterable[Feature]) -> list[pl.Expr]:

@@ -24,7 +24,7 @@ from features.encoding import bucket_of, encode
 from features.errors import CorankError
 from features.lake import DataFile, Table, replace_partition, write_file
 from features.samples import build_partitions
-from features.schema import SECOND, EventField, Feature, Schema, Sequence, partition_bounds
+from features.schema import SECOND, EventField, Feature, Grain, Schema, Sequence, partition_bounds
 from features.states import (
     ITEM_AGGREGATES,
     SAMPLES,
@@ -33,10 +33,20 @@ from features.states import (
     BuildSettings,
 )
 from features.store.query import Query
-from tests.features.worlds import COUNTING, DAY, DAYS, SCHEMA, expected_rows, fold_all, settings, write_world
-
-GAPPED = ["2026-01-05", "2026-01-06", "2026-01-08", "2026-01-09", "2026-01-13"]
-"""Days with gaps; a snapshot of the states falls between them."""
+from tests.features.worlds import (
+    COUNTING,
+    DAY,
+    DAYS,
+    GRAINS,
+    SCHEMA,
+    expected_rows,
+    fold_all,
+    length,
+    partitions_of,
+    settings,
+    stretched,
+    write_world,
+)
 
 
 def sample_rows(one: BuildSettings, day: str) -> dict[str, dict[str, Any]]:
@@ -50,28 +60,51 @@ def sample_rows(one: BuildSettings, day: str) -> dict[str, dict[str, Any]]:
 @settings_of_hypothesis(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
+    grain=st.sampled_from(GRAINS),
+    steps=st.lists(st.sampled_from([1, 1, 2, 6]), min_size=3, max_size=3),
     log_delay=st.sampled_from([0, 3 * SECOND]),
-    aggregates_delay=st.sampled_from([0, 5 * SECOND, 2 * DAY]),
-    cuts=st.sets(st.integers(1, 4)),
-    corrected=st.integers(0, 4),
+    aggregates_delay=st.sampled_from([0, 0.25, 2.5]),
+    factor=st.sampled_from([1, 3]),
+    cuts=st.sets(st.integers(1, 3)),
+    corrected=st.integers(0, 3),
+    events_only=st.none() | st.integers(0, 3),
 )
 def test_samples_equal_a_plain_python_reading_of_the_rules(
-    seed: int, log_delay: int, aggregates_delay: int, cuts: set[int], corrected: int
+    seed: int,
+    grain: Grain,
+    steps: list[int],
+    log_delay: int,
+    aggregates_delay: float,
+    factor: int,
+    cuts: set[int],
+    corrected: int,
+    events_only: int | None,
 ) -> None:
-    """In however many runs the partitions are built, and again after rows came late and others were deleted."""
+    """In however many runs the partitions are built, between gaps shorter and longer than the windows and the delay
+    (in partitions), and again after rows came late and others were deleted."""
+    days, schema, delay = partitions_of(grain, steps), stretched(factor), round(aggregates_delay * length(grain))
     with tempfile.TemporaryDirectory() as folder:
-        tables = write_world(Path(folder), seed, days=GAPPED)
-        one = settings(tables, Path(folder) / "out", log_delay, 2, COUNTING, aggregates_delay)
-        edges = [0, *sorted(cuts), len(GAPPED)]
-        for start, stop in pairwise(edges):
-            fold_all(one, GAPPED[start:stop], GAPPED[:start])
+        tables = write_world(Path(folder), seed, days=days, grain=grain)
+        if events_only is not None:
+            tables["impressions"].delta().delete(f"dt = '{days[events_only]}'")
+        one, whole = (
+            settings(tables, Path(folder) / name, log_delay, 2, schema, delay, grain) for name in ("one", "whole")
+        )
+        for start, stop in pairwise([0, *sorted(cuts), len(days)]):
+            fold_all(one, days[start:stop], days[:start])
         for again in (False, True):
             if again:
-                correct(tables, GAPPED[corrected])
-                fold_all(one, GAPPED[corrected:], GAPPED[:corrected])
+                correct(tables, days[corrected])
+                fold_all(one, days[corrected:], days[:corrected])
             for day in tables["impressions"].partitions():
-                expected = expected_rows(tables, day, log_delay, COUNTING, aggregates_delay, GAPPED)
-                assert sample_rows(one, day) == expected
+                assert sample_rows(one, day) == expected_rows(tables, day, log_delay, schema, delay, days, grain)
+            fold_all(whole, days, [])
+            assert contents(one) == contents(whole)
+
+
+def contents(one: BuildSettings) -> dict[str, list[dict[str, Any]]]:
+    """All rows of the builder's tables."""
+    return {name: one.table(name).scan().collect().sort("dt", owner).to_dicts() for name, owner in OWNERS.items()}
 
 
 def correct(tables: dict[str, Table], day: str) -> None:
@@ -111,12 +144,8 @@ def test_day_by_day_builds_the_same_tables_as_all_at_once(tmp_path: Path, local_
     for index, day in enumerate(DAYS):
         counts_of_day = build_partitions(steps, [day], DAYS[:index], shown(tables), lambda *_: None)
         assert counts_of_day[day] == counts[day]
-    for name, owner in OWNERS.items():
-        frames = [
-            Table(name, one.table_root(name)).scan().collect().sort("dt", owner).to_dicts() for one in (whole, steps)
-        ]
-        assert frames[0] == frames[1]
-        assert frames[0]
+    assert contents(whole) == contents(steps)
+    assert all(contents(whole).values())
     for day in DAYS:
         assert counts[day].impressions == shown(tables)[day] == counts[day].candidates + counts[day].quarantined
 

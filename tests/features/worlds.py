@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from features.encoding import bucket_of, hash_id
 from features.fold import fold_bucket, fold_items, item_deltas
 from features.lake import DataFile, Table, replace_partition, write_file
 from features.schema import (
+    GRAIN_LENGTH,
     SECOND,
     Aggregate,
     EventField,
     Feature,
+    Grain,
     Schema,
     Sequence,
     Task,
@@ -100,11 +104,48 @@ COUNTING = SCHEMA.model_copy(
 """The same with windowed aggregates of every side and function."""
 
 
-def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2, days: list[str] = DAYS) -> dict[str, Table]:
-    """Some days of a log with ties in time, users and items without profile, and changing profiles."""
+GRAINS: tuple[Grain, ...] = ("hour", "day", "week")
+
+
+def length(grain: Grain) -> int:
+    """Of a partition, microseconds."""
+    return GRAIN_LENGTH[grain] // timedelta(microseconds=1)
+
+
+def partitions_of(grain: Grain, steps: list[int]) -> list[str]:
+    """Partitions that lie so many steps apart."""
+    opening = partition_bounds(DAYS[0], "day")[0]
+    return [partition_of(opening + number * length(grain), grain) for number in accumulate([0, *steps])]
+
+
+def stretched(factor: int) -> Schema:
+    """``COUNTING`` with windows so many times as long as its own of 1 to 3 partitions."""
+    features = []
+    for one in COUNTING.features:
+        if one.aggregate is not None and one.aggregate.window is not None:
+            longer = one.aggregate.model_copy(update={"window": factor * one.aggregate.window})
+            one = one.model_copy(update={"aggregate": longer})
+        features.append(one)
+    return COUNTING.model_copy(update={"features": tuple(features)})
+
+
+def write_world(
+    root: Path,
+    seed: int,
+    users: int = 4,
+    buckets: int = 2,
+    days: list[str] = DAYS,
+    grain: Grain = "day",
+    seconds: tuple[float | None, ...] = (1.0, 2.5, None),
+) -> dict[str, Table]:
+    """Some partitions of a log with ties in time, users and items without profile, and changing profiles.
+
+    Args:
+        seconds: values of the events' number; sums of the default ones are exact in any order.
+    """
     rng = random.Random(seed)
-    opening = partition_bounds(days[0], "day")[0]
-    moments = [partition_bounds(day, "day")[0] + second * SECOND for day in days for second in range(12)]
+    opening = partition_bounds(days[0], grain)[0]
+    moments = [partition_bounds(day, grain)[0] + second * SECOND for day in days for second in range(12)]
     impressions: list[dict[str, Any]] = []
     events: list[dict[str, Any]] = []
     for user in range(users):
@@ -129,7 +170,7 @@ def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2, days: l
                     "user_id": user,
                     "item_id": rng.randint(0, 7),
                     "action": rng.choice(["watch", "buy"]),
-                    "seconds": rng.choice([1.0, 2.5, None]),
+                    "seconds": rng.choice(seconds),
                     "ts": rng.choice(moments),
                 }
             )
@@ -164,7 +205,7 @@ def write_world(root: Path, seed: int, users: int = 4, buckets: int = 2, days: l
             frame = pl.DataFrame(rows, schema_overrides=overrides, infer_schema_length=None)
         options: dict[str, Any] = {}
         if "ts" in frame.columns:
-            days = [partition_of(ts, "day") for ts in frame["ts"]]
+            days = [partition_of(ts, grain) for ts in frame["ts"]]
             hashed = [str(bucket_of(user, buckets)) for user in frame["user_id"]]
             frame = frame.with_columns(pl.Series("dt", days, pl.String), pl.Series("bucket", hashed, pl.String))
             options = {"delta_write_options": {"partition_by": ["dt", "bucket"]}}
@@ -180,9 +221,10 @@ def settings(
     buckets: int = 2,
     schema: Schema = SCHEMA,
     aggregates_delay: int = 0,
+    grain: Grain = "day",
 ) -> BuildSettings:
     return BuildSettings(
-        tables, schema, "day", buckets, log_delay, str(root), now=2**60, aggregates_delay=aggregates_delay
+        tables, schema, grain, buckets, log_delay, str(root), now=2**60, aggregates_delay=aggregates_delay
     )
 
 
@@ -193,11 +235,11 @@ def expected_rows(
     schema: Schema = SCHEMA,
     aggregates_delay: int = 0,
     days: list[str] = DAYS,
+    grain: Grain = "day",
 ) -> dict[str, dict[str, Any]]:
-    """Rows of one day by user, read off DESIGN §2 sentence by sentence."""
-    world = World(tables, days, aggregates_delay)
-    impressions = tables["impressions"].scan().collect().to_dicts()
-    events = tables["events"].scan().collect().to_dicts()
+    """Rows of one partition by user, read off DESIGN §2 sentence by sentence."""
+    world = World(tables, days, aggregates_delay, grain)
+    impressions, events = world.rows["impressions"], world.rows["events"]
     result: dict[str, dict[str, Any]] = {}
     shown = [row for row in impressions if row["dt"] == day]
     for user in sorted({str(row["user_id"]) for row in shown}):
@@ -218,9 +260,7 @@ def expected_rows(
             row[timeline_column(sequence, None)] = [event["ts"] for event in kept]
             for field in sequence.fields:
                 if field.of == "item":
-                    profiles = [
-                        _as_of(tables["items"], "item_id", str(event["item_id"]), event["ts"]) for event in kept
-                    ]
+                    profiles = [world.profile("item_id", str(event["item_id"]), event["ts"]) for event in kept]
                     values = [COLORS.index(one[field.name]) + 1 if one else 0 for one in profiles]
                 else:
                     values = [event[field.name] for event in kept]
@@ -228,13 +268,13 @@ def expected_rows(
                     values = [hash_id(value) for value in values]
                 row[timeline_column(sequence, field)] = values
         for index, (ts, request_id) in enumerate(sorted(requests)):
-            profile = _as_of(tables["users"], "user_id", user, ts)
+            profile = world.profile("user_id", user, ts)
             known = profile is not None or world.seen("user_id", user, ts)
             counted = [one for one in schema.features if one.aggregate is not None]
             candidates = []
             for shown_row in sorted(requests[ts, request_id], key=lambda one: one["position"]):
                 name = str(shown_row["item_id"])
-                item = _as_of(tables["items"], "item_id", name, ts)
+                item = world.profile("item_id", name, ts)
                 item_known = item is not None or world.seen("item_id", name, ts)
                 candidates.append(
                     {
@@ -270,25 +310,30 @@ def expected_rows(
 
 
 class World:
-    """Windowed aggregates of a log, counted row by row for every question."""
+    """Profiles and windowed aggregates of some partitions of a log, looked up row by row for every question."""
 
-    def __init__(self, tables: dict[str, Table], days: list[str], delay: int) -> None:
-        self.tables = tables
-        self.rows = {name: tables[name].scan().collect().to_dicts() for name in ("impressions", "events")}
+    def __init__(self, tables: dict[str, Table], days: list[str], delay: int, grain: Grain = "day") -> None:
+        self.rows = {name: table.scan().collect().to_dicts() for name, table in tables.items()}
         self.days = days
         self.delay = delay
+        self.grain: Grain = grain
 
-    def newest(self, ts: int) -> int | None:
-        """Number of the newest partition whose counts are known at ``ts``."""
-        closed = [day for day in self.days if partition_bounds(day, "day")[1] + self.delay <= ts]
-        return partition_number(closed[-1], "day") if closed else None
+    def profile(self, key: str, value: str, ts: int) -> dict[str, Any] | None:
+        """The newest snapshot of a user or item by then."""
+        rows = self.rows["users" if key == "user_id" else "items"]
+        known = [row for row in rows if str(row[key]) == value and row["updated_at"] <= ts]
+        return max(known, key=lambda row: row["updated_at"], default=None)
+
+    def newest(self, ts: int) -> int:
+        """Number of the newest partition of the calendar, in the log or not, whose counts are known at ``ts``."""
+        return partition_number(partition_of(ts - self.delay, self.grain), self.grain) - 1
 
     def seen(self, key: str, value: str, ts: int) -> bool:
         newest = self.newest(ts)
-        return newest is not None and any(
-            str(row[key]) == value and partition_number(row["dt"], "day") <= newest
-            for rows in self.rows.values()
-            for row in rows
+        return any(
+            str(row[key]) == value and partition_number(row["dt"], self.grain) <= newest
+            for name in ("impressions", "events")
+            for row in self.rows[name]
             if row["dt"] in self.days
         )
 
@@ -298,11 +343,11 @@ class World:
         if aggregate.key == "item_id":
             keys: list[str] = [item]
         else:
-            profile = _as_of(self.tables["items"], "item_id", item, ts) if aggregate.key else None
+            profile = self.profile("item_id", item, ts) if aggregate.key else None
             keys = profile["colors"] if profile else []
         values: list[float] = []
-        for row in self.rows[aggregate.of] if newest is not None else []:
-            number = partition_number(row["dt"], "day")
+        for row in self.rows[aggregate.of]:
+            number = partition_number(row["dt"], self.grain)
             if row["dt"] not in self.days or number > newest or number <= newest - (aggregate.window or 10**9):
                 continue
             if aggregate.where is not None and row["action"] != "watch":
@@ -317,7 +362,7 @@ class World:
             elif str(row["user_id"]) == user and aggregate.key == "item_id":
                 values += [value] * (str(row["item_id"]) in keys)
             elif str(row["user_id"]) == user:
-                then = _as_of(self.tables["items"], "item_id", str(row["item_id"]), row["ts"])
+                then = self.profile("item_id", str(row["item_id"]), row["ts"])
                 values += [value] * len(set(keys) & set(then["colors"] if then else []))
         count, total = len(values), sum(values)
         if aggregate.function == "count":
@@ -327,11 +372,6 @@ class World:
         if aggregate.prior is not None:
             count, total = count + aggregate.prior_weight, total + aggregate.prior * aggregate.prior_weight
         return float(np.float32(total / count)) if count else None
-
-
-def _as_of(table: Table, key: str, value: str, ts: int) -> dict[str, Any] | None:
-    rows = [row for row in table.scan().collect().to_dicts() if str(row[key]) == value and row["updated_at"] <= ts]
-    return max(rows, key=lambda row: row["updated_at"], default=None)
 
 
 def fold_all(one: BuildSettings, days: list[str], earlier: list[str]) -> None:

@@ -156,6 +156,20 @@ def test_a_partition_of_events_alone_outlives_until_and_is_built_again_when_impr
     assert [table.scan().collect().sort("dt", "user_id").to_dicts() for table in tables] == before
 
 
+def test_states_that_another_version_laid_out_otherwise_count_as_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    import_synthetic(data, days=2, users=10, items=10, seed=5, start=START, buckets=2, say=lambda _: None)
+    config = load(tmp_path, data)
+    pipeline = Pipeline(config, Progress())
+    for day, inputs in pipeline.sample_inputs.items():
+        pipeline.records.put("samples", day, {"inputs": inputs})
+    assert Pipeline(config, Progress()).stale_samples() == []
+    monkeypatch.setattr("features.states.LAYOUT", 0)
+    assert Pipeline(config, Progress()).stale_samples() == DAYS[:2]
+
+
 def lose(config: Config, partition: str) -> None:
     for role in config.tables:
         if role not in ("users", "items"):

@@ -10,10 +10,20 @@ import pytest
 from features.lake import Table
 from features.reader import SampleSource
 from features.schema import SECOND, partition_bounds
-from features.states import ITEM_AGGREGATES, USER_AGGREGATES
-from pipeline.skew import replay
+from features.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
+from pipeline.skew import SkewReport, replay
 from tests.features.stores import store_settings
-from tests.features.worlds import COLORS, COUNTING, DAYS, fold_all, settings, write_world
+from tests.features.worlds import (
+    COLORS,
+    COUNTING,
+    DAY,
+    DAYS,
+    fold_all,
+    partitions_of,
+    settings,
+    stretched,
+    write_world,
+)
 
 SECONDS = 12
 """The world's days have so many in which anything happens."""
@@ -36,10 +46,28 @@ def test_events_around_changes_of_their_items_read_online_what_the_samples_hold(
         changed.write_delta(tables["items"].uri, mode="append")
     build = settings(tables, tmp_path, log_delay, schema=COUNTING)
     fold_all(build, DAYS, [])
-    counts = {name: Table(name, build.table_root(name)) for name in (USER_AGGREGATES, ITEM_AGGREGATES)}
-    store = store_settings(tables, tmp_path, "skewed", schema=COUNTING, **counts)
     for day in DAYS[1:]:
-        samples = SampleSource(build.table_root("samples"), COUNTING, (day,), 0, 2**62)
-        found = replay(build, store, samples, day, 0, tmp_path / "scratch", lambda *_: None)
-        assert {name: (one.differ, one.example) for name, one in found.features.items() if one.differ} == {}
+        found = replayed(build, day)
         assert found.features["watched.shade"].compared == found.requests > 0
+
+
+@pytest.mark.parametrize("delay", [0, 2 * DAY + DAY // 2])
+def test_after_a_gap_counts_have_left_their_windows_online_as_in_the_samples(tmp_path: Path, delay: int) -> None:
+    days = partitions_of("day", [1, 2, 5])
+    tables = write_world(tmp_path, 4, users=6, days=days)
+    build = settings(tables, tmp_path, schema=stretched(2), aggregates_delay=delay)
+    fold_all(build, days, [])
+    for day in days[1:]:
+        found = replayed(build, day)
+        assert found.features["watched_seconds"].compared == found.requests > 0
+
+
+def replayed(build: BuildSettings, day: str) -> SkewReport:
+    """The replay of a day's requests, none of whose values differs."""
+    root, schema = Path(build.root), build.schema
+    counts = {name: Table(name, build.table_root(name)) for name in (USER_AGGREGATES, ITEM_AGGREGATES)}
+    store = store_settings(dict(build.tables), root, "skewed", schema=schema, **counts)
+    samples = SampleSource(build.table_root("samples"), schema, (day,), 0, 2**62)
+    found = replay(build, store, samples, day, 0, root / "scratch", lambda *_: None)
+    assert {name: (one.differ, one.example) for name, one in found.features.items() if one.differ} == {}
+    return found

@@ -47,7 +47,7 @@ UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. De
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
     """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
-    from features.errors import CorankError
+    from features.errors import causes, known_cause, message_of
     from pipeline.runtime import insistent_interrupts, quiet, stop_ray
 
     def interrupt(*_: Any) -> None:
@@ -61,11 +61,12 @@ def guarded(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        known = _find_cause(error, CorankError)
-        if isinstance(known, CorankError):
+        known = known_cause(error)
+        if known is not None:
             _fail(str(known), known.exit_code, debug)
-        summary = (str(error).strip().splitlines() or [""])[-1]
-        _fail(f"{type(error).__name__}: {summary}\nRun with --debug for the stack trace.", 1, debug)
+        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+        where = "".join(f"{note}: " for note in notes[:1])
+        _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
     except BaseException as error:  # Ctrl-C, and Dagster's own name for it
         if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
             raise
@@ -74,18 +75,6 @@ def guarded(debug: bool) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
         stop_ray()
-
-
-def _find_cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """The first exception of this kind in the chain of causes (Ray and Dagster wrap what a stage raised)."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None)
-        # Ray's wrapper is of the kind of its cause too, but its text is the stack trace of the task
-        if isinstance(seen, kind) and not isinstance(cause, kind):
-            return seen
-        seen = cause or seen.__cause__ or seen.__context__
-    return None
 
 
 def _fail(message: str, code: int, debug: bool) -> None:

@@ -271,7 +271,7 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(f"config {path}: no such file. The examples lie in pipeline/examples.")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeError) as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"config {path}: expected keys and values, found {type(content).__name__}")

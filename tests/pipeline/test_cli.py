@@ -68,6 +68,21 @@ def test_a_wrong_config_exits_2_without_a_stack_trace(tmp_path: Path, data: Path
     assert corank("run", "--confg").returncode == 2
 
 
+def test_an_unforeseen_error_in_a_stage_names_stage_and_place_and_shows_its_trace_only_when_asked(
+    tmp_path: Path, data: Path
+) -> None:
+    """Dagster raises what a stage raised from its own error, whose cause that is: a circle."""
+    path = write_config(tmp_path, data)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "great_expectations").touch()  # where a folder goes
+    done = corank("run", "--config", str(path), "--debug")
+    assert done.returncode == 1
+    trace, _, message = done.stderr.partition("error: ")
+    assert "Traceback" in trace
+    assert "Traceback" not in message
+    assert message.startswith(f"stage validated: {tmp_path}/work/great_expectations: File exists. A file lies where")
+
+
 @pytest.mark.slow
 def test_bad_data_exits_3_names_it_and_leaves_nothing_visible(tmp_path: Path, data: Path) -> None:
     import shutil

@@ -306,6 +306,7 @@ class Workspace:
             batch_wait_ms=options.batch_wait_ms,
             max_ongoing_requests=options.max_ongoing_requests,
             max_queued_requests=options.max_queued_requests,
+            max_body_bytes=options.max_body_bytes,
         )
 
     def require_no_gaps(self) -> None:

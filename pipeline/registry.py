@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from features.errors import CorankError
+from features.schema import Schema
 from pipeline.config import Config
 
 CHAMPION, PREVIOUS = "champion", "previous"
@@ -36,6 +39,24 @@ class ModelVersion:
                 f"model version {self.number} at {self.artifact}: its lineage cannot be read ({error}), so what it "
                 "still needs is unknown. Restore the artifact, or promote another version (`corank models list`)."
             ) from error
+
+
+def published_schema(artifact: str) -> Schema | None:
+    """What a published model reads; None when its artifact is gone, so that nothing can serve it.
+
+    Raises:
+        CorankError: it cannot be read.
+    """
+    try:
+        description = yaml.safe_load((Path(artifact) / "model.yaml").read_text())
+        return Schema.model_validate(description["schema"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CorankError(
+            f"model {artifact}: what it reads is unknown, as model.yaml cannot be read ({error}), so nothing can be "
+            "registered beside it. Restore the artifact, or remove it if it is not served."
+        ) from error
 
 
 class ModelRegistry:

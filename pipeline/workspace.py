@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from pipeline.version import code_version
 
 if TYPE_CHECKING:
     from features.reader import SampleSource
+    from features.schema import Schema
     from features.states import BuildSettings
     from features.store.online import FeatureStoreSettings
     from pipeline.registry import ModelRegistry, ModelVersion
@@ -32,6 +33,9 @@ DATA_SECTIONS = ("tables", "features", "sequences", "tasks", "grain")
 """Config sections that decide what a partition's rows mean."""
 
 MODEL_SECTIONS = ("features", "sequences", "tasks", "model", "training", "split")
+STORE_LAYOUT = 2
+"""Version of the views' names and columns; a store of another one is filled anew."""
+
 FOREVER = 2**62
 SHOWN_FINDINGS = 20
 
@@ -124,7 +128,7 @@ class Workspace:
 
     def store_inputs(self) -> dict[str, str]:
         """Per partition what the online store should hold."""
-        settings = self.config.digest_of("feast", "features", "sequences")
+        settings = [STORE_LAYOUT, self.config.digest_of("feast", "features", "sequences")]
         return {partition: digest([inputs, settings]) for partition, inputs in self.state_inputs.items()}
 
     def gone(self, partitions: Iterable[str]) -> list[str]:
@@ -290,6 +294,23 @@ class Workspace:
             sqlite_path=str(config.local_path("feast", "online.db")),
             redis=config.feast.redis,
         )
+
+    def registered_settings(self) -> FeatureStoreSettings:
+        """The store with all that is registered: what live models read, too, whatever the config declares now."""
+        own = self.config.schema_
+        return replace(self.store_settings(), live=tuple(one for one in self.live_schemas() if one != own))
+
+    def live_schemas(self) -> list[Schema]:
+        """Of the models that are served, or may be from one moment to the next: champion, the one before it, and those
+        that were last deployed and last served."""
+        from pipeline.registry import PREVIOUS, published_schema
+
+        versions = [self.registry.champion(), self.registry.champion(PREVIOUS)]
+        recorded = [self.records.get(stage, "current") for stage in ("deployment", "serving")]
+        artifacts = [version.artifact for version in versions if version is not None]
+        artifacts += [record["artifact"] for record in recorded if record is not None]
+        schemas = [published_schema(artifact) for artifact in dict.fromkeys(artifacts)]
+        return [one for one in schemas if one is not None]
 
     def serving_settings(self, champion: ModelVersion) -> ServingSettings:
         from serving.ranking import ServingSettings

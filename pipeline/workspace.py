@@ -195,6 +195,48 @@ class Workspace:
         record = self.records.get("deployment", "current")
         return champion is not None and record is not None and record["inputs"] == self.deployment_inputs(champion)
 
+    def require_own_features(self, champion: ModelVersion) -> None:
+        """
+        Raises:
+            CorankError: the champion reads other features than the config declares.
+        """
+        from pipeline.registry import published_schema
+
+        if published_schema(champion.artifact) != self.config.schema_:
+            raise CorankError(
+                f"champion version {champion.number} reads other features than the config declares, so it cannot be "
+                "started with this config; a service that runs is not touched. Start it with the config that it was "
+                f"trained with ({champion.artifact}/model.yaml lists its features), or train a version of these "
+                "features (`corank run`) or promote one (`corank models promote`)"
+            )
+
+    def serves_already(self) -> bool:
+        """Whether an endpoint of this pipeline, of another process, answers at the config's address.
+
+        Raises:
+            CorankError: something else has the port.
+        """
+        from serving.client import NoEndpointError, RankingClient
+        from serving.ports import endpoint_url, is_free, require_free
+
+        options = self.config.serving
+        if is_free(options.host, options.port):
+            return False
+        try:
+            with RankingClient(endpoint_url(options.host, options.port), timeout=10.0) as client:
+                model = client.model()["model_version"]
+        except NoEndpointError:
+            require_free(options.host, options.port)
+            return False
+        except CorankError:  # it is one, without a model at the moment
+            return True
+        if model not in [version.tags.get("content") for version in self.registry.versions()]:
+            raise CorankError(
+                f"serving: an endpoint of another pipeline (model {model}) uses {options.host}:{options.port}. "
+                "Set `serving.port` to a free port, or stop it."
+            )
+        return True
+
     def deployment_inputs(self, champion: ModelVersion) -> str:
         return digest(
             [champion.number, champion.artifact, self.config.digest_of("serving", "feast", "log_delay_seconds")]

@@ -11,7 +11,7 @@ from ray import serve
 
 from features.errors import CorankError
 from serving.client import RankingClient
-from serving.ports import require_free
+from serving.ports import endpoint_url, require_free
 from serving.proxy import announce
 from serving.ranking import APPLICATION, ServingSettings, build_application
 
@@ -32,10 +32,9 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
     Raises:
         CorankError: the port is in use, the application does not start, or does not answer in time.
     """
-    running = bool(ray.is_initialized() and serve.status().proxies)
-    if not running:
+    if not runs_here():
         require_free(host, port)
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}"
+    url = endpoint_url(host, port)
     announce()
     serve.start(http_options={"host": host, "port": port})
     try:
@@ -44,6 +43,11 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
         raise CorankError(f"serving: the application did not start: {_reason(error)}") from error
     _wait(url, timeout)
     return url
+
+
+def runs_here() -> bool:
+    """Whether Serve runs on the Ray that this process uses: then :func:`start` replaces what it serves."""
+    return bool(ray.is_initialized() and serve.status().proxies)
 
 
 def stop() -> None:

@@ -31,12 +31,13 @@ from features.store.online import FeatureStoreSettings, apply, materialize, open
 from features.store.reader import History, OnlineReader
 from models.artifact import save_artifact
 from models.mixformer import MixFormer, MixFormerConfig
-from serving.client import RankingClient
+from serving.client import NoEndpointError, RankingClient
 from serving.deploy import error_in, start
+from serving.ports import endpoint_url
 from serving.proxy import JsonErrors
 from serving.ranking import Ranker, RankingService, ServingSettings, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
-from tests.servers import free_port
+from tests.servers import free_port, http_server
 
 SCHEMA = Schema(
     features=(
@@ -464,3 +465,61 @@ def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
         taken.listen()
         with pytest.raises(CorankError, match=f"cannot listen on 127.0.0.1:{port}"):
             start(settings, port=port)
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:{}"),
+        ("0.0.0.0", "http://127.0.0.1:{}"),
+        ("::1", "http://[::1]:{}"),
+        ("::", "http://[::1]:{}"),
+        ("localhost", "http://localhost:{}"),
+    ],
+)
+def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host: str, url: str) -> None:
+    with http_server(host, '{"status": "ok"}') as (asked, port):
+        assert endpoint_url(host, port) == url.format(port)
+        with RankingClient(endpoint_url(host, port)) as client:
+            assert client.healthz() == {"status": "ok"}
+    assert asked == ["/healthz"]
+
+
+def test_other_machines_are_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch, proxies: None) -> None:
+    with pytest.raises(CorankError, match="variables that name a proxy"):
+        RankingClient("http://models.example:8000")  # of socks5, a package that is not installed
+    for name in ("all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name)
+    with http_server("127.0.0.1", '{"status": "ok"}') as (asked, port):
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        with RankingClient("http://models.example:8000") as client:
+            assert client.healthz() == {"status": "ok"}
+    assert asked == ["http://models.example:8000/healthz"]
+
+
+@pytest.mark.parametrize("answer", ["<html>", "[1]", '{"error": "of another kind"}'])
+def test_what_is_no_endpoint_of_corank_is_said_so(answer: str) -> None:
+    with (
+        http_server("127.0.0.1", answer) as (_, port),
+        RankingClient(f"http://127.0.0.1:{port}") as client,
+        pytest.raises(NoEndpointError, match="this is no endpoint of corank"),
+    ):
+        client.model()
+
+
+def test_an_address_that_is_none_is_said_so() -> None:
+    with pytest.raises(CorankError, match="Correct the address"):
+        RankingClient("http://::1:8000")
+    with RankingClient("localhost:8000") as client, pytest.raises(CorankError, match="unsupported protocol"):
+        client.healthz()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import re
+from collections.abc import Iterator
+
 
 class CorankError(Exception):
     """Something failed: the message says what, where, and what to do next. Exit code 1."""
@@ -27,3 +31,75 @@ class UnavailableError(CorankError):
 
 class UnreadableError(CorankError):
     """Files of a table are missing, damaged, or of another type than the table. The message names each."""
+
+
+# --- errors of others -----------------------------------------------------------------------------------
+
+ADVICE = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT),
+        "Free some of the disk, or choose another (`workspace`, `local`; Ray's own files lie in /tmp/ray).",
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "Give the user who runs corank the right to read and write there, or choose another folder.",
+    ),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+        "A file lies where a folder is needed, or a folder where a file is: move it away.",
+    ),
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`).",
+}
+"""What to do about an error of the operating system."""
+
+WRITTEN_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+"""How Rust's and Arrow's messages carry the number of the operating system's error."""
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and all that led to it, each once: what Ray carries from other processes, what it was raised from, what
+    was being handled. Chains may be circles (Dagster raises E from X, whose context is E)."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            handled = None if one.__suppress_context__ else one.__context__
+            waiting += [*_carried(one), *filter(None, (one.__cause__, handled))]
+
+
+def raised(error: BaseException) -> BaseException:
+    """The error as it was raised, in whichever process; Ray's wrappers have the trace of the task as their text."""
+    seen = set[int]()
+    while id(error) not in seen and (inner := _carried(error)):
+        seen.add(id(error))
+        error = inner[0]
+    return error
+
+
+def known_cause(error: BaseException) -> CorankError | None:
+    """The first error among the causes that says what to do."""
+    return next((one for one in map(raised, causes(error)) if isinstance(one, CorankError)), None)
+
+
+def message_of(error: BaseException) -> str:
+    """What an unforeseen error says, without a trace: its type and whole text, and what to do where that is known."""
+    error = raised(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
+    else:
+        text = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    if number is None and (written := WRITTEN_NUMBER.search(text)):
+        number = int(written[1] or written[2])
+    advice = ADVICE.get(number) if number is not None else None
+    return f"{text}. {advice}" if advice else text
+
+
+def _carried(error: BaseException) -> list[BaseException]:
+    """The errors of other processes inside one of Ray's: of a task, of a worker or the controller of a training."""
+    inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure")]
+    failures = getattr(error, "worker_failures", None)
+    inner += failures.values() if isinstance(failures, dict) else ()
+    return [one for one in inner if isinstance(one, BaseException)]

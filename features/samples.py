@@ -35,6 +35,7 @@ from features.states import (
     state_schema,
     user_aggregates_schema,
 )
+from features.tasks import result_of
 
 LAID_OUT = "laid_out"
 """Folder of the copies by (dt, bucket) of tables that their owner laid out otherwise."""
@@ -191,12 +192,10 @@ def _gathered(
     progress: Callable[[str, int, int], None],
 ) -> tuple[Files, dict[str, PartitionCounts]]:
     """Run tasks; what they wrote, by (table, partition), and what they counted."""
-    import ray
-
     files: Files = {}
     counts = {partition: PartitionCounts() for partition in partitions}
     for done, (_, (written,)) in enumerate(_ended(function, calls, settings.at_once), start=1):
-        for one in ray.get(written):
+        for one in result_of(written):
             if one.file is not None:
                 files.setdefault((one.table, one.partition), []).append(one.file)
             counts[one.partition] += one.counts

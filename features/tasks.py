@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import polars as pl
 import pyarrow as pa
 
-from features.errors import CorankError
+from features.errors import known_cause
 
 T = TypeVar("T")
 
@@ -65,16 +65,21 @@ def arrow(frame: pl.DataFrame) -> pa.Table:
     return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
-def _oldest(running: deque[Any]) -> Any:
-    """The result of the first task, which goes once it has ended, or the failure inside it as it was raised, when it
-    is one that says what to do."""
+def result_of(reference: Any) -> Any:
+    """What a task returned, or the error as it was raised there, when it is one that says what to do."""
     import ray
 
     try:
-        result = ray.get(running[0])
-        running.popleft()
-        return result
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as failure:
-        if isinstance(failure.cause, CorankError):
-            raise failure.cause from None
-        raise
+        known = known_cause(failure)
+        if known is None:
+            raise
+        raise known from None
+
+
+def _oldest(running: deque[Any]) -> Any:
+    """The result of the first task, which goes once it has ended."""
+    result = result_of(running[0])
+    running.popleft()
+    return result

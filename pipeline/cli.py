@@ -47,7 +47,7 @@ UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. De
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
     """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
-    from features.errors import CorankError
+    from features.errors import causes, known_cause, message_of
     from pipeline.runtime import insistent_interrupts, quiet, stop_ray
 
     def interrupt(*_: Any) -> None:
@@ -61,11 +61,12 @@ def guarded(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        known = _find_cause(error, CorankError)
-        if isinstance(known, CorankError):
+        known = known_cause(error)
+        if known is not None:
             _fail(str(known), known.exit_code, debug)
-        summary = (str(error).strip().splitlines() or [""])[-1]
-        _fail(f"{type(error).__name__}: {summary}\nRun with --debug for the stack trace.", 1, debug)
+        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+        where = "".join(f"{note}: " for note in notes[:1])
+        _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
     except BaseException as error:  # Ctrl-C, and Dagster's own name for it
         if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
             raise
@@ -74,18 +75,6 @@ def guarded(debug: bool) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
         stop_ray()
-
-
-def _find_cause(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """The first exception of this kind in the chain of causes (Ray and Dagster wrap what a stage raised)."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None)
-        # Ray's wrapper is of the kind of its cause too, but its text is the stack trace of the task
-        if isinstance(seen, kind) and not isinstance(cause, kind):
-            return seen
-        seen = cause or seen.__cause__ or seen.__context__
-    return None
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -158,18 +147,21 @@ def _execute(pipeline: Pipeline, serve: bool, training: bool = True) -> None:
         pending = pipeline.pending(training)
         deploying = "deployment" in pending
         answer = None
-        if deploying:  # better now than after the training
+        beside = False
+        if serve:  # better now than after the training
             require_free(pipeline.config.serving.host, pipeline.config.serving.port)
+        elif deploying:
+            beside = pipeline.serves_already()
         if pending:
             from pipeline.dag import run_dag
 
             run_dag(pipeline, pending)
         else:
             typer.echo("Nothing to do: every stage is up to date with the log and the config.")
-        if deploying:
+        if deploying and not beside:
             answer = _example_query(pipeline)
         retain(pipeline)
-        print_summary(pipeline, answer)
+        print_summary(pipeline, answer, beside)
     if serve:
         _serve(pipeline, running=deploying)
 
@@ -224,13 +216,16 @@ def _serve(pipeline: Pipeline, running: bool) -> None:
     from features.errors import CorankError
     from pipeline.runtime import ensure_ray
     from serving.deploy import start
+    from serving.ports import endpoint_url, require_free
 
     champion = pipeline.registry.champion()
     if champion is None:
         raise CorankError("there is no champion to serve; `corank run` trains one")
     options = pipeline.config.serving
-    url = f"http://{options.host}:{options.port}"
+    url = endpoint_url(options.host, options.port)
     if not running:
+        pipeline.require_own_features(champion)
+        require_free(options.host, options.port)
         if pipeline.is_deployed():
             with pipeline.progress.stage("serving") as stage:
                 stage.say(f"starting Ray Serve with verified version {champion.number}")
@@ -239,6 +234,8 @@ def _serve(pipeline: Pipeline, running: bool) -> None:
                 stage.say(f"version {champion.number} at {url}")
         else:
             pipeline.deploy()
+    # what is served stays registered, whatever is promoted meanwhile
+    pipeline.records.put("serving", "current", {"number": champion.number, "artifact": champion.artifact, "url": url})
     typer.echo(f"{url} is up. POST {url}/v1/rank; interactive documentation at {url}/docs. Ctrl-C stops it.")
     signal.pause()
 
@@ -261,6 +258,7 @@ def query(
         from features.errors import ConfigError
         from pipeline.summary import print_answer
         from serving.client import RankingClient
+        from serving.ports import endpoint_url
 
         loaded = _load(config)
         pipeline = _pipeline(loaded)
@@ -273,7 +271,7 @@ def query(
         except json.JSONDecodeError as error:
             raise ConfigError(f"--context is not JSON: {error}") from None
         request = {"user_id": user or example.get("user_id"), "candidates": items, "context": given}
-        with RankingClient(url or f"http://{loaded.serving.host}:{loaded.serving.port}") as client:
+        with RankingClient(url or endpoint_url(loaded.serving.host, loaded.serving.port)) as client:
             answer = client.rank(request["user_id"], items, given, ts if ts is not None else pipeline.store_close())
         if as_json:
             typer.echo(json.dumps(answer))

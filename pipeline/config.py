@@ -144,6 +144,7 @@ class ServingConfig(Declaration):
     batch_wait_ms: float = Field(0.0, ge=0, description="longest wait for others to join a batch")
     max_ongoing_requests: int = Field(64, ge=1)
     max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
+    max_body_bytes: int = Field(8 << 20, ge=1, description="a larger body of a request is answered 413")
 
 
 class RetentionConfig(Declaration):

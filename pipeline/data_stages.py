@@ -186,7 +186,7 @@ class DataStages(Workspace):
         with self.progress.stage("feature_store") as stage:
             stage.say("registering features")
             self._drop_gone_states()
-            settings = self.store_settings()
+            settings = self.registered_settings()
             apply(settings)
             # a larger table is read by slices, in Ray tasks
             if self.config.ray.address or any(table.size() > settings.slice_bytes for table in settings.tables):

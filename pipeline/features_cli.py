@@ -54,9 +54,8 @@ def features_apply(config: ConfigOption, debug: DebugOption = False) -> None:
             stage.say("registering")
             from features.store.online import apply
 
-            settings = pipeline.store_settings()
-            apply(settings)
-            stage.say(f"registered {', '.join(settings.views)} in project {settings.project}")
+            settings = pipeline.registered_settings()
+            stage.say(f"registered {', '.join(apply(settings))} in project {settings.project}")
 
 
 @features_app.command("materialize")
@@ -116,7 +115,8 @@ def _print_registry(settings: FeatureStoreSettings) -> None:
             table.add_row(view.name if row == 0 else "", feature.name, _type_text(feature.dtype))
         table.add_section()
     console = Console(highlight=False)
-    console.print(table)
+    needed = Console(width=1_000).measure(table).maximum  # no name is cut
+    Console(highlight=False, width=max(console.width, needed)).print(table)
     for view in views:
         ends = [round(end.timestamp() * SECOND) for _, end in view.materialization_intervals]
         online = f"online up to {close_text(max(ends))}" if ends else "not online yet"

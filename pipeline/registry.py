@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from features.errors import CorankError
+from features.schema import Schema
 from pipeline.config import Config
 from pipeline.creation import locked, make_whole, remove, sqlalchemy_path
 
@@ -117,6 +120,24 @@ def _may_hold_content(path: Path) -> bool:
             )
     except sqlite3.DatabaseError:
         return True
+
+
+def published_schema(artifact: str) -> Schema | None:
+    """What a published model reads; None when its artifact is gone, so that nothing can serve it.
+
+    Raises:
+        CorankError: it cannot be read.
+    """
+    try:
+        description = yaml.safe_load((Path(artifact) / "model.yaml").read_text())
+        return Schema.model_validate(description["schema"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CorankError(
+            f"model {artifact}: what it reads is unknown, as model.yaml cannot be read ({error}), so nothing can be "
+            "registered beside it. Restore the artifact, or remove it if it is not served."
+        ) from error
 
 
 class ModelRegistry:

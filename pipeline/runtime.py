@@ -88,9 +88,12 @@ def ensure_ray(config: RayConfig) -> None:
     import ray
     import ray.data  # sets its log level when imported; quiet() comes after
 
+    from serving.proxy import announce
+
     quiet()
     if ray.is_initialized():
         return
+    announce()
     local: dict[str, Any] = {}
     if not config.address:
         # a local controller may look at its few workers more often: it ends four seconds earlier

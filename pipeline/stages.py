@@ -226,27 +226,28 @@ class Pipeline(DataStages):
     def deploy(self) -> dict[str, Any]:
         """Start the endpoint with the champion, verify its answers over HTTP, and record the version.
 
+        While another process serves this pipeline, the version is verified at a private endpoint, which is stopped
+        again; that process goes on with what it serves.
+
         Raises:
             CorankError: it does not start, or its scores differ from the offline scores.
         """
-        from models.artifact import load_artifact
         from pipeline.verification import verify_endpoint
-        from serving.deploy import start
+        from serving.deploy import runs_here, start, stop
+        from serving.ports import endpoint_url, free_port
 
         quiet()
         champion = self.registry.champion()
         if champion is None:
             raise CorankError("there is no champion to deploy; `corank run` trains one")
-        config = self.config
-        if load_artifact(champion.artifact).schema != config.schema_:
-            raise CorankError(
-                f"champion version {champion.number} reads other features than the config declares, so it cannot be "
-                "served with them; train one of these features (`corank run`), promote one or restore the config"
-            )
+        self.require_own_features(champion)
+        options = self.config.serving
         with self.progress.stage("deployment") as stage:
             stage.say(f"starting Ray Serve with model version {champion.number}")
-            ensure_ray(config.ray)
-            url = start(self.serving_settings(champion), config.serving.host, config.serving.port)
+            ensure_ray(self.config.ray)
+            beside = not runs_here() and self.serves_already()
+            host, port = ("127.0.0.1", free_port()) if beside else (options.host, options.port)
+            url = start(self.serving_settings(champion), host, port)
             stage.say("comparing its answers with offline scores")
             stored = self.record("feature_store", "online")  # of later partitions than ``until``, too
             partitions, close = sorted(stored["partitions"]), int(stored["close"])
@@ -256,13 +257,16 @@ class Pipeline(DataStages):
                 "number": champion.number,
                 "model": champion.tags.get("content", ""),
                 "artifact": champion.artifact,
-                "url": url,
+                "url": endpoint_url(options.host, options.port),
                 "verified": verified,
                 **self.lineage(),
             }
             self.records.put("deployment", "current", record)
+            if beside:
+                stop()
+            where = "verified at an endpoint of its own, as another process serves" if beside else f"at {url}"
             stage.say(
-                f"version {champion.number} at {url}, {verified['requests']} requests over HTTP equal offline scores "
+                f"version {champion.number} {where}, {verified['requests']} requests over HTTP equal offline scores "
                 f"within {verified['largest_difference']:.1e}"
             )
         return record

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from pipeline.log import close_text
 from pipeline.stages import Pipeline
@@ -17,8 +17,12 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None) -> None:
-    """Rows in and out, validation, metrics, model, endpoint, an answer, and where things lie."""
+def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None, beside: bool = False) -> None:
+    """Rows in and out, validation, metrics, model, endpoint, an answer, and where things lie.
+
+    Args:
+        beside: another process serves, and goes on with what it serves.
+    """
     console, config = _console(), pipeline.config
     records, key = pipeline.records, pipeline.evaluation_key
     evaluation = records.get("evaluation", key) or {}
@@ -30,10 +34,13 @@ def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None) -> None:
         console.print(f"model       {config.name} {champion['model']}: {champion['outcome']}")
     if deployment:
         verified = deployment["verified"]
+        where = "verified   " if beside else f"endpoint    {deployment['url']},"
         console.print(
-            f"endpoint    {deployment['url']}, version {deployment['number']}; {verified['requests']} requests over "
-            f"HTTP equal the offline scores within {verified['largest_difference']:.1e}"
+            f"{where} version {deployment['number']}; {verified['requests']} requests over HTTP equal the offline "
+            f"scores within {verified['largest_difference']:.1e}"
         )
+    if beside:
+        console.print(f"endpoint    {_endpoint(pipeline)}", soft_wrap=True)
     if answer:
         print_answer(answer["request"], answer["answer"])
     _print_places(console, pipeline, evaluation)
@@ -50,7 +57,12 @@ def _print_rows(console: Console, pipeline: Pipeline) -> None:
         return sum(record.get(name, 0) for record in records)
 
     impressions = sum(record.get("rows", {}).get("impressions", 0) for record in validated)
-    table = Table("stage", "in", "out", title=f"{pipeline.config.name}: {len(pipeline.partitions)} partitions")
+    table = Table(
+        "stage",
+        "in",
+        Column("out", overflow="fold"),
+        title=f"{pipeline.config.name}: {len(pipeline.partitions)} partitions",
+    )
     table.add_row(
         "validated",
         f"{impressions:,} impressions",
@@ -146,16 +158,24 @@ def print_status(pipeline: Pipeline) -> None:
 
 
 def _endpoint(pipeline: Pipeline) -> str:
+    """What is served at the config's address, and how that comes to be the champion."""
     from features.errors import CorankError
     from serving.client import RankingClient
+    from serving.ports import endpoint_url
 
-    options = pipeline.config.serving
-    url = f"http://{options.host}:{options.port}"
+    url = endpoint_url(pipeline.config.serving.host, pipeline.config.serving.port)
     try:
         with RankingClient(url, timeout=2.0) as client:
-            return f"{url} is up with model {client.model()['model_version']}"
+            model = client.model()["model_version"]
     except CorankError:
         return f"{url} is not up; `corank serve` starts it"
+    served = [version for version in pipeline.registry.versions() if version.tags.get("content") == model]
+    champion = pipeline.registry.champion()
+    which = f"version {served[0].number}, " if served else ""
+    says = f"{url} is up with {which}model {model}"
+    if champion is None or champion in served:
+        return says
+    return f"{says}; champion is version {champion.number}: restart `corank serve` to serve it"
 
 
 def print_models(pipeline: Pipeline) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from pipeline.version import code_version
 
 if TYPE_CHECKING:
     from features.reader import SampleSource
+    from features.schema import Schema
     from features.states import BuildSettings
     from features.store.online import FeatureStoreSettings
     from pipeline.registry import ModelRegistry, ModelVersion
@@ -32,6 +33,9 @@ DATA_SECTIONS = ("tables", "features", "sequences", "tasks", "grain")
 """Config sections that decide what a partition's rows mean."""
 
 MODEL_SECTIONS = ("features", "sequences", "tasks", "model", "training", "split")
+STORE_LAYOUT = 2
+"""Version of the views' names and columns; a store of another one is filled anew."""
+
 FOREVER = 2**62
 SHOWN_FINDINGS = 20
 
@@ -134,7 +138,7 @@ class Workspace:
 
     def store_inputs(self) -> dict[str, str]:
         """Per partition what the online store should hold."""
-        settings = self.config.digest_of("feast", "features", "sequences")
+        settings = [STORE_LAYOUT, self.config.digest_of("feast", "features", "sequences")]
         return {partition: digest([inputs, settings]) for partition, inputs in self.state_inputs.items()}
 
     def gone(self, partitions: Iterable[str]) -> list[str]:
@@ -200,6 +204,48 @@ class Workspace:
         champion = self.registry.champion()
         record = self.records.get("deployment", "current")
         return champion is not None and record is not None and record["inputs"] == self.deployment_inputs(champion)
+
+    def require_own_features(self, champion: ModelVersion) -> None:
+        """
+        Raises:
+            CorankError: the champion reads other features than the config declares.
+        """
+        from pipeline.registry import published_schema
+
+        if published_schema(champion.artifact) != self.config.schema_:
+            raise CorankError(
+                f"champion version {champion.number} reads other features than the config declares, so it cannot be "
+                "started with this config; a service that runs is not touched. Start it with the config that it was "
+                f"trained with ({champion.artifact}/model.yaml lists its features), or train a version of these "
+                "features (`corank run`) or promote one (`corank models promote`)"
+            )
+
+    def serves_already(self) -> bool:
+        """Whether an endpoint of this pipeline, of another process, answers at the config's address.
+
+        Raises:
+            CorankError: something else has the port.
+        """
+        from serving.client import NoEndpointError, RankingClient
+        from serving.ports import endpoint_url, is_free, require_free
+
+        options = self.config.serving
+        if is_free(options.host, options.port):
+            return False
+        try:
+            with RankingClient(endpoint_url(options.host, options.port), timeout=10.0) as client:
+                model = client.model()["model_version"]
+        except NoEndpointError:
+            require_free(options.host, options.port)
+            return False
+        except CorankError:  # it is one, without a model at the moment
+            return True
+        if model not in [version.tags.get("content") for version in self.registry.versions()]:
+            raise CorankError(
+                f"serving: an endpoint of another pipeline (model {model}) uses {options.host}:{options.port}. "
+                "Set `serving.port` to a free port, or stop it."
+            )
+        return True
 
     def deployment_inputs(self, champion: ModelVersion) -> str:
         return digest(
@@ -308,6 +354,23 @@ class Workspace:
             redis=config.feast.redis,
         )
 
+    def registered_settings(self) -> FeatureStoreSettings:
+        """The store with all that is registered: what live models read, too, whatever the config declares now."""
+        own = self.config.schema_
+        return replace(self.store_settings(), live=tuple(one for one in self.live_schemas() if one != own))
+
+    def live_schemas(self) -> list[Schema]:
+        """Of the models that are served, or may be from one moment to the next: champion, the one before it, and those
+        that were last deployed and last served."""
+        from pipeline.registry import PREVIOUS, published_schema
+
+        versions = [self.registry.champion(), self.registry.champion(PREVIOUS)]
+        recorded = [self.records.get(stage, "current") for stage in ("deployment", "serving")]
+        artifacts = [version.artifact for version in versions if version is not None]
+        artifacts += [record["artifact"] for record in recorded if record is not None]
+        schemas = [published_schema(artifact) for artifact in dict.fromkeys(artifacts)]
+        return [one for one in schemas if one is not None]
+
     def serving_settings(self, champion: ModelVersion) -> ServingSettings:
         from serving.ranking import ServingSettings
 
@@ -323,6 +386,7 @@ class Workspace:
             batch_wait_ms=options.batch_wait_ms,
             max_ongoing_requests=options.max_ongoing_requests,
             max_queued_requests=options.max_queued_requests,
+            max_body_bytes=options.max_body_bytes,
         )
 
     def require_no_gaps(self) -> None:

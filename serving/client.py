@@ -9,6 +9,11 @@ from typing import Any, cast
 import httpx
 
 from features.errors import CorankError
+from serving.ports import is_loopback
+
+
+class NoEndpointError(CorankError):
+    """What answers at the address is not corank."""
 
 
 class RankingClient:
@@ -26,7 +31,14 @@ class RankingClient:
         """
         self.url = url.rstrip("/")
         self._timeout = timeout
-        self._http = httpx.Client(base_url=self.url, timeout=timeout)
+        # the variables http_proxy, all_proxy, … name proxies, which do not reach this machine's own addresses
+        try:
+            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not is_loopback(self.url))
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # a proxy of socks needs a package of its own
+            raise CorankError(
+                f"no endpoint can be asked at {url}: {error}. Correct the address, or the variables that name a proxy "
+                "(no_proxy exempts a host)."
+            ) from None
 
     def rank(
         self,
@@ -87,14 +99,23 @@ class RankingClient:
             raise CorankError(f"{self.url}{path}: no answer within {self._timeout:g} s") from None
         except httpx.HTTPError as error:
             raise CorankError(f"{self.url}{path}: {error}") from None
-        if response.is_success:
-            return cast(dict[str, Any], response.json())
-        raise CorankError(f"{self.url}{path}: {response.status_code}: {_message(response)}")
+        content = _object(response)
+        told = content.get("error")
+        if response.is_success and content and told is None:
+            return content
+        if not isinstance(told, dict) or "message" not in told:
+            raise NoEndpointError(
+                f"{self.url}{path}: {response.status_code}: {response.text.strip()[:300] or response.reason_phrase}; "
+                "this is no endpoint of corank"
+            )
+        where = f"{told['field']}: " if told.get("field") else ""
+        raise CorankError(f"{self.url}{path}: {response.status_code}: {where}{told['message']}")
 
 
-def _message(response: httpx.Response) -> str:
+def _object(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of an answer; empty when it is none."""
     try:
-        error = response.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        return response.text.strip()[:300] or response.reason_phrase
-    return f"{error['field']}: {error['message']}" if error.get("field") else str(error["message"])
+        content = response.json()
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

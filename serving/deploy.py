@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import time
+from itertools import dropwhile
 
 import ray
 from ray import serve
 
 from features.errors import CorankError
 from serving.client import RankingClient
-from serving.ports import require_free
+from serving.ports import endpoint_url, require_free
+from serving.proxy import announce
 from serving.ranking import APPLICATION, ServingSettings, build_application
+
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 
 def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, timeout: float = 120.0) -> str:
@@ -27,10 +32,10 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
     Raises:
         CorankError: the port is in use, the application does not start, or does not answer in time.
     """
-    running = bool(ray.is_initialized() and serve.status().proxies)
-    if not running:
+    if not runs_here():
         require_free(host, port)
-    url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}"
+    url = endpoint_url(host, port)
+    announce()
     serve.start(http_options={"host": host, "port": port})
     try:
         serve.run(build_application(settings), name=APPLICATION, route_prefix="/")
@@ -38,6 +43,11 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
         raise CorankError(f"serving: the application did not start: {_reason(error)}") from error
     _wait(url, timeout)
     return url
+
+
+def runs_here() -> bool:
+    """Whether Serve runs on the Ray that this process uses: then :func:`start` replaces what it serves."""
+    return bool(ray.is_initialized() and serve.status().proxies)
 
 
 def stop() -> None:
@@ -60,7 +70,16 @@ def _wait(url: str, timeout: float) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The last line of each replica's traceback, from the status of the application; the log has all of it."""
+    """What the replicas that did not start raised, from the status of the application; the log has all of it."""
     application = serve.status().applications.get(APPLICATION)
-    messages = [one.message.strip() for one in application.deployments.values()] if application else []
-    return "; ".join(message.splitlines()[-1] for message in messages if message) or str(error)
+    messages = [one.message for one in application.deployments.values() if one.message] if application else []
+    return "; ".join(dict.fromkeys(error_in(message) for message in messages)) or str(error)
+
+
+def error_in(text: str) -> str:
+    """The error that a text with stack traces ends with, all its lines; without its type where it says what to do."""
+    lines = COLOURS.sub("", text).strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    own = list(dropwhile(lambda line: line.startswith("    "), after))  # the frame's code and its marks
+    return re.sub(rf"^{CorankError.__module__}\.\w+: ", "", "\n".join(own))

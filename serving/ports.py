@@ -1,24 +1,62 @@
-"""Is a port free? Asked before hours of work, too, so this module imports nothing heavy."""
+"""Addresses of endpoints. Asked before hours of work, too, so this module imports nothing heavy."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
+from urllib.parse import urlsplit
 
 from features.errors import CorankError
+
+EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Who listens at all addresses is asked on loopback."""
+
+
+def endpoint_url(host: str, port: int) -> str:
+    """Where to ask an endpoint that listens on this host and port, e.g. ``http://127.0.0.1:8000``."""
+    asked = EVERYWHERE.get(host, host)
+    return f"http://{f'[{asked}]' if ':' in asked else asked}:{port}"
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is this machine's own, which no proxy reaches."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def require_free(host: str, port: int) -> None:
     """
     Raises:
-        CorankError: something else listens there.
+        CorankError: something else listens there, or this machine has no such address.
     """
+    if refusal := _refusal(host, port):
+        raise CorankError(
+            f"serving: cannot listen on {host}:{port}: {refusal}. "
+            "Set `serving.port` to a free port, or stop what uses it."
+        )
+
+
+def is_free(host: str, port: int) -> bool:
+    return _refusal(host, port) is None
+
+
+def free_port() -> int:
+    """A port of loopback that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _refusal(host: str, port: int) -> str | None:
+    """Why this process cannot listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            raise CorankError(
-                f"serving: cannot listen on {host}:{port}: {error.strerror}. "
-                "Set `serving.port` to a free port, or stop what uses it."
-            ) from None
+    except OSError as error:
+        return error.strerror or str(error)
+    return None

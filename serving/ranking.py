@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,25 +26,31 @@ import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, PlainValidator, StrictInt
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from features.batch import collate, concatenate, cut
-from features.errors import CorankError, UnavailableError
+from features.errors import CorankError, UnavailableError, message_of, raised
 from features.schema import OTHER_UNITS, Schema
 from features.store.online import FeatureStoreSettings
 from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
-from serving.rows import InvalidRequestError, RequestRow, as_text, build_row, check_text
+from serving.bodies import BodyError, bounded_route
+from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
 
 APPLICATION = "corank"
 
 MOST_EVENTS = 10_000
 """Events of one push."""
+
+MOST_BODY_BYTES = 8 << 20
+"""Bytes of one body, by default."""
 
 LOG = logging.getLogger("ray.serve")
 
@@ -62,6 +68,7 @@ class ServingSettings:
             may wait besides; any further one is answered 503 at once. As many pushes again.
         ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
         ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
+        max_body_bytes: of one HTTP request; a larger one is answered 413.
     """
 
     artifact: str
@@ -77,6 +84,7 @@ class ServingSettings:
     ranker_cpus: float = 0.5
     service_cpus: float = 0.1
     ranker_threads: int | None = None
+    max_body_bytes: int = MOST_BODY_BYTES
 
     @property
     def admitted(self) -> int:
@@ -105,8 +113,6 @@ def _identifier(value: Any) -> str | int:
         raise ValueError("must be a text or an integer")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError("is an integer of more than 64 bits; send it as text")
-    if isinstance(value, str):
-        check_text(value)
     return value
 
 
@@ -114,8 +120,6 @@ def _scalar(value: Any) -> Any:
     fits = -(2**63) <= value < 2**63 if isinstance(value, (int, float)) else isinstance(value, (str, NoneType))
     if not fits:  # NaN neither
         raise ValueError("must be a text, a number of at most 64 bits, a boolean or null")
-    if isinstance(value, str):
-        check_text(value)
     return value
 
 
@@ -141,7 +145,7 @@ class RankRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     user_id: Identifier
-    candidates: Annotated[list[Identifier], Field(min_length=1, description="item ids")]
+    candidates: Annotated[list[Identifier], FailFast(), Field(min_length=1, description="item ids")]
     context: Annotated[dict[str, Any], Field(description="context features by the column they come from")] = {}
     ts: Annotated[Microseconds | None, Field(description="time of the request, microseconds UTC; default: now")] = None
 
@@ -162,7 +166,7 @@ class EventsRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    events: Annotated[list[Event], Field(min_length=1, max_length=MOST_EVENTS)]
+    events: Annotated[list[Event], FailFast(), Field(min_length=1, max_length=MOST_EVENTS)]
     table: Annotated[str, Field(description="the event table of the config that they belong to")] = "events"
 
 
@@ -180,9 +184,10 @@ class Service(Protocol):
     async def describe(self) -> ModelDescription: ...
 
 
-def build_api(service: Service) -> FastAPI:
+def build_api(service: Service, max_body_bytes: int = MOST_BODY_BYTES) -> FastAPI:
     """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``."""
     api = FastAPI(title="corank")
+    api.router.route_class = bounded_route(max_body_bytes)
 
     @api.post("/v1/rank")
     async def rank(request: RankRequest) -> JSONResponse:
@@ -198,7 +203,7 @@ def build_api(service: Service) -> FastAPI:
             await service.describe()
         except Exception as error:
             LOG.exception("the model does not answer")
-            return _error(503, "not_ready", None, f"the model does not answer: {_first_line(error)}")
+            return _error(503, "not_ready", None, _told(error))
         return JSONResponse({"status": "ok"})
 
     @api.get("/v1/model")
@@ -207,10 +212,18 @@ def build_api(service: Service) -> FastAPI:
 
     @api.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        if isinstance(error.body, bytes):
+            return _error(
+                422, "invalid_request", "body", "is not JSON by its header; send content-type: application/json"
+            )
         first = error.errors()[0]
-        # ("body", "candidates", 3) → candidates.3; JSON that cannot be parsed has only a position
-        parts = [str(part) for part in first["loc"][1:]] if first["type"] != "json_invalid" else []
-        return _error(422, "invalid_request", ".".join(parts) or "body", first["msg"].removeprefix("Value error, "))
+        field = ".".join(str(part) for part in first["loc"][1:])  # ("body", "candidates", 3) → candidates.3
+        return _error(422, "invalid_request", field or "body", first["msg"].removeprefix("Value error, "))
+
+    @api.exception_handler(BodyError)
+    async def unreadable(_: Request, error: BodyError) -> JSONResponse:
+        kind = "too_large" if error.status_code == 413 else "invalid_request"
+        return _error(error.status_code, kind, error.field, error.detail)
 
     @api.exception_handler(InvalidRequestError)
     async def invalid(_: Request, error: InvalidRequestError) -> JSONResponse:
@@ -220,8 +233,8 @@ def build_api(service: Service) -> FastAPI:
     async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
         return _error(503, "overloaded", None, str(error), {"Retry-After": "1"})
 
-    @api.exception_handler(UnavailableError)
-    async def unavailable(_: Request, error: UnavailableError) -> JSONResponse:
+    @api.exception_handler(CorankError)  # the model or the store is not there, or not as the request needs it
+    async def unavailable(_: Request, error: CorankError) -> JSONResponse:
         LOG.error("request failed: %s", error)
         return _error(503, "unavailable", None, str(error), {"Retry-After": "1"})
 
@@ -233,7 +246,7 @@ def build_api(service: Service) -> FastAPI:
     @api.exception_handler(Exception)
     async def internal(_: Request, error: Exception) -> JSONResponse:
         LOG.error("request failed", exc_info=error)
-        return _error(500, "internal", None, _first_line(error))
+        return _error(500, "internal", None, _told(error))
 
     return api
 
@@ -245,8 +258,8 @@ def _error(
     return JSONResponse(content, status_code=status, headers=headers)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, CorankError) else message_of(error)
 
 
 def _summary(model: ModelDescription) -> dict[str, Any]:
@@ -327,7 +340,7 @@ class RankingService:
         self._admitted = {"rank": 0, "push": 0}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self)
+        return build_api(self, self._settings.max_body_bytes)
 
     async def describe(self) -> ModelDescription:
         """What the ranker serves, asked anew each time; also proves that the store can be read.
@@ -336,8 +349,7 @@ class RankingService:
             CorankError: the store lacks what the model reads.
         """
         await self._open()
-        description: ModelDescription = await self._ranker.describe.remote()
-        return description
+        return await self._described()
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
         """Score and order the candidates of a request.
@@ -366,7 +378,7 @@ class RankingService:
                     ts,
                 ),
             )
-            scores: np.ndarray = await self._ranker.rank.remote(row.rows)
+            scores: np.ndarray = await _answered(self._ranker.rank.remote(row.rows))
             return answer(request, ts, row, model, scores)
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
@@ -414,11 +426,32 @@ class RankingService:
         """The model and a reader of the features that this model reads (its schema, not the newest config's)."""
         async with self._opening:
             if self._model is None or self._reader is None:
-                model: ModelDescription = await self._ranker.describe.remote()
+                model = await self._described()
                 store = replace(self._settings.store, schema=model.schema)
                 self._reader = await _in_thread(self._reading, lambda: OnlineReader(store))
                 self._model = model
             return self._model, self._reader
+
+    async def _described(self) -> ModelDescription:
+        description: ModelDescription = await _answered(self._ranker.describe.remote())
+        return description
+
+
+async def _answered(call: Awaitable[Any]) -> Any:
+    """What a ranker answers.
+
+    Raises:
+        UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
+        Exception: what it raised, as it was raised there.
+    """
+    try:
+        return await call
+    except (RayError, RayServeException) as failure:
+        error = raised(failure)
+        if not isinstance(error, (RayError, RayServeException)):
+            raise error from None
+        LOG.error("the model does not answer", exc_info=failure)
+        raise UnavailableError("the model does not answer, its process has ended; try again") from None
 
 
 async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:

@@ -167,24 +167,12 @@ def _text(field: str, value: Any) -> str:
     """The text that an id or a category is coded by, the same as that of a table's column."""
     if not isinstance(value, (str, int, float)):
         raise InvalidRequestError(field, "must be a text, a number or a boolean")
-    try:
-        check_text(text := as_text(value))
-    except ValueError as error:
-        raise InvalidRequestError(field, str(error)) from None
-    return text
+    return as_text(value)
 
 
 def as_text(value: str | int | float) -> str:
     """A value as a table's column of it is when cast to text."""
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def check_text(value: str) -> None:
-    """Raise ValueError on half a surrogate pair, which JSON can spell, but no text can hold."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds a character that is no Unicode text") from None
 
 
 def _struct(kind: pa.StructType, columns: Mapping[str, Any]) -> pa.StructArray:

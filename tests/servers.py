@@ -1,10 +1,14 @@
-"""Servers that tests start in processes of their own."""
+"""Servers that tests start in processes and threads of their own."""
 
 from __future__ import annotations
 
 import socket
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def free_port() -> int:
@@ -24,3 +28,31 @@ def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
             assert server.poll() is None, f"{server.args} ended with {server.returncode}"
             assert time.monotonic() < until, f"{server.args} does not answer"
             time.sleep(0.05)
+
+
+@contextmanager
+def http_server(host: str, answer: str) -> Iterator[tuple[list[str], int]]:
+    """A server that answers every GET with this text: the paths it was asked for, and its port."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Tests do not listen."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+    server = Server((host, 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield asked, int(server.server_address[1])
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,93 +1,167 @@
-"""Feast objects derived from the schema: entities, one view per table or sequence, one feature service.
+"""Feast objects derived from schemas: entities, one view per table or sequence, one feature service.
 
 Profiles are stored as they are in their tables (raw), sequences as codes from the state table. No view has
 a time to live: a value counts until a newer one replaces it.
+
+What is registered is a union: that of the config's schema and of those of *live* models, which are served or may be
+from one moment to the next. Profiles have one view per table with the columns that any of them reads. Codes and counts
+mean what a declaration says, so a digest of it is part of their view's name: a changed declaration gets a view of its
+own beside that of the live model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 
 import pyarrow as pa
-from feast import Entity, FeatureService, FeatureView, Field, ValueType
+from feast import Entity, FeatureView, Field, ValueType
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
 from features.aggregates import state_fields
 from features.batch import event_id_column, timeline_column
 from features.errors import ConfigError
 from features.lake import Table
-from features.schema import Schema, Sequence
+from features.records import digest
+from features.schema import EventField, Feature, Schema
+from features.schema import Sequence as BehaviourSequence
 from features.store.delta import DeltaSource
 
 USER_VIEW = "user_features"
 ITEM_VIEW = "item_features"
 SEQUENCE_VIEW = "user_sequences_"
-"""Prefix of the views that hold behaviour sequences."""
-USER_AGGREGATES_VIEW = "user_aggregates"
-ITEM_AGGREGATES_VIEW = "item_aggregates"
+AGGREGATES_VIEWS = {"user": "user_aggregates_", "item": "item_aggregates_"}
+"""Prefixes of the views that are named by what they hold."""
 SERVICE = "ranking"
 UPDATED_AT = "updated_at"
 """When a profile became true (microseconds UTC): a feature too, so that a reader can refuse the future."""
 
-Definitions = list[Entity | FeatureView | FeatureService]
+USER = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
+ITEM = Entity(name="item", join_keys=["item_id"], value_type=ValueType.STRING)
 
 
-def sequence_view(sequence: Sequence) -> str:
+@dataclass(frozen=True)
+class StoredView:
+    """A view and its features that its table gives.
+
+    The others stay online as they were last written: only a live model reads them, and the tables have them no more.
+    """
+
+    view: FeatureView
+    given: tuple[str, ...]
+
+
+def sequence_view(sequence: BehaviourSequence) -> str:
     """Name of the view that holds a behaviour sequence."""
-    return f"{SEQUENCE_VIEW}{sequence.name}"
+    stored = [sequence.events, sequence.where, sequence.length, *[_stored_field(field) for field in sequence.fields]]
+    return f"{SEQUENCE_VIEW}{sequence.name}_{_identity(stored)}"
 
 
-def definitions(
+def aggregates_view(schema: Schema, side: Literal["user", "item"]) -> str:
+    """Name of the view that holds the counts of users or items."""
+    return f"{AGGREGATES_VIEWS[side]}{_identity([_stored_aggregate(one) for one in _counted(schema, side)])}"
+
+
+def is_named_by_content(view: str) -> bool:
+    return view.startswith((SEQUENCE_VIEW, *AGGREGATES_VIEWS.values()))
+
+
+def timeline_prefix(view: str) -> str:
+    """Name of the sequence in a :func:`sequence_view`, with which its features begin."""
+    return view.removeprefix(SEQUENCE_VIEW).rpartition("_")[0]
+
+
+def _identity(stored: object) -> str:
+    return digest(stored)[:6]
+
+
+def _stored_field(field: EventField) -> list[object]:
+    """What decides the codes of an event's field; tables of embeddings and their sizes do not."""
+    return [field.name, field.source, field.of, field.kind, field.vocabulary, field.scale]
+
+
+def _stored_aggregate(feature: Feature) -> list[object]:
+    """What decides counts and sums; what a value is made of them does not."""
+    one = feature.aggregate
+    assert one is not None
+    return [feature.name, feature.side, one.of, one.column, one.where, one.window, one.key]
+
+
+def stored_views(
     schema: Schema,
+    live: Sequence[Schema],
     users: Table,
     items: Table,
     state: Table,
-    user_aggregates: Table | None = None,
-    item_aggregates: Table | None = None,
-) -> Definitions:
-    """All Feast objects of a schema.
+    counts: Mapping[Literal["user", "item"], Table],
+    registered: Mapping[str, FeatureView],
+) -> list[StoredView]:
+    """The views of a schema, and those that live models read besides, in the order in which they are written.
 
     Args:
+        live: schemas of live models.
         users, items: profile tables, with ``updated_at``.
-        state: user_id, ts and per sequence the list columns of :func:`features.batch.timeline_column` and
-            :func:`features.batch.event_id_column`.
-        user_aggregates, item_aggregates: the counts of :mod:`features.aggregates`, with ``ts``; None: no views.
+        state: user_id, ts and per sequence of ``schema`` the list columns of :func:`features.batch.timeline_column`
+            and :func:`features.batch.event_id_column`.
+        counts: the tables of :mod:`features.aggregates`, with ``ts``; none: no views.
+        registered: by name; they know the types of columns that a profile table has lost.
 
     Raises:
-        ConfigError: a feature's column is missing in its table, or has a type that cannot be stored.
+        ConfigError: a feature's column is missing in its table, has a type that cannot be stored, or one that a live
+            model cannot read.
     """
-    user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
-    item = Entity(name="item", join_keys=["item_id"], value_type=ValueType.STRING)
+    every = (schema, *live)
     views = [
-        _profile_view(USER_VIEW, user, users, [feature.source for feature in schema.side("user")]),
-        _profile_view(
-            ITEM_VIEW, item, items, [*[feature.source for feature in schema.side("item")], *schema.joined_columns]
-        ),
+        _profile_view(USER_VIEW, USER, users, [_user_columns(one) for one in every], registered),
+        _profile_view(ITEM_VIEW, ITEM, items, [_item_columns(one) for one in every], registered),
     ]
-    state_source = DeltaSource(name=state.name, uri=state.uri, clock="ts", columns=state.columns)
-    for sequence in schema.sequences:
-        fields = [
-            Field(name=timeline_column(sequence, None), dtype=Array(Int64)),
-            Field(name=event_id_column(sequence), dtype=Array(Int64)),
-        ]
-        fields += [
-            Field(
-                name=timeline_column(sequence, field), dtype=Array(Float32) if field.kind == "number" else Array(Int64)
+    for one in live:
+        _require_readable(users, one.side("user"))
+        _require_readable(items, one.side("item"))
+    by_name = {sequence.name: sequence for sequence in schema.sequences}
+    sequences = {sequence_view(sequence): sequence for one in every for sequence in one.sequences}
+    for name, sequence in sequences.items():
+        view = _view(name, USER, state, "ts", _sequence_fields(sequence))
+        views.append(StoredView(view, _names(view) if _is_part_of(sequence, by_name.get(sequence.name)) else ()))
+    for side, table in counts.items():
+        for one in {aggregates_view(one, side): one for one in every}.values():
+            view = _view(
+                aggregates_view(one, side), USER if side == "user" else ITEM, table, "ts", aggregate_fields(one, side)
             )
-            for field in sequence.fields
-        ]
-        views.append(_view(sequence_view(sequence), user, state_source, fields))
-    counted: list[tuple[str, Entity, Table | None, Literal["user", "item"]]] = [
-        (USER_AGGREGATES_VIEW, user, user_aggregates, "user"),
-        (ITEM_AGGREGATES_VIEW, item, item_aggregates, "item"),
+            own = [_stored_aggregate(feature) for feature in _counted(schema, side)]
+            lost = [feature for feature in _counted(one, side) if _stored_aggregate(feature) not in own]
+            gone = {
+                column
+                for feature in lost
+                for column in (count_column(feature), sum_column(feature), key_column(feature))
+            }
+            views.append(StoredView(view, tuple(name for name in _names(view) if name not in gone)))
+    return views
+
+
+def _is_part_of(sequence: BehaviourSequence, other: BehaviourSequence | None) -> bool:
+    """Whether the lists of the other sequence hold, event for event, what those of this one would."""
+    if other is None or (sequence.events, sequence.where, sequence.length) != (other.events, other.where, other.length):
+        return False
+    return all(_stored_field(field) in [_stored_field(one) for one in other.fields] for field in sequence.fields)
+
+
+def _sequence_fields(sequence: BehaviourSequence) -> list[Field]:
+    fields = [
+        Field(name=timeline_column(sequence, None), dtype=Array(Int64)),
+        Field(name=event_id_column(sequence), dtype=Array(Int64)),
     ]
-    for name, entity, table, side in counted:
-        if table is not None:
-            source = DeltaSource(name=table.name, uri=table.uri, clock="ts", columns=table.columns)
-            views.append(_view(name, entity, source, aggregate_fields(schema, side)))
-    return [user, item, *views, FeatureService(name=SERVICE, features=list(views))]
+    for field in sequence.fields:
+        dtype = Array(Float32) if field.kind == "number" else Array(Int64)
+        fields.append(Field(name=timeline_column(sequence, field), dtype=dtype))
+    return fields
+
+
+def _counted(schema: Schema, side: Literal["user", "item"]) -> tuple[Feature, ...]:
+    """The features whose counts are stored with users, or items."""
+    return schema.aggregates("user", "cross") if side == "user" else schema.aggregates("item")
 
 
 def aggregate_fields(schema: Schema, side: Literal["user", "item"]) -> list[Field]:
@@ -108,28 +182,70 @@ def aggregate_fields(schema: Schema, side: Literal["user", "item"]) -> list[Fiel
     ]
 
 
-def _profile_view(name: str, entity: Entity, table: Table, sources: Iterable[str]) -> FeatureView:
+def _user_columns(schema: Schema) -> list[str]:
+    return [feature.source for feature in schema.side("user")]
+
+
+def _item_columns(schema: Schema) -> list[str]:
+    """What candidates, events and features that cross the user with an item read of items."""
+    return [*[feature.source for feature in schema.side("item")], *schema.joined_columns, *schema.cross_keys]
+
+
+def _profile_view(
+    name: str, entity: Entity, table: Table, wanted: Sequence[list[str]], registered: Mapping[str, FeatureView]
+) -> StoredView:
+    """A profile table's view.
+
+    Args:
+        wanted: columns, of the config's schema first; those of live models may be gone from the table.
+    """
     types = {column.name: column.type for column in table.schema()}
-    fields = []
-    for column in dict.fromkeys([*sources, UPDATED_AT]):
+    known = {field.name: field for field in registered[name].features} if name in registered else {}
+    fields, given = [], []
+    for column in dict.fromkeys([*wanted[0], UPDATED_AT, *(one for columns in wanted[1:] for one in columns)]):
         if column == entity.join_key:
             continue
-        if column not in types:
+        if column in types:
+            dtype = Int64 if column == UPDATED_AT else _feast_type(table, column, types[column])
+            fields.append(Field(name=column, dtype=dtype))
+            given.append(column)
+        elif column in (*wanted[0], UPDATED_AT):
             raise ConfigError(
                 f"table {table.name} at {table.uri} has no column {column!r}; it has {sorted(types)}. "
                 f"Correct the feature's `column`, or map it under `tables.{table.name}.columns`."
             )
-        fields.append(
-            Field(name=column, dtype=Int64 if column == UPDATED_AT else _feast_type(table, column, types[column]))
-        )
-    return _view(
-        name, entity, DeltaSource(name=table.name, uri=table.uri, clock=UPDATED_AT, columns=table.columns), fields
-    )
+        elif column in known:
+            fields.append(known[column])
+    return StoredView(_view(name, entity, table, UPDATED_AT, fields), tuple(given))
 
 
-def _view(name: str, entity: Entity, source: DeltaSource, fields: list[Field]) -> FeatureView:
+def _require_readable(table: Table, features: Iterable[Feature]) -> None:
+    """A live model goes on reading the columns that it was trained with.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    types = {column.name: column.type for column in table.schema()}
+    for feature in features:
+        if feature.source in types:
+            stored = _feast_type(table, feature.source, types[feature.source])
+            number = stored in (Int64, Float32, Float64, Bool)
+            if isinstance(stored, Array) != feature.multi or (feature.kind == "number" and not number):
+                raise ConfigError(
+                    f"table {table.name}: column {feature.source!r} is {types[feature.source]} now, which a model that "
+                    f"is served, or was before it, cannot read as its feature {feature.name}. Give the new values a "
+                    "column of their own until that model is replaced."
+                )
+
+
+def _view(name: str, entity: Entity, table: Table, clock: str, fields: list[Field]) -> FeatureView:
+    source = DeltaSource(name=table.name, uri=table.uri, clock=clock, columns=table.columns)
     key = Field(name=entity.join_key, dtype=String)
     return FeatureView(name=name, entities=[entity], schema=[key, *fields], source=source, ttl=timedelta(0))
+
+
+def _names(view: FeatureView) -> tuple[str, ...]:
+    return tuple(feature.name for feature in view.features)
 
 
 def _feast_type(table: Table, column: str, kind: pa.DataType) -> FeastType:

@@ -8,7 +8,6 @@ items alone), so an erased user is unknown to it from the next request on.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from itertools import compress, islice
 
 import polars as pl
@@ -77,10 +76,10 @@ def erase_absent(
     close = end if close is None else close
     logged_until = close if logged_until is None else logged_until
     store, removed = open_store(settings), {}
-    for name in settings.views:
+    for name in [str(one.view.name) for one in settings.stored_views(store) if one.given]:
         view = registered_view(store, name)
         until = close if name.startswith(SEQUENCE_VIEW) else end
-        query = replace(view_query(store, view, None, until), values={})
+        query = view_query(store, view, None, until)
         (key,) = query.keys
         present = pl.concat([rows[key] for rows in Partitions(query, settings.slice_bytes).rows()])
         with reachable(store):

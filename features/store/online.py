@@ -8,9 +8,9 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import polars as pl
 import pyarrow as pa
-from feast import FeatureStore, FeatureView, RepoConfig
+from feast import FeatureService, FeatureStore, FeatureView, RepoConfig
 from feast.errors import FeatureViewNotFoundException
 from feast.infra.online_stores.sqlite import SqliteOnlineStoreConfig
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
@@ -32,14 +32,14 @@ from features.errors import CorankError, UnavailableError
 from features.lake import Table
 from features.schema import Schema
 from features.store.definitions import (
-    ITEM_AGGREGATES_VIEW,
-    ITEM_VIEW,
+    ITEM,
     SEQUENCE_VIEW,
-    USER_AGGREGATES_VIEW,
-    USER_VIEW,
-    Definitions,
-    definitions,
-    sequence_view,
+    SERVICE,
+    USER,
+    StoredView,
+    is_named_by_content,
+    stored_views,
+    timeline_prefix,
 )
 from features.store.delta import DeltaOfflineStoreConfig, delta_source, moment
 from features.store.query import SLICE_BYTES, TIME, Partitions, Query, latest, together
@@ -70,6 +70,8 @@ class FeatureStoreSettings:
     Attributes:
         project: Feast project; separates pipelines that share an online store.
         registry: path (or ``s3://`` address) of the Feast registry file.
+        live: schemas of models that are served, or may be from one moment to the next. What they read stays
+            registered and stored, and is kept up to date as far as the tables still give it.
         users, items: the user's profile tables.
         state_uri: the state table of the sample builder; ``state_options`` are its storage options.
         user_aggregates, item_aggregates: the builder's tables of counts; None: a store without counts, where nobody is
@@ -88,6 +90,7 @@ class FeatureStoreSettings:
     items: Table
     state_uri: str
     state_options: dict[str, str] = field(default_factory=dict)
+    live: tuple[Schema, ...] = ()
     user_aggregates: Table | None = None
     item_aggregates: Table | None = None
     online: Literal["sqlite", "redis"] = "sqlite"
@@ -108,20 +111,23 @@ class FeatureStoreSettings:
         return [self.users, self.items, self.state, *counted]
 
     @property
-    def objects(self) -> Definitions:
-        """Everything that is registered.
+    def counts(self) -> dict[Literal["user", "item"], Table]:
+        """The tables of counts that there are."""
+        named: dict[Literal["user", "item"], Table | None] = {
+            "user": self.user_aggregates,
+            "item": self.item_aggregates,
+        }
+        return {side: table for side, table in named.items() if table is not None}
+
+    def stored_views(self, store: FeatureStore) -> list[StoredView]:
+        """What is registered, in the order in which it is written.
 
         Raises:
-            ConfigError: a feature's column is missing, or has a type that cannot be stored.
+            ConfigError: a feature's column is missing, or has a type that cannot be stored or that a live model cannot
+                read.
         """
-        return definitions(self.schema, self.users, self.items, self.state, self.user_aggregates, self.item_aggregates)
-
-    @property
-    def views(self) -> list[str]:
-        """Names of the views, in the order in which they are written."""
-        own = [USER_VIEW, ITEM_VIEW, *[sequence_view(sequence) for sequence in self.schema.sequences]]
-        counted = {USER_AGGREGATES_VIEW: self.user_aggregates, ITEM_AGGREGATES_VIEW: self.item_aggregates}
-        return own + [name for name, table in counted.items() if table is not None]
+        registered = {view.name: view for view in store.list_feature_views()}
+        return stored_views(self.schema, self.live, self.users, self.items, self.state, self.counts, registered)
 
 
 def open_store(settings: FeatureStoreSettings) -> FeatureStore:
@@ -155,14 +161,28 @@ def backend(store: FeatureStore) -> Any:
     return store._get_provider().online_store
 
 
-def apply(settings: FeatureStoreSettings) -> None:
-    """Register the schema's entities, views and service, and create their online tables. Idempotent.
+def apply(settings: FeatureStoreSettings) -> list[str]:
+    """Register entities, views and service, and create their online tables. Idempotent.
+
+    A view that no live model reads any more goes, with all that is stored in it.
+
+    Returns:
+        the names of the views.
 
     Raises:
-        ConfigError: a feature's column is missing, or has a type that cannot be stored.
+        ConfigError: a feature's column is missing, or has a type that cannot be stored or that a live model cannot
+            read.
         CorankError: a table does not exist.
     """
-    open_store(settings).apply([*settings.objects])
+    store = open_store(settings)
+    views = [one.view for one in settings.stored_views(store)]
+    names = [str(view.name) for view in views]
+    own = {one.view.name for one in replace(settings, live=()).stored_views(store)}
+    service = FeatureService(name=SERVICE, features=[view for view in views if view.name in own])
+    registered = [view for view in store.list_feature_views() if is_named_by_content(view.name)]
+    unread = [view for view in registered if view.name not in names]
+    store.apply([USER, ITEM, *views, service], objects_to_delete=list(unread), partial=False)
+    return names
 
 
 def materialize(
@@ -204,9 +224,12 @@ def materialize(
     close = end if close is None else close
     logged_until = close if logged_until is None else logged_until
     store, written = open_store(settings), {}
-    for name in settings.views:
+    for stored in settings.stored_views(store):
+        name = str(stored.view.name)
         view = registered_view(store, name)
-        query = view_query(store, view, start, close if name.startswith(SEQUENCE_VIEW) else end)
+        if not stored.given:
+            continue
+        query = view_query(store, view, start, close if name.startswith(SEQUENCE_VIEW) else end, stored.given)
         partitions = Partitions(query, settings.slice_bytes)
         rows = 0
         for count in _written(store, settings, view, partitions, logged_until):
@@ -220,14 +243,16 @@ def materialize(
     return written
 
 
-def view_query(store: FeatureStore, view: FeatureView, start: int | None, end: int) -> Query:
-    """The newest row of every entity of a view with start ≤ time ≤ end."""
+def view_query(
+    store: FeatureStore, view: FeatureView, start: int | None, end: int, features: Iterable[str] = ()
+) -> Query:
+    """The newest row of every entity of a view with start ≤ time ≤ end, and these features of it."""
     source = delta_source(view)
     return Query(
         source.table(store.config),
         source.clock,
         keys={column.name: column.name for column in view.entity_columns},
-        values={one.name: one.name for one in view.features},
+        values={one: one for one in features},
         start=start,
         end=end,
         latest=True,
@@ -326,7 +351,7 @@ def keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any
     Returns:
         whether there are any.
     """
-    times = before.get(f"{view.name.removeprefix(SEQUENCE_VIEW)}__ts")
+    times = before.get(f"{timeline_prefix(view.name)}__ts")
     first = bisect_left(times.int64_list_val.val, logged_until) if times is not None else 0
     if times is None or first == len(times.int64_list_val.val):
         return False
@@ -339,19 +364,19 @@ def keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any
 
 
 def entity_values(view: FeatureView, rows: pl.DataFrame) -> list[EntityValues]:
-    """Rows of keys, features and ``TIME`` as Feast writes them."""
+    """Rows of keys, features and ``TIME`` as Feast writes them; a feature that they lack stays as it is stored."""
+    features = [feature for feature in view.features if feature.name in rows.columns]
     values = {
         column.name: python_values_to_proto_values(
             _storable(rows[column.name], column.dtype), column.dtype.to_value_type()
         )
-        for column in [*view.entity_columns, *view.features]
+        for column in [*view.entity_columns, *features]
     }
     keys = [column.name for column in view.entity_columns]
-    features = [feature.name for feature in view.features]
     return [
         (
             EntityKey(join_keys=keys, entity_values=[values[key][row] for key in keys]),
-            {feature: values[feature][row] for feature in features},
+            {feature.name: values[feature.name][row] for feature in features},
             moment(ts),
             None,
         )

@@ -35,12 +35,11 @@ from features.errors import CorankError
 from features.lake import Table
 from features.schema import Feature
 from features.store.definitions import (
-    ITEM_AGGREGATES_VIEW,
     ITEM_VIEW,
     UPDATED_AT,
-    USER_AGGREGATES_VIEW,
     USER_VIEW,
     aggregate_fields,
+    aggregates_view,
     sequence_view,
 )
 from features.store.online import FeatureStoreSettings, open_store, reachable, registered_view
@@ -89,8 +88,8 @@ class OnlineReader:
         self._store = open_store(settings)
         self._user = self._columns(USER_VIEW, "user_id", settings.schema.side("user"))
         self._item = self._columns(ITEM_VIEW, "item_id", settings.schema.side("item"))
-        self._user_counts = self._counts(USER_AGGREGATES_VIEW, "user", settings.user_aggregates)
-        self._item_counts = self._counts(ITEM_AGGREGATES_VIEW, "item", settings.item_aggregates)
+        self._user_counts = self._counts("user", settings.user_aggregates)
+        self._item_counts = self._counts("item", settings.item_aggregates)
         for sequence in self.schema.sequences:
             _require(
                 registered_view(self._store, sequence_view(sequence)),
@@ -130,7 +129,7 @@ class OnlineReader:
 
     def _user_row(self, user_id: str) -> dict[str, Any]:
         """Profile and counts as they are stored; nulls where there are none."""
-        views = {USER_VIEW: list(self._user), USER_AGGREGATES_VIEW: list(self._user_counts)}
+        views = {USER_VIEW: list(self._user), aggregates_view(self.schema, "user"): list(self._user_counts)}
         names = [f"{view}:{name}" for view, columns in views.items() for name in columns if name != "user_id"]
         return {name: values[0] for name, values in self._read(names, "user_id", [user_id]).items()}
 
@@ -204,14 +203,14 @@ class OnlineReader:
         _require(view, sources)
         return {key: pl.String, **{source: kinds[source] for source in sources}}
 
-    def _counts(self, name: str, side: Literal["user", "item"], table: Table | None) -> dict[str, Any]:
+    def _counts(self, side: Literal["user", "item"], table: Table | None) -> dict[str, Any]:
         """Polars types of the stored counts by column; ``ts`` is called ``COUNTED_AT``."""
         fields = aggregate_fields(self.schema, side)
         if table is None:
             if len(fields) > 1:
                 raise CorankError(f"the model reads counts ({fields[1].name}), but the store's settings have none")
             return {}
-        _require(registered_view(self._store, name), [one.name for one in fields])
+        _require(registered_view(self._store, aggregates_view(self.schema, side)), [one.name for one in fields])
         return {one.name: POLARS_TYPES[one.dtype] for one in fields}
 
     def _read(self, names: list[str], key: str, ids: list[str]) -> dict[str, list[Any]]:
@@ -223,7 +222,7 @@ class OnlineReader:
 
     def _read_items(self, item_ids: list[str]) -> Stored:
         kinds = {**self._item, **self._item_counts}
-        views = {ITEM_VIEW: self._item, ITEM_AGGREGATES_VIEW: self._item_counts}
+        views = {ITEM_VIEW: self._item, aggregates_view(self.schema, "item"): self._item_counts}
         names = [f"{view}:{name}" for view, columns in views.items() for name in columns if name != "item_id"]
         portions = []
         for start in range(0, len(item_ids), READ_ROWS):

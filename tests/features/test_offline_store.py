@@ -17,6 +17,7 @@ from feast.data_source import DataSource
 
 from features.errors import CorankError
 from features.lake import Table
+from features.store.definitions import sequence_view
 from features.store.delta import DeltaOfflineStore, DeltaSource, delta_source, moment
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store
 from features.store.query import SLICE_BYTES, Partitions, Query
@@ -90,7 +91,8 @@ def test_several_views_at_once(settings: FeatureStoreSettings) -> None:
     ).to_arrow()
     assert found["user_features__segment_id"].to_pylist() == [7, BIG]
     assert found["item_features__genre"].to_pylist() == [None, "drama"]
-    assert [one and len(one) for one in found["user_sequences_clicks__clicks__ts"].to_pylist()] == [200, None]
+    times = found[f"{sequence_view(SCHEMA.sequences[0])}__clicks__ts"].to_pylist()
+    assert [one and len(one) for one in times] == [200, None]
 
 
 WHERE = [

@@ -20,6 +20,7 @@ from features.errors import UnavailableError
 from features.lake import Table
 from features.schema import SECOND, partition_bounds
 from features.states import STATE
+from features.store.definitions import sequence_view
 from features.store.erase import erase_absent, erase_users
 from features.store.online import STRIPES, FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.push import OnlineWriter
@@ -68,7 +69,7 @@ def test_redis_gives_what_sqlite_gives(
         materialize(settings, CLOSES[1], CLOSES[2])
         contents.append([written, first, added, pushed, online_content(settings, USERS, CLOSES[2])])
     np.testing.assert_equal(contents[1], contents[0])
-    assert contents[0][0]["user_sequences_watched"] > 5
+    assert contents[0][0][sequence_view(SCHEMA.sequences[0])] > 5
     assert contents[0][2][0] != contents[0][2][1] == {"watched": 0, "bought": 0}
 
 
@@ -128,7 +129,7 @@ def test_a_store_filled_anew_after_a_correction_is_as_one_filled_for_the_first_t
     after = online_content(corrected, USERS, CLOSES[2])
     np.testing.assert_equal(visible(after), visible(online_content(fresh, USERS, CLOSES[2])))
     assert removed["user_features"] == removed["item_features"] == 1
-    assert removed["user_sequences_watched"] >= 1
+    assert removed[sequence_view(SCHEMA.sequences[0])] >= 1
     assert before[gone]["raw"] is not None
     assert before[gone]["watched"]["ts"]
     assert after[gone] == {**after[str(USERS)], "coded": after[gone]["coded"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from deltalake import DeltaTable
 from features.batch import feature_column
 from features.encoding import encode, hash_id
 from features.errors import ConfigError, CorankError, UnreadableError
-from features.schema import Feature
-from features.store.online import FeatureStoreSettings, apply, materialize
+from features.lake import Table
+from features.schema import Aggregate, EventField, Feature, Schema
+from features.store.definitions import sequence_view
+from features.store.erase import erase_absent
+from features.store.online import FeatureStoreSettings, apply, materialize, open_store
 from features.store.reader import OnlineReader
 from tests.features import profiles
-from tests.features.profiles import BIG, DAY, SCHEMA, write
+from tests.features.profiles import BIG, DAY, SCHEMA, STATE, write
 
 settings = profiles.settings
 
@@ -29,7 +32,7 @@ def test_values_arrive_online_unchanged(settings: FeatureStoreSettings) -> None:
     apply(settings)  # twice changes nothing
     seen: list[tuple[str, int]] = []
     rows = materialize(settings, 0, 5 * DAY, lambda view, count: seen.append((view, count)))
-    assert rows == {"user_features": 3, "item_features": 2, "user_sequences_clicks": 2}
+    assert rows == {"user_features": 3, "item_features": 2, sequence_view(SCHEMA.sequences[0]): 2}
     assert dict(seen) == rows
     reader = OnlineReader(settings)
     profile = reader.user("a")
@@ -159,3 +162,128 @@ def test_errors_say_what_to_do(settings: FeatureStoreSettings) -> None:
     apply(settings)
     with pytest.raises(CorankError, match=r"lacks \['nope'\]"):
         OnlineReader(replace(settings, schema=wrong))
+
+
+COUNTED = SCHEMA.model_copy(
+    update={
+        "features": (
+            *SCHEMA.features,
+            Feature(name="shown", side="user", aggregate=Aggregate(window=2)),
+            Feature(name="seen", side="user", aggregate=Aggregate(of="events")),
+        )
+    }
+)
+"""The model that is served reads this."""
+
+
+def without(*names: str, **changed: Feature) -> Schema:
+    """``COUNTED`` without some features and with others in place of those of their names."""
+    kept = [changed.get(one.name, one) for one in COUNTED.features if one.name not in names]
+    return COUNTED.model_copy(update={"features": tuple(kept)})
+
+
+def with_sequence(**changes: Any) -> Schema:
+    return COUNTED.model_copy(update={"sequences": (SCHEMA.sequences[0].model_copy(update=changes),)})
+
+
+ITEM, DWELL = SCHEMA.sequences[0].fields
+CHANGED = {
+    "a feature less": without("city"),
+    "another column": without(age=Feature(name="age", column="segment_id", side="user", kind="number")),
+    "another kind": without(age=Feature(name="age", side="user")),
+    "a count less": without("shown"),
+    "another window": without(shown=Feature(name="shown", side="user", aggregate=Aggregate(window=3))),
+    "a sequence less": COUNTED.model_copy(update={"sequences": ()}),
+    "a sequence's field less": with_sequence(fields=(ITEM,)),
+    "a sequence's field more": with_sequence(fields=(ITEM, DWELL, EventField(name="more"))),
+    "a sequence's field coded otherwise": with_sequence(
+        fields=(EventField(name="item", column="item_id", kind="category", vocabulary=("1",)), DWELL)
+    ),
+    "a shorter sequence": with_sequence(length=3),
+    "a sequence of another name": with_sequence(name="others"),
+}
+
+
+def write_tables(root: Path, schema: Schema, value: int) -> None:
+    """State and counts as a builder of this schema writes them; what is coded differently has other values."""
+    rows: dict[str, Any] = {"user_id": ["a", "b"], "ts": [2 * DAY, 2 * DAY]}
+    state = dict(rows)
+    for sequence in schema.sequences:
+        times = list(range(min(sequence.length, 5)))
+        state |= {f"{sequence.name}__ts": [times, []], f"{sequence.name}__event_id": [times, []]}
+        for one in sequence.fields:
+            code = 7 if one in (ITEM, DWELL) else value
+            state[f"{sequence.name}__{one.name}"] = [[float(code) if one.kind == "number" else code] * len(times), []]
+    counts = dict(rows)
+    for one in schema.aggregates("user"):
+        own = 4 if one in COUNTED.features else value
+        counts |= {f"count__{one.name}": [own, own], f"sum__{one.name}": [float(own), float(own)]}
+    kinds = {name: STATE[name.replace("others__", "clicks__")] for name in state if name != "clicks__more"}
+    for name, content, types in (("state", state, kinds), ("counts", counts, {})):
+        frame = pl.DataFrame(content, schema_overrides=types)
+        frame.write_delta(str(root / name), mode="overwrite", delta_write_options={"schema_mode": "overwrite"})
+
+
+def everything(settings: FeatureStoreSettings) -> list[Any]:
+    reader = OnlineReader(settings)
+    histories = [asdict(one) for user in "abcd" for one in reader.sequences(user).values()]
+    return [
+        histories,
+        [reader.encoded_user(user, 9 * DAY) for user in "abcd"],
+        reader.items(["1", "2"], 9 * DAY).rows(),
+    ]
+
+
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED)
+def test_a_changed_config_takes_nothing_from_a_model_that_is_served(
+    settings: FeatureStoreSettings, tmp_path: Path, changed: Schema
+) -> None:
+    counts = Table("user_aggregates", str(tmp_path / "counts"))
+    served = replace(settings, schema=COUNTED, user_aggregates=counts)
+    write_tables(tmp_path, COUNTED, 7)
+    apply(served)
+    materialize(served, 0, 5 * DAY)
+    before = everything(served)
+    write_tables(tmp_path, changed, 8)
+    newer = replace(served, schema=changed, live=(COUNTED,))
+    for _ in range(2):
+        apply(newer)
+        materialize(newer, 0, 5 * DAY)
+        erase_absent(newer, 5 * DAY)
+        np.testing.assert_equal(everything(served), before)
+    everything(newer)
+    names = {view.name for view in open_store(newer).list_feature_views()}
+    apply(replace(newer, live=()))
+    left = {view.name for view in open_store(newer).list_feature_views()}
+    assert left <= names
+    if changed.sequences != COUNTED.sequences or changed.aggregates("user") != COUNTED.aggregates("user"):
+        assert left < names
+    everything(newer)
+
+
+def test_a_column_that_a_table_lost_stays_as_it_was_stored_for_the_model_that_is_served(
+    settings: FeatureStoreSettings,
+) -> None:
+    apply(settings)
+    materialize(settings, 0, 5 * DAY)
+    before = everything(settings)
+    users = pl.read_delta(settings.users.uri).drop("city")
+    users.write_delta(settings.users.uri, mode="overwrite", delta_write_options={"schema_mode": "overwrite"})
+    features = tuple(one for one in SCHEMA.features if one.name != "city")
+    newer = replace(settings, schema=SCHEMA.model_copy(update={"features": features}), live=(SCHEMA,))
+    apply(newer)
+    materialize(newer, 0, 5 * DAY)
+    np.testing.assert_equal(everything(settings), before)
+    apply(replace(newer, live=()))
+    with pytest.raises(CorankError, match=r"lacks \['city'\]"):
+        OnlineReader(settings)
+
+
+def test_a_column_of_another_type_than_a_served_model_reads_is_refused(settings: FeatureStoreSettings) -> None:
+    apply(settings)
+    users = pl.read_delta(settings.users.uri).with_columns(age=pl.lit("old"))
+    users.write_delta(settings.users.uri, mode="overwrite", delta_write_options={"schema_mode": "overwrite"})
+    features = tuple(one.model_copy(update={"kind": "id"}) if one.name == "age" else one for one in SCHEMA.features)
+    newer = replace(settings, schema=SCHEMA.model_copy(update={"features": features}), live=(SCHEMA,))
+    with pytest.raises(ConfigError, match=r"table users: column 'age' is .*string.* now, .*column of their own"):
+        apply(newer)

@@ -6,10 +6,13 @@ import _thread
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
-from features.tasks import each
+from features.errors import CorankError, DataGateError, causes, known_cause, message_of
+from features.tasks import each, result_of, task
 
 STEPS, STEP = 40, 0.1
 
@@ -44,3 +47,44 @@ def test_results_come_in_the_order_of_the_calls(local_ray: None, on_ray: bool) -
 def _wait(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
+
+
+def fail(error: BaseException) -> Any:
+    raise error
+
+
+def test_an_error_inside_a_task_is_what_was_raised_there(local_ray: None) -> None:
+    with pytest.raises(DataGateError) as caught:
+        result_of(task(fail).remote(DataGateError("table users: broken\nline two")))
+    assert str(caught.value) == "table users: broken\nline two"
+    with pytest.raises(ray.exceptions.RayTaskError) as unforeseen:
+        result_of(task(fail).remote(ValueError("one\ntwo")))
+    assert message_of(unforeseen.value) == "ValueError: one\ntwo"
+    assert known_cause(unforeseen.value) is None
+
+
+def test_causes_that_are_a_circle_end() -> None:
+    inner, outer = ValueError("inner"), RuntimeError("outer")
+    outer.__cause__, inner.__context__ = inner, outer
+    assert list(causes(inner)) == [inner, outer]
+    assert known_cause(inner) is None
+    outer.__context__ = CorankError("what to do")
+    outer.__suppress_context__ = False
+    assert str(known_cause(inner)) == "what to do"
+
+
+def test_errors_of_the_operating_system_say_where_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="Not a directory") as caught:
+        (tmp_path / "file" / "in").mkdir()
+    assert message_of(caught.value).startswith(f"{tmp_path}/file/in: Not a directory. A file lies where a folder")
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        tmp_path.open()
+    assert message_of(caught.value).startswith(f"{tmp_path}: Is a directory. A file lies where a folder")
+    with pytest.raises(OSError, match="No space left") as caught, Path("/dev/full").open("wb", buffering=0) as full:
+        full.write(b"1")
+    assert "No space left on device. Free some of the disk" in message_of(caught.value)
+    denied = RuntimeError("Generic LocalFileSystem error: cannot open /x: Permission denied (os error 13)")
+    assert "/x: Permission denied (os error 13). Give the user" in message_of(denied)
+    assert message_of(PermissionError(13, "Permission denied", "/y")).startswith("/y: Permission denied. Give the user")
+    assert message_of(AssertionError()) == "AssertionError"

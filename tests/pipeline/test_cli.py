@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.importers.synthetic import import_synthetic
 from tests.pipeline.workspaces import START, write_config
+from tests.servers import http_server
 
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 COMMANDS = [
@@ -66,6 +67,29 @@ def test_a_wrong_config_exits_2_without_a_stack_trace(tmp_path: Path, data: Path
     assert "Traceback" not in done.stderr
     assert corank("run", "--config", str(tmp_path / "none.yaml")).returncode == 2
     assert corank("run", "--confg").returncode == 2
+
+
+def test_an_unforeseen_error_in_a_stage_names_stage_and_place_and_shows_its_trace_only_when_asked(
+    tmp_path: Path, data: Path
+) -> None:
+    """Dagster raises what a stage raised from its own error, whose cause that is: a circle."""
+    path = write_config(tmp_path, data)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "great_expectations").touch()  # where a folder goes
+    done = corank("run", "--config", str(path), "--debug")
+    assert done.returncode == 1
+    trace, _, message = done.stderr.partition("error: ")
+    assert "Traceback" in trace
+    assert "Traceback" not in message
+    assert message.startswith(f"stage validated: {tmp_path}/work/great_expectations: File exists. A file lies where")
+
+
+def test_a_port_that_another_program_has_is_named_before_anything_runs(tmp_path: Path, data: Path) -> None:
+    with http_server("127.0.0.1", "no JSON") as (_, port):
+        done = corank("run", "--config", str(write_config(tmp_path, data, serving={"port": port})))
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert not (tmp_path / "work" / "tables").exists()
 
 
 @pytest.mark.slow

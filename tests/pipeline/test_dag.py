@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 import pytest
 from deltalake import DeltaTable
 
@@ -19,6 +23,7 @@ from features.encoding import bucket_of
 from features.errors import CorankError, DataGateError
 from features.fold import rows_after
 from features.lake import Table
+from features.store.online import apply
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.config import Config, EvaluationConfig
@@ -33,6 +38,8 @@ from pipeline.verification import asked_again
 from pipeline.workspace import FOREVER
 from serving.client import RankingClient
 from serving.deploy import stop
+from serving.ports import endpoint_url
+from serving.ranking import APPLICATION
 from tests.pipeline.workspaces import START, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -199,6 +206,59 @@ def test_an_event_sent_to_the_endpoint_changes_the_next_answer_once(config: Conf
             client.push([event])
 
 
+def test_killed_replicas_are_answered_503_and_answer_as_before_when_restarted_beside_a_changed_config(
+    config: Config,
+) -> None:
+    pipeline = Pipeline(config, Progress(), DAYS[1])
+    item, close = config.table("items").scan().select("item_id").head(1).collect().item(), pipeline.store_close()
+    fewer = config.model_copy(update={"features": config.features[1:], "sequences": config.sequences[1:]})
+    apply(Pipeline(fewer, Progress(), DAYS[1]).registered_settings())
+    url = endpoint_url(config.serving.host, config.serving.port)
+    with RankingClient(url, timeout=120) as client, ThreadPoolExecutor(6) as pool:
+
+        def scores() -> Any:
+            return client.rank("somebody", [item] * 2_000, {"device": "tv"}, close)["scores"]
+
+        def failure(until: float) -> str | None:
+            while time.monotonic() < until:
+                try:
+                    scores()
+                except CorankError as error:
+                    return str(error)
+            return None
+
+        before = scores()
+        for name, message in (("Ranker", "the model does not answer"), ("RankingService", "no process of the service")):
+            replica = replica_process(name)
+            asked = [pool.submit(failure, time.monotonic() + 2) for _ in range(6)]
+            time.sleep(1.0)
+            replica.suspend()  # with requests in it
+            replica.kill()
+            failures = {one.result() for one in asked} - {None}  # what was not in it, the next replica answers
+            assert failures
+            assert all(f"503: {message}" in str(one) and "try again" in str(one) for one in failures), failures
+            until_it_answers(client)
+            np.testing.assert_allclose(scores()["click"], before["click"], atol=1e-6)
+
+
+def replica_process(name: str) -> psutil.Process:
+    """The process of this test's replica of a deployment."""
+    processes = psutil.Process().children(recursive=True)
+    (found,) = [one for one in processes if f"ServeReplica:{APPLICATION}:{name}" in " ".join(one.cmdline())]
+    return found
+
+
+def until_it_answers(client: RankingClient) -> None:
+    until = time.monotonic() + 120
+    while True:
+        try:
+            client.healthz()
+            return
+        except CorankError:
+            assert time.monotonic() < until
+            time.sleep(0.2)
+
+
 def test_training_refuses_a_partition_without_a_passing_record(config: Config) -> None:
     pipeline = Pipeline(config, Progress(), DAYS[2])
     with pytest.raises(DataGateError, match=DAYS[2]):
@@ -264,9 +324,10 @@ def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_
     assert not online.encoded_user("visitor", after.store_close() or 0)[0]
 
 
-def test_retraining_after_late_rows_rebuilds_but_trains_nothing(config: Config) -> None:
-    """After the test before: what it changed and changed back is another log."""
-    stop()
+def test_retraining_after_late_rows_rebuilds_but_trains_nothing_and_leaves_the_service_as_it_is(
+    config: Config,
+) -> None:
+    """After the tests before: what was changed and changed back is another log; version 2 is served, 1 is champion."""
     assert "candidate" in Pipeline(config, Progress(), DAYS[2]).pending()
     before = Pipeline(config, Progress()).registry.versions()
     late = pl.DataFrame(config.table("watches").scan([DAYS[0]]).head(1).collect())
@@ -277,9 +338,15 @@ def test_retraining_after_late_rows_rebuilds_but_trains_nothing(config: Config) 
     assert done.returncode == 0, done.stderr
     assert f"Nothing to train: what is known up to {DAYS[2]}, the newest closed partition, is trained on" in done.stdout
     assert done.stderr.index("✓ feature_store") < done.stderr.index("✓ deployment")
+    assert "version 1 verified at an endpoint of its own, as another process serves" in done.stderr
+    assert "is up with version 2" in done.stdout
+    assert "champion is version 1: restart `corank serve` to serve it" in done.stdout
+    with RankingClient(endpoint_url(config.serving.host, config.serving.port)) as client:
+        assert client.model()["model_version"] == before[0].tags["content"]
     after = Pipeline(config, Progress(), DAYS[2])
     assert after.pending(training=False) == []
     assert after.registry.versions() == before
+    assert after.is_deployed()
     # the store is ahead of a model whose labels came late: its answers are compared with what the store was filled from
     assert Pipeline(config, Progress(), DAYS[0]).deploy()["verified"]["requests"] > 0
     stop()

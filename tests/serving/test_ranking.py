@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,6 +18,9 @@ import pytest
 import torch
 from deltalake import write_deltalake
 from fastapi.testclient import TestClient
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from starlette.responses import PlainTextResponse
 
 from features.batch import collate, concatenate, feature_column, sample_schema
 from features.encoding import hash_id
@@ -27,11 +31,13 @@ from features.store.online import FeatureStoreSettings, apply, materialize, open
 from features.store.reader import History, OnlineReader
 from models.artifact import save_artifact
 from models.mixformer import MixFormer, MixFormerConfig
-from serving.client import RankingClient
-from serving.deploy import start
+from serving.client import NoEndpointError, RankingClient
+from serving.deploy import error_in, start
+from serving.ports import endpoint_url
+from serving.proxy import JsonErrors
 from serving.ranking import Ranker, RankingService, ServingSettings, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
-from tests.servers import free_port
+from tests.servers import free_port, http_server
 
 SCHEMA = Schema(
     features=(
@@ -295,6 +301,114 @@ def test_other_errors_are_json_too(client: TestClient) -> None:
     assert client.get("/v1/rank").json()["error"]["type"] == "method_not_allowed"
 
 
+DEEP = "[" * 100_000 + "]" * 100_000
+STRANGE_BODIES = {
+    "NaN": ('{"user_id": 7, "candidates": [1], "context": {"device": NaN}}', 422, "context.device"),
+    "infinite": ('{"user_id": 7, "candidates": [1], "context": {"modes": ["a", 1e400]}}', 422, "context.modes.1"),
+    "infinite id": ('{"user_id": 7, "candidates": [1, -Infinity]}', 422, "candidates.1"),
+    "invalid UTF-8": (b'{"user_id": "\xff", "candidates": [1]}', 422, "body"),
+    "UTF-16": ('{"user_id": 7, "candidates": [1]}'.encode("utf-16"), 422, "body"),
+    "endless digits": (f'{{"user_id": {"9" * 100_000}, "candidates": [1]}}', 422, "body"),
+    "deep": (f'{{"user_id": 7, "candidates": {DEEP}}}', 422, "body"),
+    "surrogate in a key": ('{"user_id": 7, "candidates": [1], "context": {"\\ud800": "x"}}', 422, "context.\\ud800"),
+    "surrogate in a value": ('{"user_id": 7, "candidates": ["a\\uDFFF"]}', 422, "candidates.0"),
+    "large": (b'{"user_id": "' + b"x" * 2_000_000 + b'"}', 413, "body"),
+    "no object": ("[1]", 422, "body"),
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/rank", "/v1/events"])
+@pytest.mark.parametrize("strange", STRANGE_BODIES.values(), ids=STRANGE_BODIES)
+def test_bodies_that_are_no_finite_unicode_json_of_some_length_are_refused_by_field(
+    settings: ServingSettings, strange: tuple[str | bytes, int, str], path: str
+) -> None:
+    content, status, field = strange
+    service = RankingService(settings, InProcess(Ranker(settings)))  # type: ignore[arg-type]
+    with TestClient(build_api(service, max_body_bytes=1_000_000), raise_server_exceptions=False) as client:
+        # in parts: no header says how long it is
+        encoded = content if isinstance(content, bytes) else content.encode()
+        response = client.post(path, content=iter([encoded]), headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["field"] == field
+    assert response.json()["error"]["type"] == ("too_large" if status == 413 else "invalid_request")
+
+
+def test_whole_characters_beyond_the_first_plane_are_text(client: TestClient) -> None:
+    content, header = json.dumps(body(user_id="\U0001f600")), {"content-type": "application/json"}
+    assert client.post("/v1/rank", content=content, headers=header).status_code == 200
+    assert "content-type" in client.post("/v1/rank", content=content).json()["error"]["message"]
+
+
+def test_strange_columns_of_events_are_refused(client: TestClient) -> None:
+    for name, value in (("\ud800", 1), ("other", float("nan")), ("other", float("inf"))):
+        content = json.dumps(new_events({name: value}))
+        response = client.post("/v1/events", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 422, response.text
+        assert response.json()["error"]["field"].startswith("events.0.")
+
+
+def in_a_task(cause: Exception) -> RayTaskError:
+    return RayTaskError("rank", f"Traceback\n{cause!r}", cause, "ray::Ranker", 1, "127.0.0.1").as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "message"),
+    [
+        (ActorDiedError(), 503, "the model does not answer"),
+        (ActorUnavailableError("10.0.0.1", b"1" * 16), 503, "the model does not answer"),
+        (RayServeException("10.0.0.1"), 503, "the model does not answer"),
+        (in_a_task(ActorDiedError()), 503, "the model does not answer"),
+        (
+            in_a_task(CorankError("model x: weights are damaged\ntrain again")),
+            503,
+            "model x: weights are damaged\ntrain",
+        ),
+        (in_a_task(ValueError("one\ntwo")), 500, "ValueError: one\ntwo"),
+    ],
+    ids=["dead", "unavailable", "serve", "dead in a task", "says what to do", "unforeseen"],
+)
+def test_a_ranker_that_fails_is_told_without_words_of_ray(
+    settings: ServingSettings, failure: Exception, status: int, message: str
+) -> None:
+    def fail(_: Any) -> Any:
+        raise failure
+
+    handle = InProcess(Ranker(settings))
+    handle.rank = Remote(fail)
+    service = RankingService(settings, handle)  # type: ignore[arg-type]
+    with TestClient(build_api(service), raise_server_exceptions=False) as client:
+        response = client.post("/v1/rank", json=body())
+    assert response.status_code == status
+    assert response.json()["error"]["message"].startswith(message)
+    assert not any(word in response.text for word in ("ray::", "Traceback", "10.0.0.1", "actor"))
+
+
+@pytest.mark.parametrize("answer", ["none", "text"])
+def test_the_proxy_answers_in_json_for_a_replica_that_is_gone(answer: str) -> None:
+    async def proxied(scope: Any, receive: Any, send: Any) -> None:
+        if answer == "text":
+            await PlainTextResponse("Deployment(name='RankingService') is unavailable", 503)(scope, receive, send)
+
+    response = TestClient(JsonErrors(proxied)).get("/")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["type"] == "unavailable"
+    assert "Deployment" not in response.text
+
+
+def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() -> None:
+    def load() -> None:
+        try:
+            raise KeyError("schema_version")
+        except KeyError:
+            raise CorankError("model x: model.yaml is damaged\nmodel y: too") from None
+
+    with pytest.raises(CorankError) as caught:
+        load()
+    trace = "".join(traceback.format_exception(caught.value))
+    assert error_in(f"The deployment failed.\n\x1b[36mray::Replica\x1b[39m\n{trace}") == str(caught.value)
+    assert error_in("ValueError: a\nb") == "ValueError: a\nb"
+
+
 def test_overload_is_answered_at_once(settings: ServingSettings) -> None:
     full = replace(settings, max_ongoing_requests=0, max_queued_requests=0)
     service = RankingService(full, InProcess(Ranker(full)))  # type: ignore[arg-type]
@@ -334,10 +448,12 @@ def test_a_model_that_does_not_answer_is_not_ready(settings: ServingSettings, tm
     empty = replace(settings, store=replace(settings.store, registry=str(tmp_path / "registry.db")))
     service = RankingService(empty, InProcess(Ranker(empty)))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client:
-        response = client.get("/healthz")
-    assert response.status_code == 503
+        response, ranked = client.get("/healthz"), client.post("/v1/rank", json=body())
+    assert (response.status_code, ranked.status_code) == (503, 503)
     assert response.json()["error"]["type"] == "not_ready"
+    assert ranked.json()["error"]["type"] == "unavailable"
     assert "Run the pipeline first" in response.json()["error"]["message"]
+    assert "Run the pipeline first" in ranked.json()["error"]["message"]
 
 
 def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
@@ -349,3 +465,61 @@ def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
         taken.listen()
         with pytest.raises(CorankError, match=f"cannot listen on 127.0.0.1:{port}"):
             start(settings, port=port)
+
+
+@pytest.fixture
+def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:{}"),
+        ("0.0.0.0", "http://127.0.0.1:{}"),
+        ("::1", "http://[::1]:{}"),
+        ("::", "http://[::1]:{}"),
+        ("localhost", "http://localhost:{}"),
+    ],
+)
+def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host: str, url: str) -> None:
+    with http_server(host, '{"status": "ok"}') as (asked, port):
+        assert endpoint_url(host, port) == url.format(port)
+        with RankingClient(endpoint_url(host, port)) as client:
+            assert client.healthz() == {"status": "ok"}
+    assert asked == ["/healthz"]
+
+
+def test_other_machines_are_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch, proxies: None) -> None:
+    with pytest.raises(CorankError, match="variables that name a proxy"):
+        RankingClient("http://models.example:8000")  # of socks5, a package that is not installed
+    for name in ("all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name)
+    with http_server("127.0.0.1", '{"status": "ok"}') as (asked, port):
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+        with RankingClient("http://models.example:8000") as client:
+            assert client.healthz() == {"status": "ok"}
+    assert asked == ["http://models.example:8000/healthz"]
+
+
+@pytest.mark.parametrize("answer", ["<html>", "[1]", '{"error": "of another kind"}'])
+def test_what_is_no_endpoint_of_corank_is_said_so(answer: str) -> None:
+    with (
+        http_server("127.0.0.1", answer) as (_, port),
+        RankingClient(f"http://127.0.0.1:{port}") as client,
+        pytest.raises(NoEndpointError, match="this is no endpoint of corank"),
+    ):
+        client.model()
+
+
+def test_an_address_that_is_none_is_said_so() -> None:
+    with pytest.raises(CorankError, match="Correct the address"):
+        RankingClient("http://::1:8000")
+    with RankingClient("localhost:8000") as client, pytest.raises(CorankError, match="unsupported protocol"):
+        client.healthz()

@@ -92,11 +92,12 @@ def _load(path: Path) -> Config:
     return load_config(path)
 
 
-def _pipeline(config: Config, until: str | None = None) -> Pipeline:
+def _pipeline(config: Config, until: str | None = None, as_of: Path | None = None) -> Pipeline:
+    from pipeline.log import read_lineage
     from pipeline.progress import Progress
     from pipeline.stages import Pipeline
 
-    return Pipeline(config, Progress(), until)
+    return Pipeline(config, Progress(), until, as_of=read_lineage(as_of) if as_of is not None else None)
 
 
 # --- the DAG ------------------------------------------------------------------------------------------
@@ -106,6 +107,13 @@ def _pipeline(config: Config, until: str | None = None) -> Pipeline:
 def run(
     config: ConfigOption,
     until: UntilOption = None,
+    as_of: Annotated[
+        Path | None,
+        typer.Option(
+            help="A record, or a model's lineage.json: read your tables at the versions that it names (Delta's time "
+            "travel), so that the same rows are built again. Best in a workspace of its own (CORANK_WORKSPACE=…)."
+        ),
+    ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Keep the endpoint up until Ctrl-C.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -115,7 +123,7 @@ def run(
     With --serve the verified endpoint stays up.
     """
     with guarded(debug):
-        _execute(_pipeline(_load(config), until), serve)
+        _execute(_pipeline(_load(config), until, as_of), serve)
 
 
 @app.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -59,6 +61,8 @@ class Log:
         for role in config.tables:
             table = config.table(role)
             if as_of is not None:
+                if role not in as_of["versions"]:
+                    raise ConfigError(f"--as-of: the record names no version of the table {role}")
                 self.versions[role] = int(as_of["versions"][role])
             elif table.exists():
                 self.versions[role] = table.delta().version()
@@ -223,6 +227,22 @@ class Log:
             for partition, count in zip(self.partitions, seen, strict=True)
         }
         return dict(cache["partitions"])
+
+
+def read_lineage(path: Path) -> dict[str, Any]:
+    """``versions`` and ``now`` of a log as a record or a model's lineage has them.
+
+    Raises:
+        ConfigError: the file cannot be read, or does not name them.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"versions": dict(record["versions"]), "now": int(record["now"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"--as-of {path}: it names no versions of the tables ({type(error).__name__}: {error}); give a record of "
+            "feature_store, candidate, evaluation, champion or deployment, or the lineage.json of a model"
+        ) from None
 
 
 def close_text(moment: int) -> str:

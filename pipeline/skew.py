@@ -169,7 +169,8 @@ def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], d
 
 def _changes(build: BuildSettings, opening: int, close: int, asked: Mapping[str, Sequence[str]]) -> list[int]:
     """When, within the partition, the profiles or counts of those asked about change, microseconds UTC."""
-    tables = [(build.tables["users"], "user_id", "updated_at"), (build.tables["items"], "item_id", "updated_at")]
+    keys = {"users": "user_id", "items": "item_id"}
+    tables = [(build.tables[role], key, "updated_at") for role, key in keys.items() if role in build.tables]
     tables += [(build.table(USER_AGGREGATES), "user_id", "ts"), (build.table(ITEM_AGGREGATES), "item_id", "ts")]
     times: set[int] = set()
     for table, key, clock in tables:

@@ -251,7 +251,7 @@ class Pipeline(DataStages):
             stage.say("comparing its answers with offline scores")
             stored = self.record("feature_store", "online")  # of later partitions than ``until``, too
             partitions, close = sorted(stored["partitions"]), int(stored["close"])
-            verified = verify_endpoint(url, champion.artifact, self.build_settings(), partitions, close)
+            verified = verify_endpoint(url, champion.artifact, self.build_settings(stored), partitions, close)
             record = {
                 "inputs": self.deployment_inputs(champion),
                 "number": champion.number,

@@ -20,7 +20,7 @@ import pyarrow as pa
 from feast import Entity, FeatureView, Field, ValueType
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.aggregates import state_fields
+from features.aggregates import key_column, state_columns, state_fields
 from features.batch import event_id_column, timeline_column
 from features.errors import ConfigError
 from features.lake import Table
@@ -92,8 +92,8 @@ def _stored_aggregate(feature: Feature) -> list[object]:
 def stored_views(
     schema: Schema,
     live: Sequence[Schema],
-    users: Table,
-    items: Table,
+    users: Table | None,
+    items: Table | None,
     state: Table,
     counts: Mapping[Literal["user", "item"], Table],
     registered: Mapping[str, FeatureView],
@@ -102,7 +102,7 @@ def stored_views(
 
     Args:
         live: schemas of live models.
-        users, items: profile tables, with ``updated_at``.
+        users, items: profile tables, with ``updated_at``; None: no view, and nobody has a profile.
         state: user_id, ts and per sequence of ``schema`` the list columns of :func:`features.batch.timeline_column`
             and :func:`features.batch.event_id_column`.
         counts: the tables of :mod:`features.aggregates`, with ``ts``; none: no views.
@@ -113,13 +113,15 @@ def stored_views(
             model cannot read.
     """
     every = (schema, *live)
-    views = [
-        _profile_view(USER_VIEW, USER, users, [_user_columns(one) for one in every], registered),
-        _profile_view(ITEM_VIEW, ITEM, items, [_item_columns(one) for one in every], registered),
-    ]
-    for one in live:
-        _require_readable(users, one.side("user"))
-        _require_readable(items, one.side("item"))
+    views = []
+    if users is not None:
+        views.append(_profile_view(USER_VIEW, USER, users, [_user_columns(one) for one in every], registered))
+        for one in live:
+            _require_readable(users, one.side("user"))
+    if items is not None:
+        views.append(_profile_view(ITEM_VIEW, ITEM, items, [_item_columns(one) for one in every], registered))
+        for one in live:
+            _require_readable(items, one.side("item"))
     by_name = {sequence.name: sequence for sequence in schema.sequences}
     sequences = {sequence_view(sequence): sequence for one in every for sequence in one.sequences}
     for name, sequence in sequences.items():
@@ -132,11 +134,7 @@ def stored_views(
             )
             own = [_stored_aggregate(feature) for feature in _counted(schema, side)]
             lost = [feature for feature in _counted(one, side) if _stored_aggregate(feature) not in own]
-            gone = {
-                column
-                for feature in lost
-                for column in (count_column(feature), sum_column(feature), key_column(feature))
-            }
+            gone = {column for feature in lost for column in (key_column(feature), *state_columns(feature))}
             views.append(StoredView(view, tuple(name for name in _names(view) if name not in gone)))
     return views
 
@@ -199,7 +197,7 @@ def _profile_view(
     Args:
         wanted: columns, of the config's schema first; those of live models may be gone from the table.
     """
-    types = {column.name: column.type for column in table.schema()}
+    types = {column.name: column.type for column in table.read_schema()}
     known = {field.name: field for field in registered[name].features} if name in registered else {}
     fields, given = [], []
     for column in dict.fromkeys([*wanted[0], UPDATED_AT, *(one for columns in wanted[1:] for one in columns)]):
@@ -225,7 +223,7 @@ def _require_readable(table: Table, features: Iterable[Feature]) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    types = {column.name: column.type for column in table.schema()}
+    types = {column.name: column.type for column in table.read_schema()}
     for feature in features:
         if feature.source in types:
             stored = _feast_type(table, feature.source, types[feature.source])
@@ -239,7 +237,7 @@ def _require_readable(table: Table, features: Iterable[Feature]) -> None:
 
 
 def _view(name: str, entity: Entity, table: Table, clock: str, fields: list[Field]) -> FeatureView:
-    source = DeltaSource(name=table.name, uri=table.uri, clock=clock, columns=table.columns)
+    source = DeltaSource(name=table.name, uri=table.uri, clock=clock, columns=table.columns, makes=table.makes)
     key = Field(name=entity.join_key, dtype=String)
     return FeatureView(name=name, entities=[entity], schema=[key, *fields], source=source, ttl=timedelta(0))
 

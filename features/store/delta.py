@@ -49,22 +49,39 @@ class DeltaSource(DataSource):
     Credentials are not kept in the registry: the offline store's configuration has them (``storage_options``).
     """
 
-    def __init__(self, *, name: str, uri: str, clock: str, columns: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        uri: str,
+        clock: str,
+        columns: Mapping[str, str] | None = None,
+        makes: Iterable[str] = (),
+    ) -> None:
         """
         Args:
             uri: local path or ``s3://`` address.
             clock: canonical name of the int64 column (microseconds UTC) that says when a row became true.
             columns: canonical name → the table's own column name.
+            makes: columns that are made where the table has none (:class:`features.lake.Table`).
         """
         super().__init__(name=name, timestamp_field=EVENT_TIMESTAMP)
         self.uri = uri
         self.clock = clock
         self.columns = dict(columns or {})
+        self.makes = tuple(makes)
 
     def table(self, config: RepoConfig) -> Table:
-        """The table behind this source, with the credentials of the offline store's configuration."""
-        options = getattr(config.offline_store, "storage_options", {})
-        return Table(self.name, self.uri, self.columns, options.get(self.uri, {}))
+        """The table behind this source, at the version and with the credentials that the offline store's config has."""
+        options, versions = (getattr(config.offline_store, name, {}) for name in ("storage_options", "versions"))
+        return Table(
+            self.name,
+            self.uri,
+            self.columns,
+            options.get(self.uri, {}),
+            version=versions.get(self.uri),
+            makes=self.makes,
+        )
 
     def scan(self, config: RepoConfig) -> pl.LazyFrame:
         """The table's rows with join keys as text and the column ``event_timestamp``.
@@ -86,7 +103,9 @@ class DeltaSource(DataSource):
         return DeltaSource(name=data_source.name, **json.loads(data_source.custom_options.configuration))
 
     def _to_proto_impl(self) -> DataSourceProto:
-        configuration = json.dumps({"uri": self.uri, "clock": self.clock, "columns": self.columns})
+        configuration = json.dumps(
+            {"uri": self.uri, "clock": self.clock, "columns": self.columns, "makes": list(self.makes)}
+        )
         return DataSourceProto(
             name=self.name,
             type=DataSourceProto.CUSTOM_SOURCE,
@@ -101,8 +120,8 @@ class DeltaSource(DataSource):
     def __hash__(self) -> int:
         return hash(self._identity())
 
-    def _identity(self) -> tuple[str, str, str, str]:
-        return self.name, self.uri, self.clock, json.dumps(self.columns, sort_keys=True)
+    def _identity(self) -> tuple[str, str, str, str, tuple[str, ...]]:
+        return self.name, self.uri, self.clock, json.dumps(self.columns, sort_keys=True), self.makes
 
     def validate(self, config: RepoConfig) -> None:
         self.scan(config)
@@ -121,6 +140,8 @@ class DeltaOfflineStoreConfig(FeastConfigBaseModel):
     type: Literal["features.store.delta.DeltaOfflineStore"] = "features.store.delta.DeltaOfflineStore"
     storage_options: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Table address → what deltalake needs to read it."""
+    versions: dict[str, int] = Field(default_factory=dict)
+    """Table address → the version that is read; default: the newest."""
     slice_bytes: int = Field(SLICE_BYTES, ge=1)
     """Bytes of Delta files that one Ray task reads; smaller tables are read in this process."""
 

@@ -72,7 +72,7 @@ class FeatureStoreSettings:
         registry: path (or ``s3://`` address) of the Feast registry file.
         live: schemas of models that are served, or may be from one moment to the next. What they read stays
             registered and stored, and is kept up to date as far as the tables still give it.
-        users, items: the user's profile tables.
+        users, items: the user's profile tables; None: there is none.
         state_uri: the state table of the sample builder; ``state_options`` are its storage options.
         user_aggregates, item_aggregates: the builder's tables of counts; None: a store without counts, where nobody is
             known without a profile.
@@ -86,8 +86,8 @@ class FeatureStoreSettings:
     project: str
     registry: str
     schema: Schema
-    users: Table
-    items: Table
+    users: Table | None
+    items: Table | None
     state_uri: str
     state_options: dict[str, str] = field(default_factory=dict)
     live: tuple[Schema, ...] = ()
@@ -107,8 +107,8 @@ class FeatureStoreSettings:
     @property
     def tables(self) -> list[Table]:
         """All tables behind the views."""
-        counted = [table for table in (self.user_aggregates, self.item_aggregates) if table is not None]
-        return [self.users, self.items, self.state, *counted]
+        every = (self.users, self.items, self.state, self.user_aggregates, self.item_aggregates)
+        return [table for table in every if table is not None]
 
     @property
     def counts(self) -> dict[Literal["user", "item"], Table]:
@@ -149,6 +149,7 @@ def open_store(settings: FeatureStoreSettings) -> FeatureStore:
             online_store=online,
             offline_store=DeltaOfflineStoreConfig(
                 storage_options={table.uri: dict(table.storage_options) for table in tables if table.storage_options},
+                versions={table.uri: table.version for table in tables if table.version is not None},
                 slice_bytes=settings.slice_bytes,
             ).model_dump(),
             entity_key_serialization_version=3,

@@ -61,7 +61,9 @@ class OnlineWriter:
         self.log_delay = log_delay
         self._store = open_store(settings)
         self._views = {one.name: registered_view(self._store, sequence_view(one)) for one in self.schema.sequences}
-        self._item_types = {one.name: one.dtype for one in registered_view(self._store, ITEM_VIEW).features}
+        joined = any(one.joined for one in self.schema.sequences)  # else there may be no profiles of items
+        items = registered_view(self._store, ITEM_VIEW).features if joined else []
+        self._item_types = {one.name: one.dtype for one in items}
 
     def push(self, events: pl.DataFrame, table: str = "events") -> dict[str, int]:
         """Append raw events to every sequence that reads this table.

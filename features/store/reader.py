@@ -86,6 +86,13 @@ class OnlineReader:
     def __init__(self, settings: FeatureStoreSettings) -> None:
         self.schema = settings.schema
         self._store = open_store(settings)
+        tables: dict[Literal["users", "items"], Table | None] = {"users": settings.users, "items": settings.items}
+        # without a profile table nobody has a profile
+        self._absent = {
+            USER_VIEW if role == "users" else ITEM_VIEW
+            for role, table in tables.items()
+            if table is None and not settings.schema.profile_columns(role)
+        }
         self._user = self._columns(USER_VIEW, "user_id", settings.schema.side("user"))
         self._item = self._columns(ITEM_VIEW, "item_id", settings.schema.side("item"))
         self._user_counts = self._counts("user", settings.user_aggregates)
@@ -195,6 +202,8 @@ class OnlineReader:
 
     def _columns(self, name: str, key: str, features: Iterable[Feature]) -> dict[str, Any]:
         """Polars types of a profile's raw columns, its key and the keys of cross features included."""
+        if name in self._absent:
+            return {key: pl.String, UPDATED_AT: pl.Int64}
         view = registered_view(self._store, name)
         kinds = {one.name: POLARS_TYPES[one.dtype] for one in view.features}
         crossed = self.schema.cross_keys if key == "item_id" else ()
@@ -215,10 +224,15 @@ class OnlineReader:
 
     def _read(self, names: list[str], key: str, ids: list[str]) -> dict[str, list[Any]]:
         """Values by column of these features (view:column)."""
-        rows = [{key: one} for one in ids]
-        with reachable(self._store):
-            response = self._store.get_online_features(features=names, entity_rows=rows).to_dict()
-        return {column: response[column] for column in (name.split(":", 1)[1] for name in names)}
+        stored = [name for name in names if name.split(":", 1)[0] not in self._absent]
+        response: dict[str, list[Any]] = {}
+        if stored:
+            with reachable(self._store):
+                rows = [{key: one} for one in ids]
+                response = self._store.get_online_features(features=stored, entity_rows=rows).to_dict()
+        nothing = [None] * len(ids)
+        columns = {name: name.split(":", 1)[1] for name in names}
+        return {column: response[column] if name in stored else nothing for name, column in columns.items()}
 
     def _read_items(self, item_ids: list[str]) -> Stored:
         kinds = {**self._item, **self._item_counts}

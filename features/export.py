@@ -100,8 +100,12 @@ def export_schema(schema: Schema) -> pa.Schema:
     )
 
 
-def flatten(samples: Unnested, schema: Schema, start: int, stop: int) -> pa.Table:
-    """Candidates ``start … stop − 1`` in the layout of :func:`export_schema`."""
+def flatten(samples: Unnested, schema: Schema, start: int, stop: int, raw: bool = False) -> pa.Table:
+    """Candidates ``start … stop − 1`` in the layout of :func:`export_schema`.
+
+    Args:
+        raw: numbers of ``scale: log`` as they are in the tables, not as log(1 + x).
+    """
     request = samples.request_of_candidate[start:stop]
     candidates = samples.candidates.slice(start, stop - start)
     columns: dict[str, Any] = {"user_id": samples.rows["user_id"].take(pa.array(samples.row_of_request[request]))}
@@ -116,9 +120,19 @@ def flatten(samples: Unnested, schema: Schema, start: int, stop: int) -> pa.Tabl
         offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
         for field in (None, *sequence.fields):
             values = samples.events(sequence, field).take(events)
+            if raw and field is not None and field.scale == "log":
+                values = _unscaled(values)
             columns[history_column(sequence, field)] = pa.ListArray.from_arrays(offsets, values)
+    for feature in schema.features if raw else ():
+        if feature.scale == "log":
+            columns[feature_column(feature)] = _unscaled(columns[feature_column(feature)])
     layout = export_schema(schema)
     return pa.table([columns[name] for name in layout.names], schema=layout)
+
+
+def _unscaled(values: Any) -> Any:
+    """x of log(1 + x)."""
+    return pc.expm1(values.cast(pa.float64())).cast(values.type)
 
 
 def flattened_bytes(samples: Unnested, schema: Schema) -> np.ndarray:
@@ -200,6 +214,7 @@ def export_impressions(
     candidates: Mapping[str, int],
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    raw: bool = False,
 ) -> Export:
     """Write the flattened samples below ``target``, on Ray where it runs: one Parquet file per file of samples.
 
@@ -210,6 +225,7 @@ def export_impressions(
         candidates: per partition, how many the sample table is known to hold.
         overwrite: replace an earlier export at ``target``.
         progress: called with (files done, files in all).
+        raw: see :func:`flatten`.
 
     Raises:
         ConfigError: ``target`` is a file, or holds anything and may not be replaced.
@@ -224,7 +240,7 @@ def export_impressions(
         shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        result = _write(source, staging, candidates, progress)
+        result = _write(source, staging, candidates, progress, raw)
         if target.exists():
             target.rename(replaced)
         staging.rename(target)
@@ -246,12 +262,12 @@ def _require_replaceable(target: Path, overwrite: bool) -> None:
 
 
 def _write(
-    source: SampleSource, root: Path, candidates: Mapping[str, int], progress: Callable[[int, int], None]
+    source: SampleSource, root: Path, candidates: Mapping[str, int], progress: Callable[[int, int], None], raw: bool
 ) -> Export:
     written: list[dict[str, Any]] = []
     files = source.files()
     # closed at once when the loop is left: what still runs would write on
-    with closing(each(_export_file, ((file, source, str(root)) for file in files), ray_runs())) as exported:
+    with closing(each(_export_file, ((file, source, str(root), raw) for file in files), ray_runs())) as exported:
         for one in exported:
             written.append(one)
             progress(len(written), len(files))
@@ -271,7 +287,7 @@ def _write(
                 f"it again; else delete records/samples/{partition}.json and `corank run` to rebuild them."
             )
     manifest = {"partitions": rows, "schema": source.schema.model_dump(mode="json")}
-    (root / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (root / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def total(name: str) -> int:
         return sum(int(one[name]) for one in written)
@@ -286,7 +302,7 @@ def _write(
     )
 
 
-def _export_file(file: str, source: SampleSource, root: str) -> dict[str, Any]:
+def _export_file(file: str, source: SampleSource, root: str, raw: bool) -> dict[str, Any]:
     """Flatten one file of the sample table into one of the same name below ``root``, chunk by chunk."""
     rows = source.read(file)
     path = Path(root, file)
@@ -298,7 +314,7 @@ def _export_file(file: str, source: SampleSource, root: str) -> dict[str, Any]:
             sizes = flattened_bytes(samples, source.schema)
             arrow_bytes = int(sizes.sum())
             for start, stop in chunk_bounds(sizes, CHUNK_BYTES):
-                writer.write_table(flatten(samples, source.schema, start, stop))
+                writer.write_table(flatten(samples, source.schema, start, stop, raw))
     return {
         "file": file,
         "arrow_bytes": arrow_bytes,

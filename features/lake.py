@@ -49,6 +49,13 @@ SAME_TYPES = {
 
 SHOWN_FILES = 5
 
+MADE_OF = {
+    "updated_at": "every profile is valid from the beginning",
+    "event_id": "an event is identified by its row's content",
+    "dt": "partitions are cut from ts",
+}
+"""Columns that a table may lack, and what stands in for them."""
+
 READ_FEATURES = {"deletionVectors", "timestampNtz"}
 """Delta's table features that deltalake and Polars can read."""
 
@@ -144,6 +151,11 @@ class Table:
     def types(self) -> dict[str, str]:
         """Canonical name of every column → :func:`type_name` of its type."""
         return {column.name: type_name(column.type) for column in self.schema()}
+
+    def made(self) -> dict[str, str]:
+        """The columns that the table lacks and that are made → of what, for people to read."""
+        missing = self._made(set(self._names(self.delta())))
+        return {name: text for name, text in MADE_OF.items() if name in missing}
 
     def partition_column(self) -> str | None:
         """The table's own column that it is partitioned by; None: partitions are cut from ``ts``, or there are none."""

@@ -22,6 +22,7 @@ from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
 from pipeline.creation import locked, make_whole, remove, sqlalchemy_path
 from pipeline.stages import Pipeline
+from pipeline.workspace import SHOWN_FINDINGS
 
 CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
 PARTITIONED = ("log_partition", "validated", "samples", "feature_store")
@@ -67,7 +68,9 @@ def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
         stale = selected(context, pipeline.stale_validation())
         try:
             if stale:
-                pipeline.validate(stale)
+                found = [finding["message"] for record in pipeline.validate(stale) for finding in record["findings"]]
+                for message in list(dict.fromkeys(found))[:SHOWN_FINDINGS]:  # they stopped nothing
+                    pipeline.progress.note(message)
         except DataGateError as error:
             yield dg.AssetCheckResult(check_name="great_expectations", passed=False, metadata={"findings": str(error)})
             raise

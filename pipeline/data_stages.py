@@ -78,12 +78,12 @@ class DataStages(Workspace):
                 f"{sum(result.checks for result in results):,} checks; "
                 f"{rows:,} impressions, {quarantined:,} quarantined"
             )
-        if failed:
-            messages = list(dict.fromkeys(finding.message for result in failed for finding in result.failures))
-            raise DataGateError(
-                listed(f"{len(failed)} of {len(results)} partitions failed validation", messages)
-                + f"\nData Docs: {docs}"
-            )
+            if failed:
+                messages = list(dict.fromkeys(finding.message for result in failed for finding in result.failures))
+                raise DataGateError(
+                    listed(f"{len(failed)} of {len(results)} partitions failed validation", messages)
+                    + f"\nData Docs: {docs}"
+                )
         self.log.keep_types(self.records)
         return stored
 

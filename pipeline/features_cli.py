@@ -168,6 +168,9 @@ def features_export(
     target: Annotated[Path, typer.Option(help="Folder of the export; it appears when everything is written.")],
     partition: PartitionsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at --target.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Numbers of `scale: log` as they are in the tables, not as log(1 + x).")
+    ] = False,
     debug: DebugOption = False,
 ) -> None:
     """Write the samples as impression-level Parquet, to train any other library on exactly the same rows.
@@ -175,6 +178,7 @@ def features_export(
     One row per candidate: request_id, user_id, item_id, ts, feature__NAME, label__TASK (null: not known), weight, and
     the visible history as lists, history__SEQUENCE__FIELD and history__SEQUENCE__ts, oldest event first.
     In features and histories an id is a code (xxh64, 0: unknown) and a category its place in the vocabulary, from 1.
+    A number of `scale: log` is log(1 + x), as the models read it; --raw gives x.
     """
     with guarded(debug):
         from features.export import export_impressions
@@ -192,6 +196,7 @@ def features_export(
                     {one: int(record["candidates"]) for one, record in records.items()},
                     overwrite,
                     lambda done, total: stage.say(f"{done}/{total} files"),
+                    raw,
                 )
                 stage.say(f"{result.candidates:,} candidates in = {result.candidates:,} rows out, {result.files} files")
         for what, exported, samples in (

@@ -60,17 +60,18 @@ class Progress:
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Run a stage; its last text is what stays on screen. An error carries the stage's name as a note."""
+        stage, mark = Stage(name, self.console, None), "✗"
         try:
             if not self.console.is_terminal:
-                stage = Stage(name, self.console, None)
                 yield stage
             else:
-                with Live(console=self.console, transient=True, refresh_per_second=8) as live:
-                    stage = Stage(name, self.console, live)
+                with Live(console=self.console, transient=True, refresh_per_second=8) as stage.live:
                     stage.say("")
                     yield stage
+            mark = "✓"
         except Exception as error:
             error.add_note(f"stage {name}")
             raise
-        line = f"✓ {name:<14} {stage.text}  ({stage.seconds:.1f} s)"
-        self.console.print(line, highlight=False, markup=False)
+        finally:
+            line = f"{mark} {name:<14} {stage.text}  ({stage.seconds:.1f} s)"
+            self.console.print(line, highlight=False, markup=False)

@@ -212,6 +212,11 @@ class ModelRegistry:
         created = self.client.create_model_version(self.name, artifact, run_id, tags=dict(tags))
         return self.version(int(created.version))
 
+    def judged(self, number: int, evaluation: str) -> ModelVersion:
+        """Name the newest verdict on a version, by the key of its record."""
+        self.client.set_model_version_tag(self.name, str(number), "evaluation", evaluation)
+        return self.version(number)
+
     def versions(self) -> list[ModelVersion]:
         """All versions, newest first."""
         found = self.client.search_model_versions(f"name = '{self.name}'")

@@ -180,7 +180,7 @@ class Pipeline(DataStages):
             }
             known = [v for v in registry.versions() if v.tags.get("content") == candidate["version"]]
             if known:
-                version = known[0]
+                version = registry.judged(known[0].number, self.evaluation_key)
             else:
                 flat = {
                     f"{section}.{name}": value

@@ -27,6 +27,9 @@ def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None, beside: boo
     records, key = pipeline.records, pipeline.evaluation_key
     evaluation = records.get("evaluation", key) or {}
     _print_rows(console, pipeline)
+    for role, table in pipeline.log.tables.items():
+        for column, instead in table.made().items() if table.exists() else ():
+            console.print(f"note        table {role} has no {column}: {instead}")
     if evaluation:
         console.print(_metrics_table(evaluation))
     champion, deployment = records.get("champion", key), records.get("deployment", "current")
@@ -140,7 +143,9 @@ def print_status(pipeline: Pipeline) -> None:
     pending = pipeline.pending()
     partitions = pipeline.partitions
     console.print(f"log         {len(partitions)} closed partitions, {partitions[0]} … {partitions[-1]}")
-    console.print("work left   " + (", ".join(pending) if pending else "none"))
+    console.print("work left   " + (f"{', '.join(pending)} (`corank run`)" if pending else "none"))
+    if "candidate" in pending and pipeline.registry.champion():
+        console.print("            `corank retrain` trains on partitions and labels that are new, not on late rows")
     stale, unbuilt = pipeline.stale_validation(), pipeline.stale_samples()
     if stale:
         console.print(

@@ -217,7 +217,11 @@ def write_tables(root: Path, schema: Schema, value: int) -> None:
     counts = dict(rows)
     for one in schema.aggregates("user"):
         own = 4 if one in COUNTED.features else value
-        counts |= {f"count__{one.name}": [own, own], f"sum__{one.name}": [float(own), float(own)]}
+        if one.aggregate is not None and one.aggregate.window is not None:
+            values = {"until": 20 * DAY, "counts": own, "sums": float(own)}
+            counts |= {f"{what}__{one.name}": [[value], [value]] for what, value in values.items()}
+        else:
+            counts |= {f"count__{one.name}": [own, own], f"sum__{one.name}": [float(own), float(own)]}
     kinds = {name: STATE[name.replace("others__", "clicks__")] for name in state if name != "clicks__more"}
     for name, content, types in (("state", state, kinds), ("counts", counts, {})):
         frame = pl.DataFrame(content, schema_overrides=types)

@@ -20,6 +20,7 @@ from features.fold import rows_after
 from features.lake import Table, replace_partition, write_file
 from features.schema import Grain, partition_bounds, partition_of
 from features.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
+from features.store.definitions import aggregates_view
 from features.store.delta import EVENT_TIMESTAMP, moment
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store
 from features.store.reader import OnlineReader
@@ -126,7 +127,11 @@ def test_a_historical_retrieval_gives_what_partitions_added_and_until_when_it_co
     times = [partition_bounds(partitions[2], "day")[1] + day * length("day") + 1 for day in range(4)]
     entities = pd.DataFrame([(str(item), moment(ts)) for item in range(ITEMS) for ts in times])
     entities.columns = pd.Index(["item_id", EVENT_TIMESTAMP])
-    found = open_store(store).get_historical_features(entities, [f"{ITEM_AGGREGATES}:{name}" for name in names]).to_df()
+    found = (
+        open_store(store)
+        .get_historical_features(entities, [f"{aggregates_view(COUNTING, 'item')}:{name}" for name in names])
+        .to_df()
+    )
     counts = []
     for row, (item, ts) in zip(found.to_dict("records"), [(i, t) for i in range(ITEMS) for t in times], strict=True):
         until, added = ([] if row[name] is None else list(row[name]) for name in names)

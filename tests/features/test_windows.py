@@ -64,7 +64,7 @@ def asked(times: list[int]) -> pl.DataFrame:
     )
 
 
-@settings_of_hypothesis(max_examples=6, deadline=None)
+@settings_of_hypothesis(max_examples=4, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     grain=st.sampled_from(GRAINS),

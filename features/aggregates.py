@@ -25,6 +25,9 @@ import pyarrow as pa
 from features.encoding import encode
 from features.schema import GRAIN_LENGTH, Aggregate, Feature, Grain, Schema
 
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""What partitions added, [E] each: number of the owner, until (microseconds UTC), count, sum."""
+
 KEY = "__key"
 """What is crossed with the user, as text; no column of the user's own has this name."""
 
@@ -116,26 +119,22 @@ def state_fields(features: Sequence[Feature], cross: Sequence[Feature] = ()) -> 
     return fields
 
 
-def within(feature: Feature, entries: pl.DataFrame, ts: pl.Expr | int, owners: int) -> list[pl.Series]:
+def within(feature: Feature, entries: Entries, ts: np.ndarray | int, owners: int) -> list[pl.Series]:
     """What is within a feature's window at a moment: the value columns [owners].
 
     Sums are added up one after the other in the order of the entries, so equal entries give equal bits.
 
     Args:
-        entries: :func:`state_columns` as values, all known at the moment, and the number of their ``owner`` [E].
-        ts: microseconds UTC, or the column of ``entries`` that has it.
+        entries: all known at the moment.
+        ts: microseconds UTC, one or [E].
     """
-    until, counts, sums = state_columns(feature)
-    inside = entries.filter(pl.col(until) > ts)
-    owner = inside["owner"].to_numpy()
-    count = np.bincount(owner, inside[counts].to_numpy(), owners).astype(np.int64)  # exact below 2^53
-    total = np.bincount(owner, inside[sums].to_numpy(), owners)
+    owner, until, counts, sums = entries
+    inside = until > ts
+    if not inside.all():
+        owner, counts, sums = owner[inside], counts[inside], sums[inside]
+    count = np.bincount(owner, counts, owners).astype(np.int64)  # exact below 2^53
+    total = np.bincount(owner, sums, owners)
     return [pl.Series(count_column(feature), count), pl.Series(sum_column(feature), total)]
-
-
-def exploded(rows: pl.DataFrame, lists: Sequence[str]) -> pl.DataFrame:
-    """One row per entry of parallel lists; none for an empty or missing list."""
-    return rows.explode(lists, empty_as_null=False, keep_nulls=False)
 
 
 def deltas(features: Sequence[Feature], keys: Sequence[str], sources: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -260,12 +259,10 @@ class Tally:
         """A windowed feature's entries that count at ``ts``: keys and :func:`state_columns`."""
         span = self.windows[feature] * self.length
         inside = self.entries.filter((pl.col("ts") + span > ts) & (pl.col(count_column(feature)) != 0))
-        return inside.select(*self.keys, *self._as_state(feature, pl.col("ts")))
-
-    def _as_state(self, feature: Feature, known: pl.Expr) -> list[pl.Expr]:
-        """:func:`state_columns` of entries that became known at some time."""
-        values = [known + self.windows[feature] * self.length, *[pl.col(one) for one in value_columns([feature])]]
-        return [value.alias(name) for value, name in zip(values, state_columns(feature), strict=True)]
+        values = [pl.col("ts") + span, pl.col(count_column(feature)), pl.col(sum_column(feature))]
+        return inside.select(
+            *self.keys, *[value.alias(name) for value, name in zip(values, state_columns(feature), strict=True)]
+        )
 
     def load(self, states: pl.DataFrame, since: int = 0) -> None:
         """Take in rows of the state table, ordered by ts and after those known.
@@ -277,14 +274,14 @@ class Tally:
         if KEY in self.keys:
             (feature,) = self.features
             lists = [key_column(feature), *state_columns(feature)]
-            states = exploded(states.select("user_id", "ts", *lists), lists).rename({lists[0]: KEY})
+            states = _exploded(states.select("user_id", "ts", *lists), lists).rename({lists[0]: KEY})
         if self.totals or KEY not in self.keys:
             self.rows = pl.concat([self.rows, states.select(self.rows.columns)])
         added = []
         for feature, window in self.windows.items():
             lists = list(state_columns(feature))
             long = states.select(*self.keys, *lists)
-            long = long if KEY in self.keys else exploded(long, lists)
+            long = long if KEY in self.keys else _exploded(long, lists)
             until, *values = lists
             names = dict(zip(values, value_columns([feature]), strict=True))
             long = long.with_columns((pl.col(until) - window * self.length).alias("ts")).drop(until).rename(names)
@@ -319,12 +316,19 @@ class Tally:
             known = self.entries.rename({"ts": "since"})
             entries = distinct.with_row_index("owner").join(known, on=self.keys, maintain_order="right")
             entries = entries.filter(pl.col("since") <= pl.col("ts"))
-            for feature in self.windows:
-                own = entries.select("owner", "ts", *self._as_state(feature, pl.col("since")))
-                found = found.with_columns(within(feature, own, pl.col("ts"), distinct.height))
+            owner, since, ts = (entries[name].to_numpy() for name in ("owner", "since", "ts"))
+            for feature, window in self.windows.items():
+                counts, sums = (entries[name].to_numpy() for name in value_columns([feature]))
+                own = owner, since + window * self.length, counts, sums
+                found = found.with_columns(within(feature, own, ts, distinct.height))
         return asked.join(found, on=[*self.keys, "ts"], how="left", maintain_order="left").select(
             pl.col("known").fill_null(False), *value_columns(self.features)
         )
+
+
+def _exploded(rows: pl.DataFrame, lists: Sequence[str]) -> pl.DataFrame:
+    """One row per entry of parallel lists; none for an empty or missing list."""
+    return rows.explode(lists, empty_as_null=False, keep_nulls=False)
 
 
 def user_tallies(schema: Schema, grain: Grain) -> tuple[Tally, list[Tally]]:

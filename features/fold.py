@@ -112,7 +112,7 @@ def fold_bucket(
         yield USER_AGGREGATES, partition, _advance_users(settings, own, cross, rows, items, partition, whole), {}
         for tally in (own, *cross):
             tally.forget_before(close)
-        of_items = bucket_rows(settings, ITEM_AGGREGATES, item_aggregates_schema(schema), None, [partition])
+        of_items = bucket_rows(settings.table(ITEM_AGGREGATES), item_aggregates_schema(schema), None, partition)
         counted.load(of_items, since=settings.known_at(partition))
         counted.forget_before(close)
         previous = partition

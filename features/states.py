@@ -231,10 +231,12 @@ def newest_rows(
     owner = schema.names[0]
     empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
     found, done, missing = [empty], empty.select(owner), owners
+    stored = settings.table(table)
+    stored = stored.pinned() if stored.exists() else stored
     for partition in reversed(since_snapshot(settings, earlier, known_by)):
         if missing is not None and missing.is_empty():
             break
-        rows = bucket_rows(settings, table, schema, bucket, [partition])
+        rows = bucket_rows(stored, schema, bucket, partition)
         if missing is not None:
             rows = rows.join(missing, on=owner, how="semi", maintain_order="left")
         rows = rows.join(done, on=owner, how="anti", maintain_order="left")
@@ -246,13 +248,11 @@ def newest_rows(
     return pl.concat(found[::-1])
 
 
-def bucket_rows(
-    settings: BuildSettings, table: str, schema: pa.Schema, bucket: int | None, partitions: Sequence[str]
-) -> pl.DataFrame:
-    """Rows of one of the builder's tables in some partitions, of one bucket or all."""
-    if not partitions or not settings.table(table).exists():
+def bucket_rows(table: Table, schema: pa.Schema, bucket: int | None, partition: str) -> pl.DataFrame:
+    """Rows of one of the builder's tables in a partition, of one bucket or all."""
+    if not table.exists():
         return pl.DataFrame(pl.from_arrow(schema.empty_table()))
-    rows = settings.table(table).scan(partitions)
+    rows = table.scan([partition])
     if bucket is not None:
         rows = rows.filter(pl.col("bucket") == str(bucket))
-    return settings.table(table).collect(rows.select(schema.names), partitions)
+    return table.collect(rows.select(schema.names), [partition])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,11 +17,11 @@ from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
 from features.aggregates import (
     KEY,
+    Entries,
     aggregate_of,
     aggregate_value,
     count_column,
     cross_column,
-    exploded,
     key_column,
     state_columns,
     sum_column,
@@ -104,9 +103,8 @@ class OnlineReader:
             )
         nothing = {name: [None] for name in (*self._item, *self._item_counts)}
         self._items = ItemTable(
-            self._encode_items(pl.DataFrame(nothing, schema={**self._item, **self._item_counts})),
+            self._encode_items(pl.DataFrame(nothing, schema={**self._item, **self._item_counts}), 0),
             self._read_items,
-            partial(_values_at, settings.schema.aggregates("item")),
             settings.item_max_age_seconds,
             settings.max_cached_items,
         )
@@ -234,7 +232,7 @@ class OnlineReader:
         columns = {name: name.split(":", 1)[1] for name in names}
         return {column: response[column] if name in stored else nothing for name, column in columns.items()}
 
-    def _read_items(self, item_ids: list[str]) -> Stored:
+    def _read_items(self, item_ids: list[str], ts: int) -> Stored:
         kinds = {**self._item, **self._item_counts}
         views = {ITEM_VIEW: self._item, aggregates_view(self.schema, "item"): self._item_counts}
         names = [f"{view}:{name}" for view, columns in views.items() for name in columns if name != "item_id"]
@@ -242,25 +240,27 @@ class OnlineReader:
         for start in range(0, len(item_ids), READ_ROWS):
             ids = item_ids[start : start + READ_ROWS]
             portions.append(pl.DataFrame({"item_id": ids, **self._read(names, "item_id", ids)}, schema=kinds))
-        return self._encode_items(pl.concat(portions))
+        return self._encode_items(pl.concat(portions), ts)
 
-    def _encode_items(self, raw: pl.DataFrame) -> Stored:
-        features = self.schema.side("item")
+    def _encode_items(self, raw: pl.DataFrame, ts: int) -> Stored:
+        features, counted = self.schema.side("item"), self.schema.aggregates("item")
         own = [one for one in features if one.source == "item_id" and one.kind == "id"]
         crossed = []
         for key in self.schema.cross_keys:
             kind = pl.List(pl.String) if isinstance(raw.schema[key], pl.List) else pl.String
             crossed.append(raw[key].cast(kind).alias(cross_column(key)))
         profile = encode_features([one for one in features if one not in own], raw)
-        counts = raw.select(name for one in self.schema.aggregates("item") for name in state_columns(one))
         counted_at = (
             raw[COUNTED_AT] if COUNTED_AT in raw.columns else pl.repeat(None, raw.height, dtype=pl.Int64, eager=True)
         )
+        known = counted_at.fill_null(NEVER).to_numpy()
+        moments = np.maximum(known, ts)
         return Stored(
             profile.hstack(crossed),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
-            counts,
-            counted_at.fill_null(NEVER).to_numpy(),
+            _values_at(counted, raw, moments),
+            known,
+            *_unchanged(counted, raw, known, moments),
             encode_features(own, raw),
         )
 
@@ -271,8 +271,8 @@ class Stored:
 
     Attributes:
         profile, updated_at: codes and numbers of the profile; ``NEVER`` without one.
-        counts, counted_at: what the aggregates are made of, encoded when the moment is known, as windows move;
-            ``NEVER`` for an item that was never seen.
+        counts, counted_at: values of the aggregates; ``NEVER`` for an item that was never seen.
+        counts_since, counts_until: from and until when these values hold, as windows move on.
         ids: features that are the item's own id; they hold as soon as either part does.
     """
 
@@ -280,6 +280,8 @@ class Stored:
     updated_at: np.ndarray
     counts: pl.DataFrame
     counted_at: np.ndarray
+    counts_since: np.ndarray
+    counts_until: np.ndarray
     ids: pl.DataFrame
 
     def rows(self, rows: np.ndarray) -> Stored:
@@ -288,6 +290,8 @@ class Stored:
             self.updated_at[rows],
             _rows(self.counts, rows),
             self.counted_at[rows],
+            self.counts_since[rows],
+            self.counts_until[rows],
             _rows(self.ids, rows),
         )
 
@@ -297,6 +301,8 @@ class Stored:
             np.concatenate([self.updated_at, other.updated_at]),
             pl.concat([self.counts, other.counts], rechunk=True),
             np.concatenate([self.counted_at, other.counted_at]),
+            np.concatenate([self.counts_since, other.counts_since]),
+            np.concatenate([self.counts_until, other.counts_until]),
             pl.concat([self.ids, other.ids], rechunk=True),
         )
 
@@ -306,22 +312,13 @@ class ItemTable:
 
     Args:
         blank: one row, which stands for whatever is not known at the time of a request.
-        read: these ids as they are stored, in their order.
-        values: features of some rows of ``Stored.counts`` at a moment, microseconds UTC.
+        read: these ids as they are stored, in their order, with the counts of a moment (microseconds UTC).
         max_age: seconds until an entry is read again.
         max_items: the table is emptied when it would hold more ids.
     """
 
-    def __init__(
-        self,
-        blank: Stored,
-        read: Callable[[list[str]], Stored],
-        values: Callable[[pl.DataFrame, int], pl.DataFrame],
-        max_age: float,
-        max_items: int,
-    ) -> None:
+    def __init__(self, blank: Stored, read: Callable[[list[str], int], Stored], max_age: float, max_items: int) -> None:
         self._read = read
-        self._values = values
         self._max_age = max_age
         self._max_items = max_items
         self._rows: dict[str, int] = {}
@@ -333,8 +330,11 @@ class ItemTable:
         now = time.monotonic()
         rows = np.array([self._rows.get(one, -1) for one in item_ids], np.int64)
         stale = (rows < 0) | (self._read_at[rows] + self._max_age < now)
+        stale |= (self._table.counted_at[rows] <= ts) & (
+            (ts < self._table.counts_since[rows]) | (self._table.counts_until[rows] <= ts)
+        )
         if stale.any():
-            self._load(list(dict.fromkeys(one for one, old in zip(item_ids, stale, strict=True) if old)), now)
+            self._load(list(dict.fromkeys(one for one, old in zip(item_ids, stale, strict=True) if old)), ts, now)
             if len(self._rows) > self._max_items:
                 self._keep_only(set(item_ids))
             rows = np.array([self._rows[one] for one in item_ids], np.int64)
@@ -344,13 +344,13 @@ class ItemTable:
         parts = (
             _rows(table.ids, np.where(known, rows, 0)),
             _rows(table.profile, np.where(profiled, rows, 0)),
-            self._values(_rows(table.counts, np.where(counted, rows, 0)), ts),
+            _rows(table.counts, np.where(counted, rows, 0)),
         )
         columns = [column for part in parts for column in part]
         return pl.DataFrame([*columns, pl.Series("item_known", known)])
 
-    def _load(self, item_ids: list[str], now: float) -> None:
-        fresh = self._read(item_ids)
+    def _load(self, item_ids: list[str], ts: int, now: float) -> None:
+        fresh = self._read(item_ids, ts)
         size = len(self._read_at)
         self._rows.update(zip(item_ids, range(size, size + len(item_ids)), strict=True))
         self._table = self._table.and_then(fresh)
@@ -371,16 +371,39 @@ def _rows(frame: pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
     return frame[rows] if frame.width else frame
 
 
-def _values_at(features: Iterable[Feature], stored: pl.DataFrame, ts: int) -> pl.DataFrame:
-    """The values of aggregates at a moment, from what is stored of each owner, a row each."""
+def _values_at(features: Iterable[Feature], stored: pl.DataFrame, ts: np.ndarray | int) -> pl.DataFrame:
+    """The values of aggregates from what is stored of each owner, a row each; ``ts``: one moment, or each row's."""
     columns = []
     for feature in features:
         if aggregate_of(feature).window is None:
             columns += [stored[name] for name in value_columns([feature])]
-            continue
-        lists = stored.select(*state_columns(feature)).with_row_index("owner")
-        columns += within(feature, exploded(lists, list(state_columns(feature))), ts, stored.height)
+        else:
+            entries = _entries(feature, stored)
+            moments = ts if isinstance(ts, int) else ts[entries[0]]
+            columns += within(feature, entries, moments, stored.height)
     return pl.DataFrame(columns).select(_values(features))
+
+
+def _unchanged(
+    features: Iterable[Feature], stored: pl.DataFrame, known: np.ndarray, moments: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """From and until when the values of each row's moment hold, microseconds UTC; ``known`` is the first such."""
+    since, until = known.copy(), np.full_like(known, NEVER)
+    for feature in features:
+        if aggregate_of(feature).window is not None:
+            owner, ends, *_ = _entries(feature, stored)
+            ahead = ends > moments[owner]
+            np.maximum.at(since, owner[~ahead], ends[~ahead])
+            np.minimum.at(until, owner[ahead], ends[ahead])
+    return since, until
+
+
+def _entries(feature: Feature, stored: pl.DataFrame) -> Entries:
+    """What is stored of a windowed feature; the owner's number is its row."""
+    lists = [stored[name] for name in state_columns(feature)]
+    owner = np.repeat(np.arange(stored.height), lists[0].list.len().fill_null(0).to_numpy())
+    until, counts, sums = (one.list.explode(empty_as_null=False, keep_nulls=False).to_numpy() for one in lists)
+    return owner, until, counts, sums
 
 
 def _per_key(feature: Feature, stored: pl.DataFrame, ts: int) -> pl.DataFrame:
@@ -388,9 +411,9 @@ def _per_key(feature: Feature, stored: pl.DataFrame, ts: int) -> pl.DataFrame:
     key = stored[key_column(feature)].alias(KEY)
     if aggregate_of(feature).window is None:
         return pl.DataFrame([key, *[stored[name] for name in value_columns([feature])]])
-    entries = stored.with_columns(key.rle_id().alias("owner"))  # they are ordered by key
-    keys = key.unique(maintain_order=True)
-    return pl.DataFrame([keys, *within(feature, entries, ts, len(keys))])
+    until, counts, sums = (stored[name].to_numpy() for name in state_columns(feature))
+    owner, keys = key.rle_id().to_numpy(), key.unique(maintain_order=True)  # entries are ordered by key
+    return pl.DataFrame([keys, *within(feature, (owner, until, counts, sums), ts, len(keys))])
 
 
 def _values(features: Iterable[Feature]) -> list[pl.Expr]:

@@ -57,7 +57,7 @@ def sample_rows(one: BuildSettings, day: str) -> dict[str, dict[str, Any]]:
     return dict(zip(users, rows, strict=True))
 
 
-@settings_of_hypothesis(max_examples=10, deadline=None)
+@settings_of_hypothesis(max_examples=7, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     grain=st.sampled_from(GRAINS),

@@ -314,7 +314,7 @@ class World:
 
     def __init__(self, tables: dict[str, Table], days: list[str], delay: int, grain: Grain = "day") -> None:
         self.rows = {name: table.scan().collect().to_dicts() for name, table in tables.items()}
-        self.days = days
+        self.numbers = {day: partition_number(day, grain) for day in days}
         self.delay = delay
         self.grain: Grain = grain
 
@@ -331,10 +331,10 @@ class World:
     def seen(self, key: str, value: str, ts: int) -> bool:
         newest = self.newest(ts)
         return any(
-            str(row[key]) == value and partition_number(row["dt"], self.grain) <= newest
+            str(row[key]) == value and self.numbers[row["dt"]] <= newest
             for name in ("impressions", "events")
             for row in self.rows[name]
-            if row["dt"] in self.days
+            if row["dt"] in self.numbers
         )
 
     def value(self, feature: Feature, user: str, item: str, ts: int) -> float | None:
@@ -347,8 +347,8 @@ class World:
             keys = profile["colors"] if profile else []
         values: list[float] = []
         for row in self.rows[aggregate.of]:
-            number = partition_number(row["dt"], self.grain)
-            if row["dt"] not in self.days or number > newest or number <= newest - (aggregate.window or 10**9):
+            number = self.numbers.get(row["dt"], newest + 1)
+            if number > newest or number <= newest - (aggregate.window or 10**9):
                 continue
             if aggregate.where is not None and row["action"] != "watch":
                 continue

@@ -140,10 +140,12 @@ class OnlineReader:
         raw["user_id"] = [user_id if known else None]
         features = self.schema.aggregates("user")
         counts = {name: [row[name] if counted else None] for name in value_columns(features)}
-        frame = encode_features(self.schema.side("user"), pl.DataFrame(raw, schema=self._user)).hstack(
-            pl.DataFrame(counts, schema={name: self._user_counts[name] for name in counts}).select(_values(features))
+        profile = encode_features(self.schema.side("user"), pl.DataFrame(raw, schema=self._user))
+        counted_values = pl.DataFrame(counts, schema={name: self._user_counts[name] for name in counts}).select(
+            _values(features)
         )
-        return known, frame.row(0, named=True)
+        # a frame without columns has no row
+        return known, {column.name: column.to_list()[0] for part in (profile, counted_values) for column in part}
 
     def _crossed(self, feature: Feature, items: pl.DataFrame, item_ids: list[str], row: Mapping[str, Any]) -> pl.Series:
         """A cross feature of every item: the user's counts of all the keys that the item has, added up."""
@@ -233,7 +235,7 @@ class OnlineReader:
             raw[COUNTED_AT] if COUNTED_AT in raw.columns else pl.repeat(None, raw.height, dtype=pl.Int64, eager=True)
         )
         return Stored(
-            profile.hstack(crossed),
+            pl.DataFrame([*profile, *crossed]),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
             counts,
             counted_at.fill_null(NEVER).to_numpy(),

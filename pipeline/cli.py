@@ -268,8 +268,11 @@ def query(
         items = [item.strip() for item in candidates.split(",")] if candidates else example.get("candidates", [])
         try:
             given = json.loads(context) if context else example.get("context", {})
-        except json.JSONDecodeError as error:
+            json.dumps(given, allow_nan=False)
+        except ValueError as error:
             raise ConfigError(f"--context is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ConfigError(f"--context is a {type(given).__name__}, not an object of columns and values")
         request = {"user_id": user or example.get("user_id"), "candidates": items, "context": given}
         with RankingClient(url or endpoint_url(loaded.serving.host, loaded.serving.port)) as client:
             answer = client.rank(request["user_id"], items, given, ts if ts is not None else pipeline.store_close())

@@ -155,29 +155,31 @@ def _execute(pipeline: Pipeline, serve: bool, training: bool = True) -> None:
         pending = pipeline.pending(training)
         deploying = "deployment" in pending
         answer = None
-        beside = False
         if serve:  # better now than after the training
             require_free(pipeline.config.serving.host, pipeline.config.serving.port)
         elif deploying:
-            beside = pipeline.serves_already()
+            pipeline.serves_already()
         if pending:
             from pipeline.dag import run_dag
 
             run_dag(pipeline, pending)
         else:
             typer.echo("Nothing to do: every stage is up to date with the log and the config.")
-        if deploying and not beside:
+        if deploying:
             answer = _example_query(pipeline)
         retain(pipeline)
-        print_summary(pipeline, answer, beside)
+        print_summary(pipeline, answer)
     if serve:
         _serve(pipeline, running=deploying)
 
 
-def _example_query(pipeline: Pipeline) -> dict[str, Any]:
+def _example_query(pipeline: Pipeline) -> dict[str, Any] | None:
+    """An answer of the endpoint that was deployed; none where another process serves, maybe another version."""
     from serving.client import RankingClient
 
-    record = pipeline.records.get("deployment", "current") or {}
+    record = pipeline.record("deployment", "current")
+    if record["beside"]:
+        return None
     example = record["verified"]["example"]
     with RankingClient(record["url"]) as client:
         answer = client.rank(example["user_id"], example["candidates"], example["context"], pipeline.store_close())
@@ -233,15 +235,14 @@ def _serve(pipeline: Pipeline, running: bool) -> None:
     url = endpoint_url(options.host, options.port)
     if not running:
         pipeline.require_own_features(champion)
-        require_free(options.host, options.port)
-        if pipeline.is_deployed():
+        if not pipeline.config.ray.address:  # on a cluster the service of a process that was killed is taken over
+            require_free(options.host, options.port)
+        if pipeline.is_deployed() or pipeline.deploy()["beside"]:
             with pipeline.progress.stage("serving") as stage:
                 stage.say(f"starting Ray Serve with verified version {champion.number}")
                 ensure_ray(pipeline.config.ray)
                 url = start(pipeline.serving_settings(champion), options.host, options.port)
                 stage.say(f"version {champion.number} at {url}")
-        else:
-            pipeline.deploy()
     # what is served stays registered, whatever is promoted meanwhile
     pipeline.records.put("serving", "current", {"number": champion.number, "artifact": champion.artifact, "url": url})
     typer.echo(f"{url} is up. POST {url}/v1/rank; interactive documentation at {url}/docs. Ctrl-C stops it.")
@@ -276,8 +277,11 @@ def query(
         items = [item.strip() for item in candidates.split(",")] if candidates else example.get("candidates", [])
         try:
             given = json.loads(context) if context else example.get("context", {})
-        except json.JSONDecodeError as error:
+            json.dumps(given, allow_nan=False)
+        except ValueError as error:
             raise ConfigError(f"--context is not JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ConfigError(f"--context is a {type(given).__name__}, not an object of columns and values")
         request = {"user_id": user or example.get("user_id"), "candidates": items, "context": given}
         with RankingClient(url or endpoint_url(loaded.serving.host, loaded.serving.port)) as client:
             answer = client.rank(request["user_id"], items, given, ts if ts is not None else pipeline.store_close())

@@ -145,6 +145,9 @@ class ServingConfig(Declaration):
     max_ongoing_requests: int = Field(64, ge=1)
     max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
     max_body_bytes: int = Field(8 << 20, ge=1, description="a larger body of a request is answered 413")
+    missing_context: Literal["error", "unknown"] = Field(
+        "error", description="what a column is that a request's context lacks"
+    )
 
 
 class RetentionConfig(Declaration):

@@ -112,15 +112,16 @@ def ensure_ray(config: RayConfig) -> None:
 
 
 def stop_ray() -> None:
-    """Stop the local Ray of this process with all that runs on it; on a cluster, stop Serve and disconnect."""
+    """Stop the local Ray of this process with all that runs on it; on a cluster, stop the service that this process
+    started, and disconnect."""
     if "ray" not in sys.modules:
         return
     import ray
 
     if not ray.is_initialized():
         return
-    if _cluster and "ray.serve" in sys.modules:
-        from ray import serve
+    if _cluster and "serving.deploy" in sys.modules:
+        from serving.deploy import stop
 
-        serve.shutdown()
+        stop()
     ray.shutdown()

@@ -9,13 +9,17 @@ continues where it stopped and ends the same.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from features.errors import CorankError
 from pipeline.config import EvaluationConfig
 from pipeline.data_stages import DataStages
 from pipeline.runtime import ensure_ray, quiet
 from pipeline.workspace import FOREVER, Cuts
+
+if TYPE_CHECKING:
+    from pipeline.progress import Stage
+    from pipeline.registry import ModelVersion
 
 
 class Pipeline(DataStages):
@@ -232,44 +236,51 @@ class Pipeline(DataStages):
         Raises:
             CorankError: it does not start, or its scores differ from the offline scores.
         """
-        from pipeline.verification import verify_endpoint
-        from serving.deploy import runs_here, start, stop
-        from serving.ports import endpoint_url, free_port
+        from serving.deploy import beside, runs, serves_another, start
+        from serving.ports import endpoint_url
 
         quiet()
         champion = self.registry.champion()
         if champion is None:
             raise CorankError("there is no champion to deploy; `corank run` trains one")
         self.require_own_features(champion)
-        options = self.config.serving
+        settings, options = self.serving_settings(champion), self.config.serving
         with self.progress.stage("deployment") as stage:
             stage.say(f"starting Ray Serve with model version {champion.number}")
             ensure_ray(self.config.ray)
-            beside = not runs_here() and self.serves_already()
-            host, port = ("127.0.0.1", free_port()) if beside else (options.host, options.port)
-            url = start(self.serving_settings(champion), host, port)
-            stage.say("comparing its answers with offline scores")
-            stored = self.record("feature_store", "online")  # of later partitions than ``until``, too
-            partitions, close = sorted(stored["partitions"]), int(stored["close"])
-            verified = verify_endpoint(url, champion.artifact, self.build_settings(stored), partitions, close)
+            is_beside = serves_another() or (not runs() and self.serves_already())
+            if is_beside:
+                with beside(settings, options.host, options.port) as url:
+                    verified = self._verify(url, champion, stage)
+            else:
+                verified = self._verify(start(settings, options.host, options.port), champion, stage)
             record = {
                 "inputs": self.deployment_inputs(champion),
                 "number": champion.number,
                 "model": champion.tags.get("content", ""),
                 "artifact": champion.artifact,
                 "url": endpoint_url(options.host, options.port),
+                "beside": is_beside,
                 "verified": verified,
                 **self.lineage(),
             }
             self.records.put("deployment", "current", record)
-            if beside:
-                stop()
-            where = "verified at an endpoint of its own, as another process serves" if beside else f"at {url}"
+            where = (
+                "verified at an endpoint of its own, as another process serves" if is_beside else f"at {record['url']}"
+            )
             stage.say(
                 f"version {champion.number} {where}, {verified['requests']} requests over HTTP equal offline scores "
                 f"within {verified['largest_difference']:.1e}"
             )
         return record
+
+    def _verify(self, url: str, champion: ModelVersion, stage: Stage) -> dict[str, Any]:
+        from pipeline.verification import verify_endpoint
+
+        stage.say("comparing its answers with offline scores")
+        stored = self.record("feature_store", "online")  # of later partitions than ``until``, too
+        partitions, close = sorted(stored["partitions"]), int(stored["close"])
+        return verify_endpoint(url, champion.artifact, self.build_settings(stored), partitions, close)
 
 
 def gate_reasons(limits: EvaluationConfig, gain: float, against: tuple[int, float] | None) -> list[str]:

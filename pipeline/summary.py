@@ -17,12 +17,8 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None, beside: bool = False) -> None:
-    """Rows in and out, validation, metrics, model, endpoint, an answer, and where things lie.
-
-    Args:
-        beside: another process serves, and goes on with what it serves.
-    """
+def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None) -> None:
+    """Rows in and out, validation, metrics, model, endpoint, an answer, and where things lie."""
     console, config = _console(), pipeline.config
     records, key = pipeline.records, pipeline.evaluation_key
     evaluation = records.get("evaluation", key) or {}
@@ -36,14 +32,14 @@ def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None, beside: boo
     if champion:
         console.print(f"model       {config.name} {champion['model']}: {champion['outcome']}")
     if deployment:
-        verified = deployment["verified"]
+        verified, beside = deployment["verified"], deployment.get("beside", False)
         where = "verified   " if beside else f"endpoint    {deployment['url']},"
         console.print(
             f"{where} version {deployment['number']}; {verified['requests']} requests over HTTP equal the offline "
             f"scores within {verified['largest_difference']:.1e}"
         )
-    if beside:
-        console.print(f"endpoint    {_endpoint(pipeline)}", soft_wrap=True)
+        if beside:
+            console.print(f"endpoint    {_endpoint(pipeline)}", soft_wrap=True)
     if answer:
         print_answer(answer["request"], answer["answer"])
     _print_places(console, pipeline, evaluation)

@@ -387,6 +387,7 @@ class Workspace:
             max_ongoing_requests=options.max_ongoing_requests,
             max_queued_requests=options.max_queued_requests,
             max_body_bytes=options.max_body_bytes,
+            missing_context=options.missing_context,
         )
 
     def require_no_gaps(self) -> None:

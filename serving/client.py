@@ -58,12 +58,12 @@ class RankingClient:
             body["ts"] = ts
         return self._call("POST", "/v1/rank", body)
 
-    def push(self, events: Sequence[Mapping[str, Any]], table: str = "events") -> dict[str, int]:
+    def push(self, events: Sequence[Mapping[str, Any]], table: str | None = None) -> dict[str, int]:
         """Append new events to the online sequences; the next request sees them. May be repeated.
 
         Args:
             events: event_id, user_id, ts (microseconds UTC) and the columns that the sequences of the table read.
-            table: the event table of the config that they belong to.
+            table: the event table of the config that they belong to; default: the one that sequences read.
 
         Returns:
             events added per sequence.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import dropwhile
 
 import ray
@@ -11,11 +14,13 @@ from ray import serve
 
 from features.errors import CorankError
 from serving.client import RankingClient
-from serving.ports import endpoint_url, require_free
+from serving.ports import endpoint_url, free_port, require_free
 from serving.proxy import announce
 from serving.ranking import APPLICATION, ServingSettings, build_application
 
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+_started = False  # whether this process started Serve
 
 
 def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, timeout: float = 120.0) -> str:
@@ -32,28 +37,61 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
     Raises:
         CorankError: the port is in use, the application does not start, or does not answer in time.
     """
-    if not runs_here():
+    global _started
+    if not runs():
         require_free(host, port)
-    url = endpoint_url(host, port)
+    _started = True  # or taken over
     announce()
     serve.start(http_options={"host": host, "port": port})
-    try:
-        serve.run(build_application(settings), name=APPLICATION, route_prefix="/")
-    except RuntimeError as error:
-        raise CorankError(f"serving: the application did not start: {_reason(error)}") from error
+    _run(settings, APPLICATION, "/")
+    url = endpoint_url(host, port)
     _wait(url, timeout)
     return url
 
 
-def runs_here() -> bool:
-    """Whether Serve runs on the Ray that this process uses: then :func:`start` replaces what it serves."""
+@contextmanager
+def beside(settings: ServingSettings, host: str, port: int, timeout: float = 120.0) -> Iterator[str]:
+    """The address of an endpoint of its own for as long as the block lasts, while another process serves at this host
+    and port: a second application where that one runs on the Ray of this process, else at a free port of loopback."""
+    if not runs():
+        try:
+            yield start(settings, port=free_port(), timeout=timeout)
+        finally:
+            stop()
+        return
+    name = f"{APPLICATION}-{uuid.uuid4().hex[:8]}"
+    url = f"{endpoint_url(host, port)}/{name}"
+    try:
+        _run(settings, name, f"/{name}")
+        _wait(url, timeout)
+        yield url
+    finally:
+        serve.delete(name)
+
+
+def runs() -> bool:
+    """Whether Serve runs on the Ray that this process uses."""
     return bool(ray.is_initialized() and serve.status().proxies)
 
 
+def serves_another() -> bool:
+    """Whether a service runs on this Ray that this process did not start, so that it is not to be touched."""
+    return runs() and not _started
+
+
 def stop() -> None:
-    """Stop the application and Serve; Ray itself keeps running."""
-    if ray.is_initialized():
+    """Stop Serve, if this process started it or took it over; Ray itself keeps running."""
+    global _started
+    if ray.is_initialized() and _started:
         serve.shutdown()  # type: ignore[no-untyped-call]
+    _started = False
+
+
+def _run(settings: ServingSettings, name: str, route_prefix: str) -> None:
+    try:
+        serve.run(build_application(settings), name=name, route_prefix=route_prefix)
+    except RuntimeError as error:
+        raise CorankError(f"serving: the application did not start: {_reason(name, error)}") from error
 
 
 def _wait(url: str, timeout: float) -> None:
@@ -69,9 +107,9 @@ def _wait(url: str, timeout: float) -> None:
             time.sleep(0.2)
 
 
-def _reason(error: Exception) -> str:
+def _reason(name: str, error: Exception) -> str:
     """What the replicas that did not start raised, from the status of the application; the log has all of it."""
-    application = serve.status().applications.get(APPLICATION)
+    application = serve.status().applications.get(name)
     messages = [one.message for one in application.deployments.values() if one.message] if application else []
     return "; ".join(dict.fromkeys(error_in(message) for message in messages)) or str(error)
 

@@ -37,12 +37,12 @@ from features.batch import collate, concatenate, cut
 from features.errors import CorankError, UnavailableError, message_of, raised
 from features.schema import OTHER_UNITS, Schema
 from features.store.online import FeatureStoreSettings
-from features.store.push import OnlineWriter
+from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
 from serving.bodies import BodyError, bounded_route
-from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
+from serving.rows import InvalidRequestError, MissingContext, RequestRow, as_text, build_row
 
 APPLICATION = "corank"
 
@@ -69,6 +69,7 @@ class ServingSettings:
         ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
         ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
         max_body_bytes: of one HTTP request; a larger one is answered 413.
+        missing_context: whether a column that a request's context lacks is an error or unknown.
     """
 
     artifact: str
@@ -85,6 +86,7 @@ class ServingSettings:
     service_cpus: float = 0.1
     ranker_threads: int | None = None
     max_body_bytes: int = MOST_BODY_BYTES
+    missing_context: MissingContext = "error"
 
     @property
     def admitted(self) -> int:
@@ -167,7 +169,9 @@ class EventsRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     events: Annotated[list[Event], FailFast(), Field(min_length=1, max_length=MOST_EVENTS)]
-    table: Annotated[str, Field(description="the event table of the config that they belong to")] = "events"
+    table: Annotated[
+        str | None, Field(description="the event table of the config that they belong to; default: the one there is")
+    ] = None
 
 
 class OverloadedError(CorankError):
@@ -318,6 +322,24 @@ def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(columns, strict=False)
 
 
+def _first_refused(
+    events: list[dict[str, Any]], check: Callable[[list[dict[str, Any]]], None], together: EventsError
+) -> tuple[int | None, EventsError]:
+    """Of events that are refused together, the place of the first that is refused alone, and why."""
+    first, last, why = 0, len(events), together
+    while last - first > 1:
+        middle = (first + last) // 2
+        for start, end in ((first, middle), (middle, last)):
+            try:
+                check(events[start:end])
+            except EventsError as error:
+                first, last, why = start, end, error
+                break
+        else:
+            return None, together
+    return first, why
+
+
 # --- the deployments ----------------------------------------------------------------------------------
 
 
@@ -376,6 +398,7 @@ class RankingService:
                     [str(item) for item in request.candidates],
                     request.context,
                     ts,
+                    limits.missing_context,
                 ),
             )
             scores: np.ndarray = await _answered(self._ranker.rank.remote(row.rows))
@@ -398,12 +421,21 @@ class RankingService:
     def _push(self, request: EventsRequest) -> dict[str, int]:
         if self._writer is None:  # of the newest config, whose views the store has; a model may read fewer of them
             self._writer = OnlineWriter(self._settings.store, self._settings.log_delay)
+        writer = self._writer
         try:
-            return self._writer.push(_frame([event.model_dump() for event in request.events]), request.table)
-        except UnavailableError:
-            raise
+            table = writer.table(request.table)
         except CorankError as error:
-            raise InvalidRequestError("events", str(error)) from error
+            raise InvalidRequestError("table", str(error)) from None
+        events = [event.model_dump() for event in request.events]
+        for index, event in enumerate(events):
+            if missing := [column for column in writer.columns(table) if column not in event]:
+                raise InvalidRequestError(f"events.{index}.{missing[0]}", "is missing; send null if it is not known")
+        try:
+            return writer.push(_frame(events), table)
+        except EventsError as error:
+            first, alone = _first_refused(events, lambda some: writer.check(_frame(some), table), error)
+            place = f"events.{first}.{alone.column}" if first is not None and alone.column else "events"
+            raise InvalidRequestError(place, str(alone)) from error
 
     @contextmanager
     def _admission(self, kind: Literal["rank", "push"]) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -18,6 +18,8 @@ from features.batch import end_column, label_column, sample_schema, timeline_col
 from features.errors import CorankError
 from features.schema import Feature, Schema
 from features.store.reader import History, OnlineReader, encode_features
+
+MissingContext = Literal["error", "unknown"]
 
 MOST = float(np.finfo(np.float32).max)
 
@@ -45,7 +47,13 @@ class RequestRow:
 
 
 def build_row(
-    reader: OnlineReader, log_delay: int, user_id: str, item_ids: list[str], context: Mapping[str, Any], ts: int
+    reader: OnlineReader,
+    log_delay: int,
+    user_id: str,
+    item_ids: list[str],
+    context: Mapping[str, Any],
+    ts: int,
+    missing_context: MissingContext = "error",
 ) -> RequestRow:
     """Read the features of a request and lay them out.
 
@@ -54,12 +62,13 @@ def build_row(
         item_ids: the candidates [C].
         context: source column → value.
         ts: time of the request, microseconds UTC.
+        missing_context: whether a column that the context lacks is an error or unknown.
 
     Raises:
         InvalidRequestError: the context is not what the schema declares.
     """
     schema = reader.schema
-    context_codes = encode_context(schema, context)
+    context_codes = encode_context(schema, context, missing_context)
     user_known, user_codes, items = reader.request(user_id, item_ids, ts)
     timelines = {
         name: visible(history, ts - log_delay, length)
@@ -118,11 +127,12 @@ def visible(history: History, before: int, length: int) -> History:
     return History(history.ts[seen], {name: values[seen] for name, values in history.fields.items()})
 
 
-def encode_context(schema: Schema, context: Mapping[str, Any]) -> dict[str, Any]:
+def encode_context(schema: Schema, context: Mapping[str, Any], missing: MissingContext = "error") -> dict[str, Any]:
     """Codes of the context features, by ``feature_column``.
 
     Args:
         context: source column → text, number, boolean, null or (multi-valued) a list of them.
+        missing: whether a column that it lacks is an error or unknown.
 
     Raises:
         InvalidRequestError: a column is missing, unknown, or its value is of the wrong kind.
@@ -134,9 +144,9 @@ def encode_context(schema: Schema, context: Mapping[str, Any]) -> dict[str, Any]
             raise InvalidRequestError(f"context.{key}", f"the model reads no such context; it reads {list(sources)}")
     columns = []
     for source, feature in sources.items():
-        if source not in context:
+        if source not in context and missing == "error":
             raise InvalidRequestError(f"context.{source}", "is missing; send null if it is not known")
-        columns.append(pl.Series(source, [_raw(feature, context[source])], dtype=_type(feature)))
+        columns.append(pl.Series(source, [_raw(feature, context.get(source))], dtype=_type(feature)))
     if not features:
         return {}
     return encode_features(features, pl.DataFrame(columns)).row(0, named=True)

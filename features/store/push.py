@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, cast
 
+import numpy as np
 import polars as pl
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.type_map import python_values_to_proto_values
@@ -45,6 +46,17 @@ AS_OF, OLDEST = "__as_of", "__oldest"
 """In a frame of events; no field of the user's own has these names."""
 
 
+MOST = float(np.finfo(np.float32).max)
+
+
+class EventsError(CorankError):
+    """Events are not what the sequences of their table read; ``column`` is the one that is wrong, where one is."""
+
+    def __init__(self, message: str, column: str | None = None) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 class OnlineWriter:
     """Appends new events to the online sequences. May be used by several threads and processes.
 
@@ -65,7 +77,27 @@ class OnlineWriter:
         items = registered_view(self._store, ITEM_VIEW).features if joined else []
         self._item_types = {one.name: one.dtype for one in items}
 
-    def push(self, events: pl.DataFrame, table: str = "events") -> dict[str, int]:
+    def table(self, name: str | None) -> str:
+        """The event table of this name, or the one there is.
+
+        Raises:
+            CorankError: no sequence reads it, or there are several to choose from.
+        """
+        known = list(dict.fromkeys(sequence.events for sequence in self.schema.sequences))
+        if name is None and len(known) == 1:
+            return known[0]
+        if name is None and known:
+            raise CorankError(f"push: name the table that the events belong to; tables of sequences are {known}")
+        if name not in known:
+            raise CorankError(f"push: no sequence reads the table {name!r}; tables of sequences are {known}")
+        return name
+
+    def columns(self, table: str) -> list[str]:
+        """What the sequences of a table read of its events, besides event_id, user_id and ts."""
+        read = [column for one in self.schema.sequences if one.events == table for column in columns_read(one)]
+        return list(dict.fromkeys(read))
+
+    def push(self, events: pl.DataFrame, table: str | None = None) -> dict[str, int]:
         """Append raw events to every sequence that reads this table.
 
         Each sequence takes the events that its ``where`` selects, coded like the log's. An event whose ``event_id``
@@ -76,40 +108,51 @@ class OnlineWriter:
 
         Args:
             events: event_id, user_id, ts (microseconds UTC, or a timestamp) and the columns that the sequences read.
-            table: which event table of the config they belong to.
+            table: which event table of the config they belong to; default: the one that sequences read.
 
         Returns:
             events added per sequence of this table.
 
         Raises:
-            CorankError: no sequence reads the table; a column is missing or of a wrong type, an event has no id, user
-                or time, or a time in another unit. Nothing is written then.
+            CorankError: no sequence reads the table, or it is not named and there are several.
+            EventsError: a column is missing or of a wrong type, an event has no id, user or time, or a time in another
+                unit. Nothing is written then.
             UnavailableError: the store does not answer. Push the same events again later; what was written stays.
         """
-        sequences = [sequence for sequence in self.schema.sequences if sequence.events == table]
-        if not sequences:
-            known = sorted({sequence.events for sequence in self.schema.sequences})
-            raise CorankError(f"push: no sequence reads the table {table!r}; tables of sequences are {known}")
-        checked = _checked(events, table)
+        name = self.table(table)
         with reachable(self._store):
-            try:
-                coded = {sequence.name: self._coded(checked, sequence, table) for sequence in sequences}
-            except pl.exceptions.PolarsError as failure:
-                raise CorankError(f"push to {table}: a column has another type than the log's: {failure}") from failure
-            return {sequence.name: self._append(sequence, coded[sequence.name]) for sequence in sequences}
+            coded = self._coded(events, name)
+            return {sequence.name: self._append(sequence, new) for sequence, new in coded}
 
-    def _coded(self, events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
+    def check(self, events: pl.DataFrame, table: str) -> None:
+        """Whether :meth:`push` takes them; nothing is written.
+
+        Raises:
+            EventsError, UnavailableError: as there.
+        """
+        with reachable(self._store):
+            self._coded(events, table)
+
+    def _coded(self, events: pl.DataFrame, table: str) -> list[tuple[Sequence, pl.DataFrame]]:
+        checked = _checked(events, table)
+        sequences = [sequence for sequence in self.schema.sequences if sequence.events == table]
+        return [(sequence, self._coded_for(sequence, checked, table)) for sequence in sequences]
+
+    def _coded_for(self, sequence: Sequence, events: pl.DataFrame, table: str) -> pl.DataFrame:
         """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
-        _require(events, [*[one.source for one in sequence.own], *(["item_id"] if sequence.joined else [])], table)
+        _require(events, columns_read(sequence), table)
         for one in sequence.own:
-            if one.kind == "id" and events.schema[one.source].is_float():
-                raise CorankError(f"push to {table}: {one.source} is an id, but has type {events.schema[one.source]}")
+            _require_kind(events[one.source], one.kind, table)
+        if sequence.joined:
+            _require_kind(events["item_id"], "id", table)
         if sequence.where is not None:
-            _require(events, pl.sql_expr(sequence.where).meta.root_names(), table)
-            events = events.filter(pl.sql_expr(sequence.where))
+            events = _selected(events, sequence, table)
         if sequence.joined:
             events = events.with_columns(pl.col("item_id").cast(pl.String))
-        coded = new_events(sequence, events, self._profiles(events, sequence))
+        try:
+            coded = new_events(sequence, events, self._profiles(events, sequence))
+        except pl.exceptions.PolarsError as failure:
+            raise EventsError(f"push to {table}: {_types(events, columns_read(sequence))}") from failure
         return coded.with_columns(pl.col("user_id").cast(pl.String), pl.col("ts").cast(pl.Int64)).unique(
             ["user_id", EVENT_ID], keep="first", maintain_order=True
         )
@@ -210,28 +253,69 @@ def _columns(sequence: Sequence) -> dict[str, str]:
     }
 
 
+def columns_read(sequence: Sequence) -> list[str]:
+    """What a sequence reads of an event's row, besides event_id, user_id and ts."""
+    condition = pl.sql_expr(sequence.where).meta.root_names() if sequence.where is not None else []
+    return list(
+        dict.fromkeys([*[one.source for one in sequence.own], *(["item_id"] if sequence.joined else []), *condition])
+    )
+
+
+def _selected(events: pl.DataFrame, sequence: Sequence, table: str) -> pl.DataFrame:
+    """The events that the sequence's condition selects."""
+    condition = pl.sql_expr(str(sequence.where))
+    try:
+        return events.filter(condition)
+    except pl.exceptions.PolarsError as failure:
+        columns = condition.meta.root_names()
+        where = f"sequence {sequence.name} selects events by {', '.join(columns)}"
+        raise EventsError(f"push to {table}: {where}: {_types(events, columns)}", columns[0]) from failure
+
+
+def _types(events: pl.DataFrame, columns: Iterable[str]) -> str:
+    found = ", ".join(f"{column} {events.schema[column]}" for column in dict.fromkeys(columns))
+    return f"the events have the types {found}; send them as the log has them"
+
+
+def _require_kind(values: pl.Series, kind: str, table: str) -> None:
+    """
+    Raises:
+        EventsError: the column cannot be coded as an id, a category or a number.
+    """
+    dtype, name = values.dtype, values.name
+    number = dtype.is_numeric() or dtype in (pl.Boolean, pl.Null)
+    if dtype.is_nested() or (kind == "id" and dtype.is_float()) or (kind == "number" and not number):
+        article = "an" if kind == "id" else "a"
+        raise EventsError(f"push to {table}: {name} is {article} {kind}, but has type {dtype}", name)
+    if kind == "number" and dtype.is_numeric() and (values.cast(pl.Float64).fill_nan(None).abs() > MOST).any():
+        raise EventsError(f"push to {table}: {name} has a number that is not finite", name)
+
+
 def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
     """Events with ``ts`` in microseconds, all of them with an id, a user and a time."""
     _require(events, ("event_id", "user_id", "ts"), table)
+    for column in ("event_id", "user_id"):
+        _require_kind(events[column], "id", table)
     if isinstance(events.schema["ts"], pl.Datetime):
         events = events.with_columns(pl.col("ts").dt.cast_time_unit("us").dt.timestamp("us"))
     if not events.schema["ts"].is_integer():
-        raise CorankError(f"push to {table}: ts has type {events.schema['ts']}; send microseconds UTC, or a timestamp")
+        raise EventsError(
+            f"push to {table}: ts has type {events.schema['ts']}; send microseconds UTC, or a timestamp", "ts"
+        )
+
+    def refuse(column: str, broken: pl.Expr, problem: str) -> None:
+        if wrong := events.select(broken.sum()).item():
+            raise EventsError(f"push to {table}: {wrong:,} of {events.height:,} events have {problem}", column)
+
     for column in ("event_id", "user_id", "ts"):
-        if missing := events[column].null_count():
-            raise CorankError(f"push to {table}: {missing:,} of {events.height:,} events have no {column}")
+        refuse(column, pl.col(column).is_null(), f"no {column}")
     for column in ("event_id", "user_id"):
-        if wrong := events.select(is_negative(column).sum()).item():
-            raise CorankError(f"push to {table}: {wrong:,} of {events.height:,} events have a negative {column}")
+        refuse(column, is_negative(column), f"a negative {column}")
     for unit, span in OTHER_UNITS.items():
-        if wrong := events.select(pl.col("ts").is_between(*span, closed="left").sum()).item():
-            raise CorankError(
-                f"push to {table}: {wrong:,} of {events.height:,} events have a ts that looks like {unit}; "
-                "send microseconds UTC"
-            )
+        unlikely = pl.col("ts").is_between(*span, closed="left")
+        refuse("ts", unlikely, f"a ts that looks like {unit}; send microseconds UTC")
     # one from far ahead would stand at the end of the history until its time has come
-    if wrong := events.select((pl.col("ts") > time.time_ns() // 1_000 + AHEAD).sum()).item():
-        raise CorankError(f"push to {table}: {wrong:,} of {events.height:,} events have a ts in the future")
+    refuse("ts", pl.col("ts") > time.time_ns() // 1_000 + AHEAD, "a ts in the future")
     return events
 
 
@@ -246,7 +330,8 @@ def _bounded(events: pl.DataFrame, length: int, log_delay: int) -> pl.DataFrame:
 
 def _require(events: pl.DataFrame, columns: Iterable[str], table: str) -> None:
     if missing := [column for column in columns if column not in events.columns]:
-        raise CorankError(f"push to {table}: the events lack the columns {missing}; they have {events.columns}")
+        message = f"push to {table}: the events lack the columns {missing}; they have {events.columns}"
+        raise EventsError(message, missing[0])
 
 
 def _list(value: Any) -> list[Any]:

@@ -153,10 +153,10 @@ class OnlineReader:
             {name: [row[name] if counted else None] for name in names},
             schema={name: self._user_counts[name] for name in names},
         )
-        frame = encode_features(self.schema.side("user"), pl.DataFrame(raw, schema=self._user)).hstack(
-            _values_at(features, counts, ts)
-        )
-        return known, frame.row(0, named=True)
+        profile = encode_features(self.schema.side("user"), pl.DataFrame(raw, schema=self._user))
+        counted_values = _values_at(features, counts, ts)
+        # a frame without columns has no row
+        return known, {column.name: column.to_list()[0] for part in (profile, counted_values) for column in part}
 
     def _crossed(
         self, feature: Feature, items: pl.DataFrame, item_ids: list[str], row: Mapping[str, Any], ts: int
@@ -256,7 +256,7 @@ class OnlineReader:
         known = counted_at.fill_null(NEVER).to_numpy()
         moments = np.maximum(known, ts)
         return Stored(
-            profile.hstack(crossed),
+            pl.DataFrame([*profile, *crossed]),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
             _values_at(counted, raw, moments),
             known,

@@ -202,7 +202,9 @@ def test_an_event_sent_to_the_endpoint_changes_the_next_answer_once(config: Conf
         assert after != before
         assert client.push([event], "watches") == {"watched": 0}
         assert score() == after
-        with pytest.raises(CorankError, match=r"events: .*no sequence reads the table 'events'"):
+        with pytest.raises(
+            CorankError, match=r"table: .*tables of sequences are \['watches', 'searches', 'purchases'\]"
+        ):
             client.push([event])
 
 
@@ -212,7 +214,9 @@ def test_killed_replicas_are_answered_503_and_answer_as_before_when_restarted_be
     pipeline = Pipeline(config, Progress(), DAYS[1])
     item, close = config.table("items").scan().select("item_id").head(1).collect().item(), pipeline.store_close()
     fewer = config.model_copy(update={"features": config.features[1:], "sequences": config.sequences[1:]})
-    apply(Pipeline(fewer, Progress(), DAYS[1]).registered_settings())
+    registered = Pipeline(fewer, Progress(), DAYS[1]).registered_settings()
+    assert registered.live == (config.schema_,)
+    apply(registered)
     url = endpoint_url(config.serving.host, config.serving.port)
     with RankingClient(url, timeout=120) as client, ThreadPoolExecutor(6) as pool:
 

@@ -276,13 +276,14 @@ def test_ids_of_several_kinds_in_one_body_are_coded_one_by_one(client: TestClien
         (new_events({}, {"ts": "now"}), "events.1.ts"),
         (new_events({"ts": 1_767_571_200}), "events.0.ts"),
         (new_events({"item_id": [1]}), "events.0.item_id"),
-        (new_events({"item_id": 2.5}), "events"),
-        (new_events({"user_id": -1}), "events"),
+        (new_events({}, {}, {}, {"item_id": 2.5}, {}), "events.3.item_id"),
+        (new_events({}, {"user_id": -1}), "events.1.user_id"),
+        (new_events({}, {}, {"ts": NOW + 2**55}), "events.2.ts"),
         (new_events({"user_id": "\ud800"}), "events.0.user_id"),
         (new_events({"ts": 2**61}), "events.0.ts"),
         (new_events({"item_id": 2**70}), "events.0.item_id"),
-        (new_events({}, table="views"), "events"),
-        ({"events": [{"event_id": 1, "user_id": 9, "ts": NOW}]}, "events"),
+        (new_events({}, table="views"), "table"),
+        ({"events": [*new_events({})["events"], {"event_id": 1, "user_id": 9, "ts": NOW}]}, "events.1.item_id"),
     ],
 )
 def test_malformed_events_name_the_field(client: TestClient, request_body: dict[str, Any], field: str) -> None:
@@ -292,6 +293,65 @@ def test_malformed_events_name_the_field(client: TestClient, request_body: dict[
     error = response.json()["error"]
     assert (error["type"], error["field"]) == ("invalid_request", field)
     assert error["message"]
+
+
+TWO_TABLES = SCHEMA.model_copy(
+    update={
+        "sequences": (
+            *SCHEMA.sequences,
+            Sequence(
+                name="views",
+                events="views",
+                where="action = 'view' AND seconds > 1",
+                fields=(EventField(name="seconds", kind="number"),),
+            ),
+        )
+    }
+)
+
+
+def test_of_several_event_tables_one_is_named_and_wrong_types_are_told_by_place(
+    settings: ServingSettings, tmp_path: Path
+) -> None:
+    store = replace(
+        settings.store, schema=TWO_TABLES, registry=str(tmp_path / "r.db"), sqlite_path=str(tmp_path / "o.db")
+    )
+    apply(store)
+    service = RankingService(replace(settings, store=store), InProcess(Ranker(settings)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+
+        def told(table: str | None, *changes: dict[str, Any]) -> tuple[str, str]:
+            rows = [{"action": "view", "seconds": 2, **change} for change in changes]
+            response = client.post("/v1/events", json=new_events(*rows, table=table))
+            assert response.status_code == 422, response.text
+            return response.json()["error"]["field"], response.json()["error"]["message"]
+
+        assert told(None, {}) == (
+            "table",
+            "push: name the table that the events belong to; tables of sequences are ['events', 'views']",
+        )
+        assert told("views", {}, {"seconds": "long"}) == (
+            "events.1.seconds",
+            "push to views: seconds is a number, but has type String",
+        )
+        assert told("views", {}, {}, {"seconds": 1e300})[0] == "events.2.seconds"
+        field, message = told("views", {"action": 7}, {"action": 8})
+        assert field == "events.0.action"
+        assert message == (
+            "push to views: sequence views selects events by action, seconds: the events have the types action Int64, "
+            "seconds Int64; send them as the log has them"
+        )
+        pushed = client.post("/v1/events", json=new_events({"action": "view", "seconds": None}, table="views"))
+        assert pushed.json() == {"added": {"views": 0}}
+
+
+def test_context_that_is_missing_can_be_unknown(settings: ServingSettings) -> None:
+    lenient = replace(settings, missing_context="unknown")
+    service = RankingService(lenient, InProcess(Ranker(lenient)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        unknown = client.post("/v1/rank", json=body(context=dict.fromkeys(CONTEXT)))
+        assert client.post("/v1/rank", json=body(context={})).json() == unknown.json()
+        assert client.post("/v1/rank", json=body(context={"other": 1})).status_code == 422
 
 
 def test_other_errors_are_json_too(client: TestClient) -> None:

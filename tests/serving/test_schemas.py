@@ -1,0 +1,126 @@
+"""Every kind of schema that the config accepts works from the log to the answer, with every model that fits it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from features.batch import collate
+from features.fold import rows_after
+from features.lake import Table
+from features.reader import SampleSource
+from features.schema import Aggregate, EventField, Feature, Schema, Sequence, Task, partition_bounds
+from features.states import ITEM_AGGREGATES, SAMPLES, STATE, USER_AGGREGATES
+from features.store.online import FeatureStoreSettings, apply, materialize
+from models.artifact import save_artifact
+from models.config import MODELS, model_config
+from models.registry import build_model
+from models.tokens import check_fit
+from pipeline.evaluation import score_rows
+from pipeline.verification import asked_again, raw_contexts
+from serving.ranking import Ranker, RankingService, ServingSettings, build_api
+from tests.features import worlds
+from tests.features.worlds import COLORS, DAYS, SCHEMA, fold_all, write_world
+from tests.serving.test_ranking import InProcess
+
+USER_ID, AGE, DEVICE, ITEM_ID, ITEM_COLORS = SCHEMA.features
+SEQUENCES, CLICK = SCHEMA.sequences, SCHEMA.tasks
+USER_COUNT = Feature(name="watched", side="user", aggregate=Aggregate(of="events", function="sum", column="seconds"))
+ITEM_COUNT = Feature(name="shown", side="item", aggregate=Aggregate())
+CROSS_COUNT = Feature(
+    name="color_clicks", side="cross", aggregate=Aggregate(function="rate", column="click", key="colors")
+)
+CROSS_ITEM = Feature(name="item_events", side="cross", aggregate=Aggregate(of="events", key="item_id"))
+
+
+def sequence(field: EventField) -> tuple[Sequence, ...]:
+    return (Sequence(name="own", events="events", length=2, fields=(field,)),)
+
+
+SCHEMAS = {
+    "nothing of the user but context": ((DEVICE, ITEM_ID), SEQUENCES, CLICK),
+    "no context": ((USER_ID, AGE, ITEM_ID), SEQUENCES, CLICK),
+    "no sequence": ((USER_ID, AGE, DEVICE, ITEM_ID), (), CLICK),
+    "ids alone": ((USER_ID, ITEM_ID), (), CLICK),
+    "two tasks of one label": ((USER_ID, ITEM_ID), SEQUENCES[1:], (*CLICK, Task(name="again", column="click"))),
+    "counts alone": ((USER_COUNT, ITEM_COUNT), SEQUENCES[1:], CLICK),
+    "a count of the user": ((USER_COUNT, ITEM_ID), (), CLICK),
+    "a count of the item": ((USER_ID, ITEM_COUNT), (), CLICK),
+    "crossed with what is no feature": ((DEVICE, CROSS_COUNT, CROSS_ITEM, ITEM_ID), SEQUENCES[1:], CLICK),
+    "lists of items alone": ((DEVICE, ITEM_COLORS), (), CLICK),
+    "numbers alone": ((AGE, ITEM_COUNT), sequence(EventField(name="seconds", kind="number")), CLICK),
+    "events known by their items": (
+        (AGE, ITEM_ID),
+        sequence(EventField(name="shade", of="item", kind="category", vocabulary=COLORS)),
+        CLICK,
+    ),
+}
+
+
+@pytest.mark.parametrize("parts", SCHEMAS.values(), ids=SCHEMAS)
+def test_the_endpoint_answers_what_is_scored_offline(
+    tmp_path: Path, parts: tuple[tuple[Feature, ...], tuple[Sequence, ...], tuple[Task, ...]]
+) -> None:
+    features, sequences, tasks = parts
+    schema = Schema(features=features, sequences=sequences, tasks=tasks)
+    tables = write_world(tmp_path, seed=3)
+    build, close = worlds.settings(tables, tmp_path, schema=schema), partition_bounds(DAYS[-1], "day")[1]
+    fold_all(build, DAYS, [])
+    store = FeatureStoreSettings(
+        project="schemas",
+        registry=str(tmp_path / "registry.db"),
+        schema=schema,
+        users=tables["users"],
+        items=tables["items"],
+        state_uri=str(tmp_path / STATE),
+        user_aggregates=Table(USER_AGGREGATES, str(tmp_path / USER_AGGREGATES)),
+        item_aggregates=Table(ITEM_AGGREGATES, str(tmp_path / ITEM_AGGREGATES)),
+        sqlite_path=str(tmp_path / "online.db"),
+    )
+    apply(store)
+    materialize(store, 0, close)
+    impressions = asked_again(build, DAYS[-1], close, limit=4)
+    contexts, rows = raw_contexts(schema, impressions), rows_after(build, DAYS, impressions)
+    samples = SampleSource(str(tmp_path / SAMPLES), schema, tuple(DAYS), 0, 2**62)
+    fitting = [name for name in MODELS if sequences or name != "hyformer"]
+    for name in fitting:
+        torch.manual_seed(0)
+        model = build_model(schema, name, "tiny")
+        for file in samples.files():
+            model(collate(samples.read(file), schema)).square().sum().backward()
+        assert all(one.grad is None or one.grad.to_dense().isfinite().all() for one in model.parameters())
+        save_artifact(tmp_path / name, model.eval(), {})
+        settings = ServingSettings(str(tmp_path / name), store, ranker_threads=1)
+        service = RankingService(settings, InProcess(Ranker(settings)))  # type: ignore[arg-type]
+        with TestClient(build_api(service)) as client:
+            for index in range(rows.num_rows):
+                row = rows.slice(index, 1)
+                (request,) = row["requests"][0].as_py()
+                body = {"user_id": row["user_id"][0].as_py(), "context": contexts[request["request_id"]], "ts": close}
+                body["candidates"] = [one["item_id"] for one in request["candidates"]]
+                answer = client.post("/v1/rank", json=body)
+                assert answer.status_code == 200, answer.text
+                online = np.array([answer.json()["scores"][task.name] for task in tasks]).T
+                offline = np.array(score_rows(model, row)["scores"].to_pylist())
+                np.testing.assert_allclose(online, offline, atol=1e-5)
+            unknown = {"user_id": "nobody", "candidates": ["nothing"], "ts": close}
+            context = {feature.source: None for feature in schema.side("context")}
+            assert client.post("/v1/rank", json=unknown | {"context": context}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [((ITEM_ID, ITEM_COUNT), "side: user or context"), ((USER_ID, CROSS_ITEM), "side: item"), ((), "side: item")],
+)
+def test_what_no_model_can_rank_by_is_refused(features: tuple[Feature, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schema(features=features, sequences=SEQUENCES, tasks=CLICK)
+
+
+def test_a_hyformer_without_a_sequence_is_refused() -> None:
+    with pytest.raises(ValueError, match="hyformer decodes behaviour sequences"):
+        check_fit(SCHEMA.model_copy(update={"sequences": ()}), model_config("hyformer", "tiny"))

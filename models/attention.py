@@ -326,4 +326,5 @@ def attend_reference(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, sees_BE: Tenso
     if bias_HBE is not None:
         logits_HBE = logits_HBE + bias_HBE
     weights_HBE = logits_HBE.masked_fill(~sees_BE, torch.finfo(logits_HBE.dtype).min).softmax(-1)
-    return (weights_HBE[..., None] * v_HED[:, None]).masked_fill(~sees_BE[..., None], 0).sum(2)
+    parts_HBED: Tensor = weights_HBE[..., None] * v_HED[:, None]
+    return parts_HBED.masked_fill(~sees_BE[..., None], 0).sum(2)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from features.errors import CorankError
@@ -29,9 +27,11 @@ class ModelVersion:
         Raises:
             CorankError: its artifact cannot be read.
         """
+        from models.artifact import read_document
+
         try:
-            return dict(json.loads((Path(self.artifact) / "lineage.json").read_text()))
-        except (OSError, ValueError) as error:
+            return dict(read_document(self.artifact, "lineage"))
+        except CorankError as error:
             raise CorankError(
                 f"model version {self.number} at {self.artifact}: its lineage cannot be read ({error}), so what it "
                 "still needs is unknown. Restore the artifact, or promote another version (`corank models list`)."
@@ -62,7 +62,7 @@ class ModelRegistry:
         content: str,
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
-        history: list[dict[str, float]],
+        history: list[dict[str, float | None]],
         files: str,
     ) -> str:
         """Log a finished training as a run with its artifact directory; returns the run id.
@@ -82,13 +82,13 @@ class ModelRegistry:
         if known:
             return str(known[0].info.run_id)
         run = self.client.create_run(identity, run_name=name, tags={"content": content})
-        logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items() if value == value]
+        logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items()]
         for entry in history:
             step = int(entry["epoch"])
             logged += [
                 Metric(f"validation/{key}", float(value), 0, step)
                 for key, value in entry.items()
-                if key != "epoch" and value == value
+                if key != "epoch" and value is not None
             ]
         self.client.log_batch(
             run.info.run_id,

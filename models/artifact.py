@@ -24,6 +24,7 @@ from models.protocol import RankingModel
 from models.registry import rebuild_model
 
 SCHEMA_VERSION = 2
+REMEDY = "train again or roll back (`corank models`)"
 
 
 @dataclass
@@ -73,13 +74,9 @@ def load_artifact(directory: str | Path) -> Artifact:
         CorankError: the directory is no artifact, is damaged (the file is named), or of a newer layout.
     """
     directory = Path(directory)
-    listing = directory / "SHA256SUMS"
-    if not listing.is_file():
-        raise CorankError(f"model {directory}: not a model artifact (SHA256SUMS is missing)")
-    sums = {name: value for value, _, name in (line.partition("  ") for line in listing.read_text().splitlines())}
-    for name, expected in sums.items():
-        if not (directory / name).is_file() or _sha256(directory / name) != expected:
-            raise CorankError(f"model {directory}: {name} is damaged; train again or roll back (`corank models`)")
+    sums = _sums(directory)
+    for name in sums:
+        _verify(directory, name, sums)
     description = yaml.safe_load((directory / "model.yaml").read_text())
     if description["schema_version"] > SCHEMA_VERSION:
         raise CorankError(f"model {directory}: written by a newer corank (layout {description['schema_version']})")
@@ -92,6 +89,34 @@ def load_artifact(directory: str | Path) -> Artifact:
         path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json")) if path.name in sums
     }
     return Artifact(model.eval(), schema, _version(sums), metadata)
+
+
+def read_document(directory: str | Path, stem: str) -> Any:
+    """One of the documents of an artifact, verified, without the model.
+
+    Raises:
+        CorankError: as :func:`load_artifact`.
+    """
+    directory = Path(directory)
+    _verify(directory, f"{stem}.json", _sums(directory))
+    return json.loads((directory / f"{stem}.json").read_text())
+
+
+def _sums(directory: Path) -> dict[str, str]:
+    listing = directory / "SHA256SUMS"
+    if not listing.is_file():
+        raise CorankError(f"model {directory}: not a model artifact (SHA256SUMS is missing)")
+    lines = listing.read_bytes().decode(errors="replace").splitlines()
+    sums = {name: value for value, _, name in (line.partition("  ") for line in lines)}
+    for name in ("model.safetensors", "model.yaml"):
+        if name not in sums:
+            raise CorankError(f"model {directory}: SHA256SUMS is damaged (it does not name {name}); {REMEDY}")
+    return sums
+
+
+def _verify(directory: Path, name: str, sums: Mapping[str, str]) -> None:
+    if not (directory / name).is_file() or _sha256(directory / name) != sums.get(name):
+        raise CorankError(f"model {directory}: {name} is damaged; {REMEDY}")
 
 
 def _version(sums: Mapping[str, str]) -> str:

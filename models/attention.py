@@ -5,6 +5,9 @@ within a group of similar timelines: G timelines, Q queries, T events, each padd
 
 Where things lie (offsets, times) is structure and stays on the host; only values are on the model's device, so that
 planning never waits for a GPU.
+
+What a query does not see cannot touch it. Zero times NaN is NaN, so that nothing is hidden by multiplication: rows
+without a place are filled with zero, and a group in which something is not finite is computed without it.
 """
 
 from __future__ import annotations
@@ -100,13 +103,16 @@ class Rows:
     def unpad(self, padded: list[Tensor]) -> Tensor:
         """[H, P_g, D] per group → [H, B, D]; zero for rows without a place."""
         if self.index is None:
-            return padded[0] if self.placed is None else padded[0] * self.placed[:, None]
+            return self._zero_unplaced(padded[0])
         packed: Tensor = _Unpad.apply(self, *padded)  # type: ignore[no-untyped-call]
         return packed
 
     def gather(self, padded: tuple[Tensor, ...]) -> Tensor:
-        packed = (padded[0] if len(padded) == 1 else torch.cat(padded, 1)).index_select(1, self.inverse)
-        return packed if self.placed is None else packed.mul_(self.placed[:, None])
+        rows = padded[0] if len(padded) == 1 else torch.cat(padded, 1)
+        return self._zero_unplaced(rows.index_select(1, self.inverse))
+
+    def _zero_unplaced(self, packed: Tensor) -> Tensor:
+        return packed if self.placed is None else packed.masked_fill(~self.placed[:, None], 0)
 
     def to(self, device: torch.device) -> Rows:
         index = None if self.index is None else [one.to(device) for one in self.index]
@@ -138,9 +144,9 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.rows.placed is not None:  # what a query that sees nothing received was zero, whatever its place holds
-            gradients = (gradients[0] * ctx.rows.placed[:, None],)
+            gradients = (gradients[0].masked_fill(~ctx.rows.placed[:, None], 0),)
         pairs = zip(ctx.rows.index, ctx.rows.real, strict=True)
-        return None, *(gradients[0].index_select(1, index).mul_(real[:, None]) for index, real in pairs)
+        return None, *(gradients[0].index_select(1, index).masked_fill_(~real[:, None], 0) for index, real in pairs)
 
 
 class _Lookup(torch.autograd.Function):
@@ -257,7 +263,7 @@ def attend(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, plan: Plan | None, bias_
         [H, B, D].
     """
     if plan is None:  # Everything still takes part: data-parallel training waits for every parameter's gradient.
-        nothing = sum((one.sum() for one in (q_HBD, k_HED, v_HED, bias_HA) if one is not None), q_HBD.new_zeros(())) * 0
+        nothing = sum((one[:0].sum() for one in (q_HBD, k_HED, v_HED, bias_HA) if one is not None), q_HBD.new_zeros(()))
         return nothing.expand(*q_HBD.shape[:2], v_HED.shape[-1])
     table = bias_HA.to(q_HBD.dtype) if bias_HA is not None else q_HBD.new_zeros(1, TIME_BUCKETS)
     # The lowest number and not −∞: a query without any event has a softmax too, and is set to zero afterwards.
@@ -272,15 +278,46 @@ def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, tab
     """Attention within each timeline of a group, [H, G · Q, D]."""
     q_HGQD, k_HGTD, v_HGTD = (x.unflatten(1, (group.size, -1)) for x in (q_HPD, k_HPD, v_HPD))
     mask: Tensor = _Lookup.apply(table_HA, group.code)  # type: ignore[no-untyped-call]
+    out = _softmax_attention(q_HGQD, k_HGTD, v_HGTD, mask)
+    if not _is_finite(out.detach()):
+        # Computed again with zeros in place of what is not finite: the same sums for all that see none of it.
+        hidden = group.code == HIDDEN
+        lost_Q, lost_T = ~q_HGQD.isfinite().all(-1), ~(k_HGTD.isfinite() & v_HGTD.isfinite()).all(-1)
+        q, k, v = (
+            x.masked_fill(lost[..., None], 0) for x, lost in ((q_HGQD, lost_Q), (k_HGTD, lost_T), (v_HGTD, lost_T))
+        )
+        met = lost_Q | (lost_T[:, :, None] & ~hidden).any(-1)
+        out = _softmax_attention(q, k, v, mask).masked_fill(met[..., None], torch.nan)
+    if out.requires_grad:
+        out.register_hook(_without_lost_rows)
+    return out.flatten(1, 2)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether all of x is finite, by its sum; a tensor without values (meta) is."""
+    return x.is_meta or bool(x.sum().isfinite())
+
+
+def _without_lost_rows(gradient: Tensor) -> Tensor | None:
+    """The gradient of a query that is lost already would reach all events of its timeline, also those it did not see.
+
+    The parameters behind the attention have it in their gradients, so that it is not overlooked.
+    """
+    if _is_finite(gradient):
+        return None
+    return gradient.masked_fill(~gradient.isfinite().all(-1, keepdim=True), 0)
+
+
+def _softmax_attention(q_HGQD: Tensor, k_HGTD: Tensor, v_HGTD: Tensor, mask: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D + mask) v, [H, G, Q, D]."""
     H, G, Q, _ = q_HGQD.shape
     if not mask.requires_grad:
-        shape = (len(mask), G, Q, mask.shape[-1])
-        out = functional.scaled_dot_product_attention(q_HGQD, k_HGTD, v_HGTD, attn_mask=mask.expand(shape))
-        return out.flatten(1, 2)
+        mask = mask.expand(len(mask), G, Q, mask.shape[-1])
+        return functional.scaled_dot_product_attention(q_HGQD, k_HGTD, v_HGTD, attn_mask=mask)
     # A mask that learns is beyond the fused kernels; this is what they compute, without the fallback's extra passes.
     q, k, v = (x.flatten(0, 1) for x in (q_HGQD, k_HGTD, v_HGTD))
     logits = torch.baddbmm(mask.expand(H, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(logits.softmax(-1), v).view(H, G * Q, -1)
+    return torch.bmm(logits.softmax(-1), v).view(H, G, Q, -1)
 
 
 def attend_reference(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, sees_BE: Tensor, bias_HBE: Tensor | None) -> Tensor:
@@ -288,5 +325,6 @@ def attend_reference(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, sees_BE: Tenso
     logits_HBE = torch.bmm(q_HBD, k_HED.transpose(1, 2)) / q_HBD.shape[-1] ** 0.5
     if bias_HBE is not None:
         logits_HBE = logits_HBE + bias_HBE
-    weights_HBE = logits_HBE.masked_fill(~sees_BE, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return torch.bmm(weights_HBE, v_HED)
+    weights_HBE = logits_HBE.masked_fill(~sees_BE, torch.finfo(logits_HBE.dtype).min).softmax(-1)
+    parts_HBED: Tensor = weights_HBE[..., None] * v_HED[:, None]
+    return parts_HBED.masked_fill(~sees_BE[..., None], 0).sum(2)

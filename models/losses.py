@@ -16,5 +16,6 @@ def task_losses(logits: Tensor, labels: Tensor, mask: Tensor, weight: Tensor) ->
         weighted loss per task and its total weight, [K] each.
     """
     loss = functional.binary_cross_entropy_with_logits(logits.float(), labels, reduction="none")
-    effective = weight[:, None] * mask
-    return (loss * effective).sum(0), effective.sum(0)
+    # what has no label or no weight takes no part, whatever its score is
+    effective = weight[:, None].where(mask, 0)
+    return (loss.where(effective != 0, 0) * effective).sum(0), effective.sum(0)

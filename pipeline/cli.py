@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -404,5 +406,8 @@ def main() -> None:
     """Entry point of the command ``corank``."""
     from pipeline.features_cli import features_app  # here, because it imports this module
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal that has no ✓ shows ? instead of a stack trace
+            stream.reconfigure(errors="replace")
     app.add_typer(features_app, name="features")
     app()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote
@@ -108,29 +109,56 @@ class ModelConfig(Declaration):
         return self
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How training goes through its data.
+
+    Attributes:
+        candidates: of one epoch.
+        batch_candidates: most candidates of one step.
+        warmup_steps: over which the learning rates rise.
+    """
+
+    candidates: int
+    batch_candidates: int
+    warmup_steps: int
+
+
 class TrainingConfig(Declaration):
     epochs: int = Field(6, ge=1)
-    batch_candidates: int = Field(1_500, ge=1, description="candidates of one step (the papers' 1,500)")
+    batch_candidates: int | None = Field(
+        None, ge=1, description="candidates of one step; default: a 40th of an epoch's, in 100 … 1,500 (the papers')"
+    )
     batch_events: int = Field(60_000, ge=1, description="events of one step; bounds memory")
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    embedding_learning_rate: float = Field(0.05, gt=0, description="Adagrad on touched rows")
-    clip_norm: float = Field(1.0, gt=0)
-    warmup_steps: int = Field(50, ge=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+    embedding_learning_rate: float = Field(0.05, gt=0, allow_inf_nan=False, description="Adagrad on touched rows")
+    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    warmup_steps: int | None = Field(None, ge=0, description="default: a fifth of all steps, at most 50")
     id_dropout: float = Field(0.01, ge=0, lt=1, description="share of ids that read row 0 in training")
     average: float = Field(0.98, ge=0, lt=1, description="decay per step of the weight average; 0: none")
     seed: int = 0
     num_workers: int = Field(1, ge=1, description="Ray Train workers")
-    cpus_per_worker: float = Field(1.0, gt=0)
+    cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)
     use_gpu: bool = False
+
+    def pace(self, candidates: int) -> Pace:
+        """What is left out follows the number of training candidates, so that small data have enough steps, too."""
+        batch = self.batch_candidates or min(max(candidates // 40, 100), 1_500)
+        steps = self.epochs * -(-candidates // batch)
+        return Pace(candidates, batch, min(50, steps // 5) if self.warmup_steps is None else self.warmup_steps)
 
 
 class EvaluationConfig(Declaration):
     """A candidate becomes champion only when it passes all of this."""
 
     task: str | None = Field(None, description="task of the gate; default: the first")
-    min_gain_over_baseline: float = Field(0.0, description="AUC above the baseline printed beside it")
-    max_loss_against_champion: float = Field(0.01, ge=0, description="AUC below the champion on the same requests")
+    min_gain_over_baseline: float = Field(
+        0.0, allow_inf_nan=False, description="AUC above the baseline printed beside it"
+    )
+    max_loss_against_champion: float = Field(
+        0.01, ge=0, allow_inf_nan=False, description="AUC below the champion on the same requests"
+    )
     resamples: int = Field(200, ge=50, description="bootstrap resamples of users for the intervals")
 
 

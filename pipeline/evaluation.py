@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,7 @@ from features.reader import SampleSource
 from features.schema import Schema, Task
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
-from models.metrics import TaskMetrics, auc_difference_interval, task_metrics
+from models.metrics import Gain, TaskMetrics, auc_gain, task_metrics
 from models.protocol import RankingModel
 from pipeline.training import probabilities
 
@@ -142,7 +142,7 @@ def impressions(source: SampleSource, task: Task) -> pl.DataFrame:
     return pl.concat(frames)
 
 
-def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.DataFrame:
+def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.DataFrame | None:
     """The baseline printed beside the model: a logistic fit of the smoothed user mean and item mean.
 
     Both means use only labels of requests older than the request's time − log delay; item means are frozen
@@ -152,7 +152,8 @@ def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.D
         cut: first request time of the test set, microseconds UTC.
 
     Returns:
-        user_id, request_id, item_id, ts, label and score of the test set's impressions.
+        user_id, request_id, item_id, ts, label and score of the test set's impressions; None when there are not both
+        classes before the cut to fit it on.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -164,7 +165,7 @@ def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.D
     fit, test = shown.filter(pl.col("ts") < cut), shown.filter(pl.col("ts") >= cut)
     inputs = ["user_id_mean", "item_id_mean"]
     if fit["label"].n_unique() < 2:
-        raise CorankError(f"evaluation: task {task.name} has one class only before the test set")
+        return None
     model = LogisticRegression().fit(_logit(fit.select(inputs)), fit["label"].to_numpy())
     scores = model.predict_proba(_logit(test.select(inputs)))[:, 1] if test.height else np.zeros(0)
     return test.select(*IDENTITY, "label").with_columns(pl.Series("score", scores))
@@ -206,32 +207,28 @@ def _logit(means: pl.DataFrame) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """One task: the candidate, the baseline, the champion, and AUC differences with 95 % intervals."""
+    """One task: the candidate, the baseline, the champion, and AUC gains; None of what cannot be told."""
 
     metrics: TaskMetrics
-    baseline: TaskMetrics
-    gain: tuple[float, float, float]
+    baseline: TaskMetrics | None
+    gain: Gain | None
     champion: TaskMetrics | None
-    champion_gain: tuple[float, float, float] | None
+    champion_gain: Gain | None
 
     def as_dict(self) -> dict[str, Any]:
         return {
             **self.metrics.as_dict(),
-            "baseline": self.baseline.as_dict(),
-            "auc_gain_over_baseline": dict(zip(("difference", "low", "high"), self.gain, strict=True)),
+            "baseline": self.baseline.as_dict() if self.baseline else None,
+            "auc_gain_over_baseline": asdict(self.gain) if self.gain else None,
             "champion": self.champion.as_dict() if self.champion else None,
-            "auc_gain_over_champion": (
-                dict(zip(("difference", "low", "high"), self.champion_gain, strict=True))
-                if self.champion_gain
-                else None
-            ),
+            "auc_gain_over_champion": asdict(self.champion_gain) if self.champion_gain else None,
         }
 
 
 def report(
     schema: Schema,
     scored: Scored,
-    baselines: Mapping[str, pl.DataFrame],
+    baselines: Mapping[str, pl.DataFrame | None],
     champion: Scored | None,
     resamples: int,
 ) -> dict[str, TaskReport]:
@@ -249,21 +246,19 @@ def report(
                 "ts": scored.ts[known],
             }
         )
-        beside = keys.join(
-            baselines[task.name].select(*IDENTITY, "score"), on=IDENTITY, how="left", maintain_order="left"
-        )["score"]
-        if beside.null_count() or len(beside) != len(labels):
-            raise CorankError(f"evaluation: task {task.name}: baseline and model saw different impressions")
-        other = beside.to_numpy()
+        fitted, other = baselines[task.name], None
+        if fitted is not None:
+            beside = keys.join(fitted.select(*IDENTITY, "score"), on=IDENTITY, how="left", maintain_order="left")
+            if beside["score"].null_count() or len(beside) != len(labels):
+                raise CorankError(f"evaluation: task {task.name}: baseline and model saw different impressions")
+            other = beside["score"].to_numpy()
         rival = _champion_scores(scored, champion, index, known)
         reports[task.name] = TaskReport(
             metrics=task_metrics(labels, scores, users, requests),
-            baseline=task_metrics(labels, other, users, requests),
-            gain=auc_difference_interval(labels, scores, other, users, resamples),
+            baseline=task_metrics(labels, other, users, requests) if other is not None else None,
+            gain=auc_gain(labels, scores, other, users, resamples) if other is not None else None,
             champion=task_metrics(labels, rival, users, requests) if rival is not None else None,
-            champion_gain=(
-                auc_difference_interval(labels, scores, rival, users, resamples) if rival is not None else None
-            ),
+            champion_gain=auc_gain(labels, scores, rival, users, resamples) if rival is not None else None,
         )
     return reports
 

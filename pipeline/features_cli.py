@@ -374,7 +374,7 @@ def features_skew(
         for name, one in report.features.items():
             table.add_row(name, f"{one.compared:,}", f"{one.differ:,}", f"{one.rate:.2%}", one.example)
         Console(highlight=False).print(table)
-        if report.rate > threshold:
+        if not report.rate <= threshold:
             raise CorankError(
                 f"skew, partition {chosen}: {report.rate:.4%} of the values differ, more than --threshold "
                 f"{threshold:.4%}. The table names each feature's first difference; materialise from the samples' own "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sqlite3
@@ -41,9 +40,11 @@ class ModelVersion:
         Raises:
             CorankError: its artifact cannot be read.
         """
+        from models.artifact import read_document
+
         try:
-            return dict(json.loads((Path(self.artifact) / "lineage.json").read_text()))
-        except (OSError, ValueError) as error:
+            return dict(read_document(self.artifact, "lineage"))
+        except CorankError as error:
             raise CorankError(
                 f"model version {self.number} at {self.artifact}: its lineage cannot be read ({error}), so what it "
                 "still needs is unknown. Restore the artifact, or promote another version (`corank models list`)."
@@ -129,7 +130,7 @@ def published_schema(artifact: str) -> Schema | None:
         CorankError: it cannot be read.
     """
     try:
-        description = yaml.safe_load((Path(artifact) / "model.yaml").read_text())
+        description = yaml.safe_load((Path(artifact) / "model.yaml").read_text(encoding="utf-8"))
         return Schema.model_validate(description["schema"])
     except FileNotFoundError:
         return None
@@ -163,7 +164,7 @@ class ModelRegistry:
         content: str,
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
-        history: list[dict[str, float]],
+        history: list[dict[str, float | None]],
         files: str,
     ) -> str:
         """Log a finished training as a run with its artifact directory; returns the run id.
@@ -183,13 +184,13 @@ class ModelRegistry:
         if known:
             return str(known[0].info.run_id)
         run = self.client.create_run(identity, run_name=name, tags={"content": content})
-        logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items() if value == value]
+        logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items()]
         for entry in history:
             step = int(entry["epoch"])
             logged += [
                 Metric(f"validation/{key}", float(value), 0, step)
                 for key, value in entry.items()
-                if key != "epoch" and value == value
+                if key != "epoch" and value is not None
             ]
         self.client.log_batch(
             run.info.run_id,

@@ -28,16 +28,15 @@ def write_report(folder: Path, config: Config, candidate: Mapping[str, Any], eva
         "",
     ]
     for task, entry in evaluation["tasks"].items():
-        rows = {"candidate": entry, "baseline": entry["baseline"]}
-        if entry["champion"]:
-            rows[f"champion (version {evaluation['champion']})"] = entry["champion"]
+        others = {"baseline": entry["baseline"], f"champion (version {evaluation['champion']})": entry["champion"]}
+        rows = {"candidate": entry} | {name: row for name, row in others.items() if row}
         lines += [
             f"## {task}",
             "",
             "| | " + " | ".join(metric.replace("_", " ") for metric in METRICS) + " |",
             "|---|" + "---|" * len(METRICS),
             *[
-                f"| {name} | " + " | ".join(f"{row[metric]:.4f}" for metric in METRICS) + " |"
+                f"| {name} | " + " | ".join(number_text(row[metric]) for metric in METRICS) + " |"
                 for name, row in rows.items()
             ],
             "",
@@ -49,13 +48,24 @@ def write_report(folder: Path, config: Config, candidate: Mapping[str, Any], eva
                     f"AUC − {other}: {gain['difference']:+.4f}, 95 % interval over resampled users "
                     f"{gain['low']:+.4f} … {gain['high']:+.4f}."
                 )
-        lines += [
-            f"{entry['positives']:.1%} positives; {entry['user_share']:.1%} of users and "
-            f"{entry['query_share']:.1%} of requests have both classes.",
-            "",
-        ]
+        lines += [classes_text(entry) + ".", ""]
     path = folder / f"{candidate['version']}.md"
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("\n".join(lines))
+    scratch.write_text("\n".join(lines), encoding="utf-8")
     os.replace(scratch, path)
     return str(path)
+
+
+def number_text(value: float | None) -> str:
+    """A metric, or a dash where it cannot be told."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def classes_text(entry: Mapping[str, Any]) -> str:
+    """What the metrics of a task are made of: positives, and the share of users and requests behind UAUC and so on."""
+    if not entry["impressions"]:
+        return "no label is known"
+    return (
+        f"{entry['impressions']:,} known labels, {entry['positives']:.1%} positive; {entry['user_share']:.1%} of users "
+        f"and {entry['query_share']:.1%} of requests have both classes"
+    )

@@ -9,9 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from features.reader import SampleSource
+from models.metrics import require_finite
 from models.protocol import RankingModel
 from pipeline.evaluation import score_rows
 
@@ -19,26 +21,28 @@ ROWS = 8
 
 
 def selfcheck_document(model: RankingModel, source: SampleSource) -> dict[str, Any]:
-    """A few rows of the sample table and their probabilities, as JSON."""
+    """A few rows of the sample table and their probabilities, as JSON.
+
+    Raises:
+        CorankError: a score is not finite.
+    """
     rows = next((rows for rows in map(source.read, source.files()) if rows.num_rows), None)
     if rows is None:
         return {"rows": [], "scores": []}
     rows = rows.slice(0, ROWS)
-    return {"rows": rows.to_pylist(), "scores": score_rows(model, rows)["scores"].to_pylist()}
+    scores = score_rows(model, rows)["scores"].to_pylist()
+    require_finite("scores of the self-check requests", np.array(scores))
+    return {"rows": rows.to_pylist(), "scores": scores}
 
 
 def selfcheck_difference(model: RankingModel, document: dict[str, Any], layout: pa.Schema) -> float:
-    """Largest difference between the stored scores and the model's scores of the same rows."""
+    """Largest difference between the stored scores and the model's scores of the same rows; NaN when one is NaN."""
     if not document["rows"]:
         return 0.0
     columns = pa.schema([field for field in layout if field.name not in ("dt", "bucket")])
     rows = pa.Table.from_pylist(document["rows"], schema=columns)
     scores = score_rows(model, rows)["scores"].to_pylist()
-    return max(
-        abs(ours - theirs)
-        for mine, stored in zip(scores, document["scores"], strict=True)
-        for ours, theirs in zip(mine, stored, strict=True)
-    )
+    return float(np.abs(np.array(scores) - np.array(document["scores"])).max())
 
 
 def erase_from_selfcheck(artifact: Path, users: Collection[str]) -> int:
@@ -50,7 +54,7 @@ def erase_from_selfcheck(artifact: Path, users: Collection[str]) -> int:
         rows removed.
     """
     path, sums = artifact / "selfcheck.json", artifact / "SHA256SUMS"
-    document = json.loads(path.read_text())
+    document = json.loads(path.read_text(encoding="utf-8"))
     rows, scores = document.get("rows", []), document.get("scores", [])
     kept, kept_scores, position = [], [], 0
     for row in rows:
@@ -62,7 +66,7 @@ def erase_from_selfcheck(artifact: Path, users: Collection[str]) -> int:
     if len(kept) == len(rows):
         return 0
     text = json.dumps({**document, "rows": kept, "scores": kept_scores}, indent=1, sort_keys=True)
-    listing = [line.split("  ", 1) for line in sums.read_text().splitlines()]
+    listing = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
     own = hashlib.sha256(text.encode()).hexdigest()
     _replace(sums, "".join(f"{own if name == path.name else value}  {name}\n" for value, name in listing))
     _replace(path, text)
@@ -71,5 +75,5 @@ def erase_from_selfcheck(artifact: Path, users: Collection[str]) -> int:
 
 def _replace(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)

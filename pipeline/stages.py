@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from features.errors import CorankError
 from pipeline.config import EvaluationConfig
 from pipeline.data_stages import DataStages
+from pipeline.log import close_text
+from pipeline.progress import Eta
 from pipeline.runtime import ensure_ray, quiet
 from pipeline.workspace import FOREVER, Cuts
 
@@ -26,10 +28,14 @@ class Pipeline(DataStages):
     """The stages of one config, run on its workspace."""
 
     def train_candidate(self) -> dict[str, Any]:
-        """Train on all partitions, or from the champion on what came after its training."""
+        """Train on all partitions, or from the champion on what came after its training.
+
+        Raises:
+            CorankError: there is nothing to train on or to judge by, or training met what is not finite.
+        """
         from models.artifact import save_artifact
         from pipeline.selfcheck import selfcheck_document
-        from pipeline.training import TrainingJob, number_statistics, train
+        from pipeline.training import TrainingJob, require_both_classes, summarize, train
 
         self.require_validated()
         config, key = self.config, self.candidate_key
@@ -59,24 +65,45 @@ class Pipeline(DataStages):
                     )
                 weights, statistics = artifact.model.state_dict(), {}
                 low = int(artifact.metadata["lineage"]["cuts"]["validation"])
-            train_source = self.source(low, cuts.validation)
+            train_source, validation, test = (
+                self.source(*span)
+                for span in ((low, cuts.validation), (cuts.validation, cuts.test), (cuts.test, FOREVER))
+            )
+            require_both_classes(config.gate_task, "test", summarize(test), "Widen `split.test`")
+            require_both_classes(config.gate_task, "validation", summarize(validation), "Widen `split.validation`")
+            summary = summarize(train_source)
+            if not summary.candidates:
+                raise CorankError(
+                    f"no requests to train on between {close_text(low)} and {close_text(cuts.validation)}; take more "
+                    "partitions or narrow `split`"
+                )
+            pace = config.training.pace(summary.candidates)
             job = TrainingJob(
                 name=f"{config.name}-{key[:12]}" + (f"-from-{champion.number}" if champion else ""),
                 schema=config.schema_,
                 model=config.model,
                 training=config.training,
+                pace=pace,
                 train=train_source,
-                validation=self.source(cuts.validation, cuts.test),
-                statistics=number_statistics(train_source) if statistics is None else statistics,
+                validation=validation,
+                statistics=summary.numbers if statistics is None else statistics,
                 gate_task=config.gate_task,
                 warm_start=weights,
             )
 
+            eta, epochs = Eta(), config.training.epochs
+
             def said(report: Any) -> None:
+                if "note" in report:
+                    self.progress.note(report["note"])
+                    return
                 score = report.get(f"{config.gate_task}_auc")
                 metric = f", validation AUC {score:.4f}" if score is not None else ""
+                done = (report["epoch"] - 1) * pace.candidates + report["candidates"]
+                speed = eta.tell(done, epochs * pace.candidates, "candidates")
                 stage.say(
-                    f"epoch {report['epoch']}/{config.training.epochs}, {report['candidates']:,} candidates{metric}"
+                    f"epoch {report['epoch']}/{epochs}, {report['candidates']:,} of {pace.candidates:,} candidates"
+                    f"{speed}{metric}"
                 )
 
             result = train(job, config.path("checkpoints"), said, elastic=config.ray.address is not None)
@@ -93,6 +120,7 @@ class Pipeline(DataStages):
                 "trained_from": low,
                 "warm_start": champion.number if champion else None,
                 "seed": config.training.seed,
+                "pace": asdict(pace),
                 "checkpoint": f"{config.path('checkpoints')}/{job.name}",
             }
             directory = config.local_path("models", job.name)
@@ -102,21 +130,28 @@ class Pipeline(DataStages):
                 {
                     "lineage": lineage,
                     "metrics": {"validation": result.history},
-                    "selfcheck": selfcheck_document(result.model, self.source(cuts.test, FOREVER)),
+                    "selfcheck": selfcheck_document(result.model, test),
                 },
             )
             record = {"artifact": str(directory), "version": version, "history": result.history, **lineage}
             self.records.put("candidate", key, record)
-            best = max(result.history, key=lambda entry: entry.get(f"{config.gate_task}_auc", 0.0))
+            best = max(result.history, key=lambda entry: entry[f"{config.gate_task}_auc"] or 0.0)
             stage.say(
                 f"model {version}, {len(result.history)} epochs of {best['candidates']:,} candidates, "
-                f"best validation AUC {best.get(f'{config.gate_task}_auc', float('nan')):.4f} in epoch {best['epoch']}"
+                f"best validation AUC {best[f'{config.gate_task}_auc']:.4f} in epoch {best['epoch']}"
             )
         return record
 
     def evaluate(self) -> dict[str, Any]:
-        """Judge the candidate on the held-out newest requests, beside the baseline and the champion."""
+        """Judge the candidate on the held-out newest requests, beside the baseline and the champion.
+
+        Raises:
+            CorankError: of the gate's task there is no AUC, or a score is not finite.
+        """
+        import numpy as np
+
         from models.artifact import load_artifact
+        from models.metrics import require_finite
         from pipeline.evaluation import baseline, report, score_source
         from pipeline.report import write_report
 
@@ -127,14 +162,18 @@ class Pipeline(DataStages):
             stage.say("scoring held-out requests")
             ensure_ray(config.ray)
             test, options = self.source(cuts.test, FOREVER), config.training
-            budget = (4 * options.batch_candidates, 4 * options.batch_events)
+            budget = (4 * candidate["pace"]["batch_candidates"], 4 * options.batch_events)
             scored = score_source(candidate["artifact"], test, *budget)
+            require_finite(f"scores of candidate {candidate['version']}", scored.scores)
             champion = self.registry.champion()
             rival = None
             if champion is not None and champion.artifact != candidate["artifact"]:
                 if load_artifact(champion.artifact).schema == config.schema_:
                     stage.say(f"scoring champion version {champion.number}")
                     rival = score_source(champion.artifact, test, *budget)
+                    if not np.isfinite(rival.scores).all():  # no reason to keep it
+                        self.progress.note(f"champion version {champion.number} gives scores that are not finite")
+                        rival = None
                 else:
                     self.progress.note(f"champion version {champion.number} reads other features: not compared")
             stage.say("fitting the baseline")
@@ -144,8 +183,14 @@ class Pipeline(DataStages):
             }
             reports = report(config.schema_, scored, baselines, rival, config.evaluation.resamples)
             gate = reports[config.gate_task]
-            against = (champion.number, gate.champion_gain[0]) if champion and gate.champion_gain else None
-            reasons = gate_reasons(config.evaluation, gate.gain[0], against)
+            if gate.gain is None:
+                raise CorankError(
+                    f"task {config.gate_task}, which the gate judges by: its labels in the test set, or those before "
+                    "it for the baseline, have not both classes. Widen `split.test`, take more partitions, or name "
+                    "another task in `evaluation.task`"
+                )
+            against = (champion.number, gate.champion_gain.difference) if champion and gate.champion_gain else None
+            reasons = gate_reasons(config.evaluation, gate.gain.difference, against)
             record = {
                 "model": candidate["version"],
                 "tasks": {name: entry.as_dict() for name, entry in reports.items()},
@@ -157,11 +202,9 @@ class Pipeline(DataStages):
             }
             record["report"] = write_report(config.local_path("reports"), config, candidate, record)
             self.records.put("evaluation", self.evaluation_key, record)
-            low, high = gate.gain[1:]
             stage.say(
-                f"{len(scored.scores):,} impressions: {config.gate_task} AUC {gate.metrics.auc:.4f} against "
-                f"{gate.baseline.auc:.4f} of the baseline "
-                f"(difference {gate.gain[0]:+.4f}, 95 % {low:+.4f} … {high:+.4f})"
+                f"{len(scored.scores):,} impressions: {config.gate_task} AUC {gate.metrics.auc:.4f}, "
+                f"{gate.gain.difference:+.4f} against the baseline (95 % {gate.gain.low:+.4f} … {gate.gain.high:+.4f})"
             )
         return record
 

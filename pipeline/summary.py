@@ -8,9 +8,12 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from pipeline.log import close_text
+from pipeline.report import classes_text, number_text
 from pipeline.stages import Pipeline
 
 SHOWN_ITEMS = 10
+FEW_STEPS = 100
+"""Of a whole training; below, a user is told that the model has hardly begun to learn."""
 
 
 def _console() -> Console:
@@ -28,6 +31,15 @@ def print_summary(pipeline: Pipeline, answer: dict[str, Any] | None) -> None:
             console.print(f"note        table {role} has no {column}: {instead}")
     if evaluation:
         console.print(_metrics_table(evaluation))
+        for task, entry in evaluation["tasks"].items():
+            console.print(f"{task:<11} {classes_text(entry)}")
+    candidate = records.get("candidate", pipeline.candidate_key) or {}
+    steps = sum(entry.get("steps", FEW_STEPS) for entry in candidate.get("history", []))
+    if candidate and steps < FEW_STEPS:
+        console.print(
+            f"warning     the training had {steps} steps only; more data, more `training.epochs` or a smaller "
+            "`training.batch_candidates` give it more"
+        )
     champion, deployment = records.get("champion", key), records.get("deployment", "current")
     if champion:
         console.print(f"model       {config.name} {champion['model']}: {champion['outcome']}")
@@ -87,14 +99,13 @@ def _print_rows(console: Console, pipeline: Pipeline) -> None:
 def _metrics_table(evaluation: dict[str, Any]) -> Table:
     table = Table("task", "", "AUC", "UAUC", "GAUC", "logloss", title="held-out newest requests")
     for task, entry in evaluation["tasks"].items():
-        rows = {"model": entry, "baseline": entry["baseline"]}
-        if entry["champion"]:
-            rows[f"champion {evaluation['champion']}"] = entry["champion"]
-        for name, row in rows.items():
-            numbers = [f"{row[metric]:.4f}" for metric in ("auc", "uauc", "gauc", "logloss")]
+        others = {"baseline": entry["baseline"], f"champion {evaluation['champion']}": entry["champion"]}
+        for name, row in ({"model": entry} | {name: row for name, row in others.items() if row}).items():
+            numbers = [number_text(row[metric]) for metric in ("auc", "uauc", "gauc", "logloss")]
             table.add_row(task if name == "model" else "", name, *numbers)
         gain = entry["auc_gain_over_baseline"]
-        table.add_row("", "gain", f"{gain['difference']:+.4f}", f"95 %: {gain['low']:+.4f} … {gain['high']:+.4f}")
+        if gain:
+            table.add_row("", "gain", f"{gain['difference']:+.4f}", f"95 %: {gain['low']:+.4f} … {gain['high']:+.4f}")
     return table
 
 
@@ -191,7 +202,7 @@ def print_models(pipeline: Pipeline) -> None:
             ", ".join(version.aliases),
             version.tags.get("content", ""),
             version.tags.get("partition", ""),
-            f"{entry['auc']:.4f}" if entry else "–",
+            number_text(entry and entry["auc"]),
             f"{entry['auc_gain_over_baseline']['difference']:+.4f}" if entry else "–",
             ("passed" if evaluation.get("passed") else "failed") if evaluation else "–",
         )

@@ -2,7 +2,8 @@
 
 Every worker streams the same seeded order (Ray Data, order kept; a single one on the CPU reads by itself) and takes its
 share of each step; losses are normalised by the global weight. So the number of workers changes speed, and the draw of
-dropout, but neither the steps nor their rows. A killed run continues from its last epoch.
+dropout, but neither the steps nor their rows. A killed run continues from its last epoch; a loss or gradient that is
+not finite stops all workers at the same step, before it reaches the weights.
 """
 
 from __future__ import annotations
@@ -10,10 +11,8 @@ from __future__ import annotations
 import math
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from queue import Empty
 from typing import Any
 
@@ -23,16 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from features.batch import RequestBatch, collate, compress
+from features.batch import RequestBatch, candidate_counts, collate, compress
 from features.errors import CorankError
 from features.reader import READ_CPUS, SampleSource
 from features.schema import Schema
 from models.losses import task_losses
 from models.memory import keep_freed_memory
-from models.metrics import auc, task_metrics
+from models.metrics import task_metrics
 from models.protocol import RankingModel
 from models.registry import build_model
-from pipeline.config import ModelConfig, TrainingConfig
+from pipeline.checkpoints import Checkpoints
+from pipeline.config import ModelConfig, Pace, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class TrainingJob:
 
     Attributes:
         name: names the run and its checkpoints; the same job always has the same name.
+        pace: what ``training`` leaves to the data.
         statistics: mean and deviation of every number's embedding.
         warm_start: weights to begin with, or None.
     """
@@ -49,6 +50,7 @@ class TrainingJob:
     schema: Schema
     model: ModelConfig
     training: TrainingConfig
+    pace: Pace
     train: SampleSource
     validation: SampleSource
     statistics: Mapping[str, tuple[float, float]]
@@ -61,54 +63,98 @@ class TrainingResult:
     """The best epoch's model and the metrics of every epoch."""
 
     model: RankingModel
-    history: list[dict[str, float]]
+    history: list[dict[str, float | None]]
 
 
-def number_statistics(source: SampleSource) -> dict[str, tuple[float, float]]:
-    """Mean and deviation of every number over the training rows, by embedding; one pass on Ray Data."""
-    fields = {field.embedding for field in source.schema.all_fields() if field.kind == "number"}
-    if not fields or not source.files():
-        return dict.fromkeys(fields, (0.0, 1.0))
-    sums = source.dataset().map_batches(_NumberSums(source.schema), batch_size=None, batch_format="pyarrow")
-    total: dict[str, np.ndarray] = {name: np.zeros(3) for name in fields}
-    for row in sums.iter_rows():
-        total[row["field"]] += (row["count"], row["sum"], row["squares"])
-    statistics = {}
-    for name, (count, first, squares) in total.items():
+@dataclass(frozen=True)
+class SourceSummary:
+    """What is counted in some samples before they are trained on or judged by.
+
+    Attributes:
+        candidates: of all requests.
+        labels: per task the known ones and the positive ones among them.
+        numbers: mean and deviation of every number, by embedding.
+    """
+
+    candidates: int
+    labels: dict[str, tuple[int, int]]
+    numbers: dict[str, tuple[float, float]]
+
+
+def summarize(source: SampleSource) -> SourceSummary:
+    """One pass over the samples on Ray Data."""
+    schema = source.schema
+    total: dict[str, np.ndarray] = {}
+    if source.files():
+        sums = source.dataset().map_batches(_Sums(schema), batch_size=None, batch_format="pyarrow")
+        for row in sums.iter_rows():
+            total.setdefault(row["of"], np.zeros(3))
+            total[row["of"]] += (row["count"], row["sum"], row["squares"])
+    nothing = np.zeros(3)
+    numbers = {}
+    for name in {field.embedding for field in schema.all_fields() if field.kind == "number"}:
+        count, first, squares = total.get(f"number {name}", nothing)
         mean = first / max(count, 1)
         deviation = math.sqrt(max(squares / max(count, 1) - mean * mean, 0.0))
-        statistics[name] = (float(mean), deviation or 1.0)
-    return statistics
+        numbers[name] = (float(mean), deviation or 1.0)
+    labels = {}
+    for task in schema.tasks:
+        known, positive, _ = total.get(f"label {task.name}", nothing)
+        labels[task.name] = (int(known), int(positive))
+    return SourceSummary(int(total.get("candidates", nothing)[0]), labels, numbers)
 
 
-class _NumberSums:
+class _Sums:
+    """Count, sum and sum of squares of a block's labels and numbers, and the count of its candidates."""
+
     def __init__(self, schema: Schema) -> None:
         self.schema = schema
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        columns: dict[str, list[Any]] = {"field": [], "count": [], "sum": [], "squares": []}
+        columns: dict[str, list[Any]] = {"of": [], "count": [], "sum": [], "squares": []}
         if rows.num_rows:
             batch = collate(rows, self.schema)
             sources = [(feature, batch.users.fields) for feature in self.schema.user_side]
             sources += [(feature, batch.items.fields) for feature in self.schema.item_side]
-            values = [(field.embedding, fields[field.name]) for field, fields in sources if field.kind == "number"]
+            values: list[tuple[str, Any]] = [
+                (f"number {field.embedding}", fields[field.name]) for field, fields in sources if field.kind == "number"
+            ]
             values += [
-                (field.embedding, batch.timelines[sequence.name].fields[field.name])
+                (f"number {field.embedding}", batch.timelines[sequence.name].fields[field.name])
                 for sequence in self.schema.sequences
                 for field in sequence.fields
                 if field.kind == "number"
             ]
+            values += [
+                (f"label {task.name}", batch.labels[batch.label_mask[:, index], index])
+                for index, task in enumerate(self.schema.tasks)
+            ]
+            values += [("candidates", torch.zeros(batch.candidates))]
             for name, value in values:
                 assert isinstance(value, Tensor)
-                known = value[~value.isnan()].double()
+                known = value[value.isfinite()].double()
                 for key, entry in zip(
                     columns, (name, len(known), float(known.sum()), float((known * known).sum())), strict=True
                 ):
                     columns[key].append(entry)
         types = pa.schema(
-            [("field", pa.string()), ("count", pa.int64()), ("sum", pa.float64()), ("squares", pa.float64())]
+            [("of", pa.string()), ("count", pa.int64()), ("sum", pa.float64()), ("squares", pa.float64())]
         )
         return pa.table(columns, schema=types)
+
+
+def require_both_classes(task: str, where: str, summary: SourceSummary, remedy: str) -> None:
+    """
+    Raises:
+        CorankError: there is no AUC of this task in these samples.
+    """
+    known, positive = summary.labels[task]
+    if not 0 < positive < known:
+        raise CorankError(
+            f"task {task}, which the gate judges by: of {summary.candidates:,} candidates in the {where} set "
+            f"{known:,} have a known label, {positive:,} of them positive. Without both classes there is no AUC. "
+            f"{remedy}, take more partitions, or name another task in `evaluation.task`"
+        )
 
 
 def initial_model(job: TrainingJob) -> RankingModel:
@@ -134,8 +180,11 @@ def train(
 
     Args:
         storage: folder or s3:// prefix of the checkpoints.
-        progress: called with every report of the first worker.
+        progress: called with every report of the first worker; one with ``note`` is for the user to keep.
         elastic: the cluster grows on demand, so what is free now says nothing.
+
+    Raises:
+        CorankError: the model cannot be built, or something in training or validation is not finite.
     """
     import ray.train
     import ray.train.torch
@@ -143,42 +192,54 @@ def train(
 
     model = initial_model(job)  # what cannot be built fails here, not in every worker
     options = job.training
-    reports = Queue(actor_options={"num_cpus": 0})
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "reports": reports},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=options.num_workers,
-            use_gpu=options.use_gpu,
-            resources_per_worker={"CPU": _reserved_cpus(options, elastic)} | ({"GPU": 1} if options.use_gpu else {}),
-        ),
-        run_config=ray.train.RunConfig(
-            name=job.name,
-            storage_path=storage,
-            failure_config=ray.train.FailureConfig(max_failures=2),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(trainer)
-    try:
-        while not ray.wait([running], timeout=0)[0]:
-            try:
-                progress(reports.get(timeout=0.5))
-            except Empty:
-                continue
-    finally:
-        reports.shutdown(force=True)
-    checkpoint = ray.get(running)
-    if checkpoint is None:
-        raise CorankError(f"training {job.name} ended without a checkpoint in {storage}; run again to continue it")
-    with checkpoint.as_directory() as directory:
-        state = torch.load(Path(directory) / "state.pt", weights_only=True)
+    checkpoints = Checkpoints(f"{storage}/{job.name}")
+
+    def note(text: str) -> None:
+        progress({"note": text})
+
+    if checkpoints.newest(note) < options.epochs:
+        reports = Queue(actor_options={"num_cpus": 0})
+        trainer = ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "reports": reports, "checkpoints": checkpoints.uri},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=options.num_workers,
+                use_gpu=options.use_gpu,
+                resources_per_worker={"CPU": _reserved_cpus(options, elastic)}
+                | ({"GPU": 1} if options.use_gpu else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name="ray",
+                storage_path=f"{storage}/{job.name}",
+                failure_config=ray.train.FailureConfig(max_failures=2),
+            ),
+        )
+        running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(trainer)
+        try:
+            ended = False
+            while not ended:
+                ended = bool(ray.wait([running], timeout=0)[0])  # what was put before it ended is still told
+                try:
+                    while True:
+                        progress(reports.get(timeout=0.5 if not ended else 0.01))
+                except Empty:
+                    continue
+        finally:
+            reports.shutdown(force=True)
+        failure = ray.get(running)
+        if failure:
+            raise CorankError(failure)
+        if checkpoints.newest(note) < options.epochs:
+            raise CorankError(
+                f"training {job.name} ended without its last checkpoint in {storage}; run again to continue it"
+            )
+    state = checkpoints.load(options.epochs)
     model.load_state_dict(state["best"])
     return TrainingResult(model.eval(), state["history"])
 
 
 def _fit(trainer: Any) -> Any:
-    """Run the trainer in a Ray task, which ends with Ray.
+    """Run the trainer in a Ray task, which ends with Ray; returns why it stopped, or None when it is done.
 
     In the driver's main thread it would take over Ctrl-C and keep it; in another thread of the driver it may reach
     for Ray after an interrupt has stopped it, and Ray then starts anew and waits for ever. Here, too, it would keep it,
@@ -186,7 +247,13 @@ def _fit(trainer: Any) -> Any:
     """
     before = signal.getsignal(signal.SIGINT)
     try:
-        return trainer.fit().checkpoint
+        return trainer.fit().return_value
+    except Exception as error:
+        failures = getattr(error, "worker_failures", {}).values()  # Ray Train keeps them out of the chain of causes
+        for failure in (getattr(one, "_base_exc", one) for one in failures):
+            if isinstance(failure, CorankError):
+                return str(failure)
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -202,9 +269,14 @@ def _reserved_cpus(options: TrainingConfig, elastic: bool) -> float:
     return max(min(wanted, (free - 2 * READ_CPUS) / options.num_workers), 0.01)
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """Train on this worker's share of every global step; report and checkpoint every epoch."""
+def _worker(config: dict[str, Any]) -> str | None:
+    """Train on this worker's share of every global step; report and checkpoint every epoch.
+
+    Returns:
+        why training cannot go on, on the first worker; all of them end then. None when it is done.
+    """
     import ray.train
+    import ray.train.collective
     import ray.train.torch
 
     job: TrainingJob = config["job"]
@@ -227,10 +299,12 @@ def _worker(config: dict[str, Any]) -> None:
     averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(options.average)) if options.average else None
     weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best": None, "best_auc": -math.inf, "history": []}
-    resumed = ray.train.get_checkpoint()
-    if resumed is not None:
-        with resumed.as_directory() as directory:
-            state = torch.load(Path(directory) / "state.pt", weights_only=True)
+    checkpoints = Checkpoints(config["checkpoints"])
+    # a worker that was lost comes back here: then the newest checkpoint is another than the driver saw
+    resumed = checkpoints.newest(lambda text: config["reports"].put({"note": text})) if rank == 0 else 0
+    resumed = ray.train.collective.broadcast_from_rank_zero(resumed)
+    if resumed:
+        state = checkpoints.load(resumed)
         own.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -241,14 +315,21 @@ def _worker(config: dict[str, Any]) -> None:
         own.train()
         seen, loss_sum, steps = 0, 0.0, 0
         seed = options.seed * 1_000_003 + epoch
-        for rows in job.train.batches(options.batch_candidates, options.batch_events, seed, in_process=in_process):
-            loss, count = _step(job, model, rows, rank, world, device, weights)
+        budget = job.pace.batch_candidates, options.batch_events
+        for rows in job.train.batches(*budget, seed, in_process=in_process):
+            loss = _loss(job, model, rows, rank, world, device, weights)
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(dense, options.clip_norm)
+            norm = nn.utils.clip_grad_norm_(dense, options.clip_norm)
             state["step"] += 1
-            warm = min(1.0, state["step"] / max(options.warmup_steps, 1))
+            lost = _not_finite(loss, norm, embeddings)
+            if world > 1:
+                torch.distributed.all_reduce(lost)
+            if lost:
+                where = f"training stopped in epoch {epoch + 1}, step {steps + 1}"
+                return f"{where}: {_explain(job, own, rows, world, device)}" if rank == 0 else None
+            warm = min(1.0, state["step"] / max(job.pace.warmup_steps, 1))
             for optimizer, rate in zip(
                 optimizers, (options.learning_rate, options.embedding_learning_rate), strict=True
             ):
@@ -257,45 +338,97 @@ def _worker(config: dict[str, Any]) -> None:
                 optimizer.step()
             if averaged is not None:
                 averaged.update_parameters(own)
-            seen, loss_sum, steps = seen + count, loss_sum + float(loss.detach()), steps + 1
+            seen += candidate_counts(rows)["candidates"]
+            loss_sum, steps = loss_sum + float(loss.detach()), steps + 1
             if rank == 0 and steps % 10 == 0:
                 config["reports"].put({"epoch": epoch + 1, "candidates": seen})
         published: RankingModel = averaged.module if averaged is not None else own
-        metrics = _validate(job, published, device, in_process) if rank == 0 else {}
-        metrics = {"epoch": epoch + 1, "loss": loss_sum / max(steps, 1), "candidates": seen, **metrics}
-        state["history"].append(metrics)
-        score = metrics.get(f"{job.gate_task}_auc", 0.0)
-        if state["best"] is None or score > state["best_auc"]:
-            state["best_auc"] = score
-            state["best"] = {name: value.detach().cpu().clone() for name, value in published.state_dict().items()}
-        state["epoch"] = epoch + 1
-        state["model"] = own.state_dict()
-        state["averaged"] = averaged.state_dict() if averaged is not None else None
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        metrics: dict[str, float | None] = {}
+        failure = None
         if rank == 0:
+            try:
+                metrics = _validate(job, published, device, in_process)
+            except CorankError as error:
+                failure = f"training stopped after epoch {epoch + 1}, validation: {error}"
+        if ray.train.collective.broadcast_from_rank_zero(failure is not None):
+            return failure
+        if rank == 0:
+            metrics = {
+                "epoch": epoch + 1,
+                "loss": loss_sum / max(steps, 1),
+                "candidates": seen,
+                "steps": steps,
+                **metrics,
+            }
+            state["history"].append(metrics)
+            score = metrics[f"{job.gate_task}_auc"]
+            assert score is not None
+            if score > state["best_auc"]:
+                state["best_auc"] = score
+                state["best"] = {name: value.detach().cpu().clone() for name, value in published.state_dict().items()}
+            state["epoch"] = epoch + 1
+            state["model"] = own.state_dict()
+            state["averaged"] = averaged.state_dict() if averaged is not None else None
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             config["reports"].put(metrics)
-        with tempfile.TemporaryDirectory() as directory:
-            checkpoint = None
-            if rank == 0:
-                torch.save(state, Path(directory) / "state.pt")
-                checkpoint = ray.train.Checkpoint.from_directory(directory)
-            ray.train.report(metrics, checkpoint=checkpoint)
+            checkpoints.save(epoch + 1, state)
+        ray.train.report(metrics)
+    return None
 
 
-def _step(
+def _loss(
     job: TrainingJob, model: nn.Module, rows: pa.Table, rank: int, world: int, device: torch.device, weights: Tensor
-) -> tuple[Tensor, int]:
-    """This worker's part of the global loss (sum over its share ÷ global weight), and its candidates."""
-    share = rows.take(pa.array(range(rank, rows.num_rows, world), pa.int64())) if world > 1 else rows
+) -> Tensor:
+    """This worker's part of the global loss: the sum over its share ÷ the global weight."""
+    share = _share(rows, rank, world)
     empty = share.num_rows == 0
     batch = compress(collate(rows.slice(0, 1) if empty else share, job.schema)).to(device)
-    loss, weight = task_losses(model(batch), batch.labels, batch.label_mask, batch.weight)
-    if empty:  # takes part in the all-reduce with zero loss and weight
-        loss, weight = loss * 0, weight * 0
+    # an empty share takes part in the all-reduce with zero loss and weight
+    mask = torch.zeros_like(batch.label_mask) if empty else batch.label_mask
+    loss, weight = task_losses(model(batch), batch.labels, mask, batch.weight)
     if world > 1:
         torch.distributed.all_reduce(weight)
         loss = loss * world  # data-parallel gradients are averaged over the workers
-    return (weights * loss / weight.clamp(min=1e-9)).sum(), 0 if empty else batch.candidates
+    return (weights * loss / weight.clamp(min=1e-9)).sum()
+
+
+def _share(rows: pa.Table, rank: int, world: int) -> pa.Table:
+    return rows.take(pa.array(range(rank, rows.num_rows, world), pa.int64())) if world > 1 else rows
+
+
+def _not_finite(loss: Tensor, norm: Tensor, embeddings: list[nn.Parameter]) -> Tensor:
+    """1.0 when the loss or a gradient is not finite, else 0.0."""
+    gradients = [one.grad for one in embeddings if one.grad is not None]
+    sums = [(one._values() if one.is_sparse else one).sum() for one in gradients]
+    return (~torch.stack([loss.detach(), norm.detach(), *sums]).isfinite()).any().float()
+
+
+@torch.no_grad()
+def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, device: torch.device) -> str:
+    """What of a step is not finite: the weights before it, a column, or the scores of some candidates."""
+    lost = [name for name, one in model.named_parameters() if not one.isfinite().all()]
+    if lost:
+        return f"the weights are not finite ({lost[0]} and {len(lost) - 1} more); lower training.learning_rate"
+    model.eval()
+    remedies = {
+        "values of the column weight": "correct them in the table impressions",
+        "labels": "correct them",
+        "scores": "lower training.learning_rate or look at the numbers among the features",
+    }
+    found: dict[str, list[str]] = {what: [] for what in remedies}
+    for share in (_share(rows, rank, world) for rank in range(world)):
+        batch = collate(share, job.schema)
+        logits = model(batch.to(device)).cpu()
+        for places, values in zip(found.values(), (batch.weight[:, None], batch.labels, logits), strict=True):
+            for index in torch.nonzero(~values.isfinite().all(1)).flatten().tolist():
+                row = int(batch.items.request[index])
+                places.append(
+                    f"item {batch.item_id[index]} in request {batch.request_id[row]} of user {batch.user_id[row]}"
+                )
+    for what, places in found.items():  # the first is the cause of those after it
+        if places:
+            return f"{len(places):,} {what} are not finite, the first of {places[0]}; {remedies[what]} and run again"
+    return "the loss or its gradient is not finite, though weights and scores are; lower training.learning_rate"
 
 
 def split_parameters(model: RankingModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -309,10 +442,15 @@ def probabilities(model: RankingModel, batch: RequestBatch) -> np.ndarray:
     return model(batch).float().sigmoid().cpu().numpy()  # type: ignore[no-any-return]
 
 
-def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_process: bool) -> dict[str, float]:
+def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_process: bool) -> dict[str, float | None]:
+    """AUC and UAUC of every task on the validation set; None where they cannot be told.
+
+    Raises:
+        CorankError: a score is not finite, or of the gate's task there is no AUC.
+    """
     model.eval()
     labels, masks, scores, users, requests = [], [], [], [], []
-    budget = 4 * job.training.batch_candidates, 4 * job.training.batch_events
+    budget = 4 * job.pace.batch_candidates, 4 * job.training.batch_events
     for rows in job.validation.batches(*budget, in_process=in_process):
         batch = collate(rows, job.schema)
         scores.append(probabilities(model, batch.to(device)))
@@ -321,18 +459,12 @@ def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_pr
         counts = batch.items.request.numpy()
         users.append(batch.user_id[counts])
         requests.append(batch.request_id[counts])
-    if not scores:
-        return {}
-    label, mask, score = np.concatenate(labels), np.concatenate(masks), np.concatenate(scores)
-    metrics = {}
-    for index, task in enumerate(job.schema.tasks):
-        known = mask[:, index]
-        metrics[f"{task.name}_auc"] = auc(label[known, index], score[known, index])
-        whole = task_metrics(
-            label[known, index],
-            score[known, index],
-            np.concatenate(users)[known],
-            np.concatenate(requests)[known],
-        )
-        metrics[f"{task.name}_uauc"] = whole.uauc
+    metrics: dict[str, float | None] = {}
+    for index, task in enumerate(job.schema.tasks if scores else ()):
+        known = np.concatenate(masks)[:, index]
+        label, score, user, request = (np.concatenate(one)[known] for one in (labels, scores, users, requests))
+        found = task_metrics(label[:, index], score[:, index], user, request)
+        metrics |= {f"{task.name}_auc": found.auc, f"{task.name}_uauc": found.uauc}
+    if metrics.get(f"{job.gate_task}_auc") is None:
+        raise CorankError(f"task {job.gate_task} has not both classes, so that no epoch can be chosen by its AUC")
     return metrics

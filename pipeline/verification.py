@@ -45,7 +45,7 @@ def verify_endpoint(
     artifact = load_artifact(artifact_path)
     schema = build.schema
     drift = selfcheck_difference(artifact.model, artifact.metadata["selfcheck"], sample_schema(schema))
-    if drift > TOLERANCE:
+    if not drift <= TOLERANCE:  # NaN is no agreement either
         raise CorankError(
             f"model {artifact_path}: its self-check requests differ by {drift:.2e} from the stored scores"
         )
@@ -69,7 +69,7 @@ def verify_endpoint(
             answer = client.rank(user_id, items, context, request["ts"])
             online = np.array([answer["scores"][task.name] for task in schema.tasks]).T
             difference = float(np.abs(online - offline).max())
-            if difference > TOLERANCE:
+            if not difference <= TOLERANCE:
                 raise CorankError(
                     f"request {request['request_id']}: the endpoint's scores differ from the offline scores by "
                     f"{difference:.2e} (allowed {TOLERANCE:.0e}); the deployment was not recorded"

@@ -257,7 +257,7 @@ def measure_reader(bench: Bench, log: WrittenWorld, output: Path) -> None:
     torch.manual_seed(0)
     source = SampleSource(str(output / SAMPLES), SCHEMA, tuple(log.world.partitions), 0, 2**62)
     options = TrainingConfig()
-    budget = options.batch_candidates, options.batch_events
+    budget = options.pace(sys.maxsize).batch_candidates, options.batch_events
     rates: dict[str, float] = {}
     batches: list[RequestBatch] = []
     for name, in_process in (("ray", False), ("in_process", True)):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from models.metrics import auc, auc_difference_interval, task_metrics
+from features.errors import CorankError
+from models.metrics import TaskMetrics, auc, auc_gain, task_metrics
 
 
 @settings(max_examples=50, deadline=None)
@@ -17,7 +18,7 @@ def test_auc_counts_ties_half(rows: list[tuple[bool, int]]) -> None:
     labels = np.array([float(label) for label, _ in rows])
     scores = np.array([score / 5 for _, score in rows])
     if labels.min() == labels.max():
-        assert np.isnan(auc(labels, scores))
+        assert auc(labels, scores) is None
     else:
         assert auc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
 
@@ -40,9 +41,35 @@ def test_the_interval_holds_a_difference_that_is_there_and_not_one_that_is_not()
     users = rng.integers(0, 200, 4000)
     noisy = labels + rng.normal(0, 1.5, 4000)
     better = labels + rng.normal(0, 1.0, 4000)
-    difference, low, high = auc_difference_interval(labels, better, noisy, users, resamples=200)
-    assert low < difference < high
-    assert low > 0
-    _, low, high = auc_difference_interval(labels, noisy, labels + rng.normal(0, 1.5, 4000), users, resamples=200)
-    assert low < 0.02
-    assert high > -0.02
+    gain = auc_gain(labels, better, noisy, users, resamples=200)
+    assert gain is not None
+    assert 0 < gain.low < gain.difference < gain.high
+    gain = auc_gain(labels, noisy, labels + rng.normal(0, 1.5, 4000), users, resamples=200)
+    assert gain is not None
+    assert gain.low < 0.02
+    assert gain.high > -0.02
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_score_or_label_that_is_not_finite_has_no_auc(value: float) -> None:
+    good, bad, users = np.array([0.1, 0.9, 0.4]), np.array([0.1, value, value]), np.array(["a", "a", "b"])
+    labels = np.array([0.0, 1.0, 1.0])
+    for measure in (
+        lambda: auc(labels, bad),
+        lambda: task_metrics(labels, bad, users, users),
+        lambda: auc_gain(labels, good, bad, users, resamples=50),
+    ):
+        with pytest.raises(CorankError, match="2 of 3 scores are not finite"):
+            measure()
+    with pytest.raises(CorankError, match="2 of 3 labels are not finite"):
+        auc(bad, good)
+
+
+def test_of_one_class_or_without_labels_what_cannot_be_told_is_none() -> None:
+    users = np.array(["a", "a", "b"])
+    ones = task_metrics(np.ones(3), np.array([0.5, 0.5, 0.5]), users, users)
+    assert ones == TaskMetrics(None, None, None, None, pytest.approx(np.log(2)), 3, 1.0, 0.0, 0.0)  # type: ignore[arg-type]
+    nothing = task_metrics(np.zeros(0), np.zeros(0), users[:0], users[:0])
+    assert nothing == TaskMetrics(None, None, None, None, None, 0, None, None, None)
+    assert auc_gain(np.ones(3), np.zeros(3), np.zeros(3), users, resamples=50) is None
+    assert auc_gain(np.zeros(0), np.zeros(0), np.zeros(0), users[:0], resamples=50) is None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from features.batch import Items, RequestBatch, Timeline, collate, cut, nbytes
+from models.losses import task_losses
 from models.mixformer import MixFormer
 from models.protocol import EncodedEvents, RankingModel
 from tests.models.batches import make_rows, make_schema
 from tests.models.unshared import take, unshared
-from tests.models.variants import MODELS_UNDER_TEST, dense_parameters, make_model
+from tests.models.variants import MODELS_UNDER_TEST, VARIANTS, dense_parameters, make_model
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 SCHEMA = make_schema()
@@ -88,6 +92,82 @@ def test_a_visible_event_matters(variant: str) -> None:
     before = model(batch)
     batch.timelines["seen"].fields["item_id"][int(batch.users.end["seen"][0]) - 1] += 1
     assert not torch.allclose(model(batch), before)
+
+
+POISONED = 49
+"""An embedding row that only what is to be poisoned reads."""
+
+
+def sees(batch: RequestBatch, sequence: str, event: int) -> Tensor:
+    """Which requests see this event, [R]."""
+    packed, end = batch.timelines[sequence], batch.users.end[sequence]
+    place = event - packed.offsets[batch.users.timeline]
+    length = next(one.length for one in SCHEMA.sequences if one.name == sequence)
+    return (place >= 0) & (place < end) & (place >= end - length)
+
+
+def poisoned(seed: int) -> Iterator[tuple[str, RequestBatch, Tensor]]:
+    """Batches in which one request, or one event, alone reads POISONED; its table, and the requests it reaches."""
+    batch = batch_of(seed)
+    batch.users.fields["user_id"] = torch.arange(batch.requests) + 1
+    batch.users.fields["user_id"][1] = POISONED
+    yield "user_id", batch, torch.arange(batch.requests) == 1
+    for sequence in SCHEMA.sequences:
+        kinds = set()
+        for event in range(len(batch_of(seed).timelines[sequence.name].ts)):
+            batch = batch_of(seed)
+            for fields in (*(one.fields for one in batch.timelines.values()), batch.items.fields):
+                fields["item_id"] = fields["item_id"] % POISONED
+            batch.timelines[sequence.name].fields["item_id"][event] = POISONED
+            reached = sees(batch, sequence.name, event)
+            # an event that nobody sees, and one that some requests of its timeline see and others do not
+            beside = batch.users.timeline == batch.users.timeline[reached][0] if reached.any() else reached
+            kind = (bool(reached.any()), bool((beside & ~reached).any()))
+            if kind in {(False, False), (True, True)} - kinds:
+                kinds.add(kind)
+                yield "item_id", batch, reached
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_request_does_not_see_cannot_touch_it_nan_included(variant: str, value: float) -> None:
+    clean, model = (make_model(SCHEMA, variant, double=False) for _ in range(2))
+    cases = list(poisoned(seed=1))
+    assert {table for table, *_ in cases} == {"user_id", "item_id"}
+    assert any(len(batch.users.end["seen"][~reached & (batch.users.end["seen"] == 0)]) for _, batch, reached in cases)
+    for table, batch, reached in cases:
+        touched = reached[batch.items.request]
+        model.load_state_dict(clean.state_dict())
+        model.inputs.tables[table].weight.data[POISONED] = value
+        with torch.inference_mode():
+            assert torch.equal(model(batch)[~touched], clean(batch)[~touched])
+        gradients = []
+        for one in (clean, model):
+            scores = one(batch)
+            gradients += torch.autograd.grad(scores[~touched].sum(), one.inputs.tables[table].weight)
+        assert not scores[touched].isfinite().any()
+        others = torch.arange(len(gradients[0])) != POISONED  # rows that only requests which it does not reach read
+        for request in torch.nonzero(reached).flatten():
+            if table == "user_id":
+                others[batch.users.fields["user_id"][request]] = False
+                continue
+            others[batch.items.fields["item_id"][batch.items.request == request]] = False
+            for name, packed in batch.timelines.items():
+                seen = [event for event in range(len(packed.ts)) if sees(batch, name, event)[request]]
+                others[packed.fields["item_id"][seen]] = False
+        left, right = (one.to_dense()[others] for one in gradients)
+        assert torch.equal(left, right)
+
+
+def test_a_candidate_without_label_or_weight_takes_no_part_in_the_loss_whatever_its_score_is() -> None:
+    logits = torch.tensor([[0.5], [torch.nan], [torch.inf]], requires_grad=True)
+    labels, mask = torch.tensor([[1.0], [0.0], [0.0]]), torch.tensor([[True], [False], [True]])
+    loss, weight = task_losses(logits, labels, mask, torch.tensor([2.0, torch.nan, 0.0]))
+    loss.sum().backward()
+    assert weight.tolist() == [2.0]
+    assert loss.item() == pytest.approx(2 * math.log1p(math.exp(-0.5)))
+    assert logits.grad is not None
+    assert logits.grad[0] == pytest.approx(-2 / (1 + math.exp(0.5)))
 
 
 @every_model

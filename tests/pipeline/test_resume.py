@@ -95,12 +95,18 @@ def test_a_run_killed_or_interrupted_anywhere_continues_and_ends_the_same(tmp_pa
         "validated": lambda: len(list(work.glob("records/validated/*.json"))) >= 1,
         "samples": lambda: bool(list(work.glob("tables/samples/dt=*/*/*.parquet"))),
         "feature_store": lambda: (work / "feast" / "online.db").exists(),
-        "candidate": lambda: bool(list(work.glob("checkpoints/*/*/state.pt"))),
+        "candidate": lambda: bool(list(work.glob("checkpoints/*/*/SHA256SUMS"))),
         "champion": lambda: bool(list(work.glob("records/evaluation/*.json"))),
     }
     for name, happened in stages.items():
         kill_when(tmp_path / "b", happened)
         if name == "feature_store":  # in the middle of training
             interrupt_when(tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))))
+        if name == "candidate":  # and what it saved is damaged
+            for state in work.glob("checkpoints/*/*/state.pt"):
+                content = bytearray(state.read_bytes())
+                content[len(content) // 2] ^= 1
+                state.write_bytes(content)
     finish(tmp_path / "b")
+    assert "is damaged or was not finished" in (tmp_path / "b" / "run.log").read_text()
     assert outcome(killed) == outcome(undisturbed)

@@ -1,0 +1,92 @@
+"""Checkpoints of a training: a folder per epoch with ``state.pt`` and, written last, its digest in ``SHA256SUMS``.
+
+Whoever reads one verifies it, so that a damaged or half-written checkpoint is never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyarrow import fs
+
+from features.errors import CorankError
+
+KEPT = 2
+STATE, SUMS = "state.pt", "SHA256SUMS"
+
+
+class Checkpoints:
+    """The checkpoints of one training, below a local folder or an ``s3://`` prefix."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.fs: fs.FileSystem
+        self.root: str
+        self.fs, self.root = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
+
+    def newest(self, say: Callable[[str], None]) -> int:
+        """Epoch of the newest checkpoint that is whole, or 0; every newer one that is not is said."""
+        epochs = self._epochs()
+        for epoch in reversed(epochs):
+            if self._digest(epoch) == self._expected(epoch):
+                return epoch
+            say(f"checkpoint {self._folder(epoch)} is damaged or was not finished: it is not used")
+        if epochs:
+            say("no checkpoint is whole: training starts anew")
+        return 0
+
+    def load(self, epoch: int) -> dict[str, Any]:
+        """State after an epoch.
+
+        Raises:
+            CorankError: the checkpoint is damaged.
+        """
+        if self._digest(epoch) != self._expected(epoch):
+            raise CorankError(f"checkpoint {self._folder(epoch)} is damaged; run again to continue from the one before")
+        with self.fs.open_input_file(f"{self._folder(epoch)}/{STATE}") as stream:
+            return dict(torch.load(stream, weights_only=True))
+
+    def save(self, epoch: int, state: dict[str, Any]) -> None:
+        """Write the state after an epoch and drop all but the newest two; killed half-way, it does not count."""
+        folder = self._folder(epoch)
+        if epoch in self._epochs():
+            self.fs.delete_dir(folder)
+        self.fs.create_dir(folder, recursive=True)
+        with tempfile.TemporaryFile() as local:
+            torch.save(state, local)
+            local.seek(0)
+            digest = hashlib.file_digest(local, "sha256").hexdigest()
+            local.seek(0)
+            with self.fs.open_output_stream(f"{folder}/{STATE}") as stream:
+                shutil.copyfileobj(local, stream, 1 << 20)
+        with self.fs.open_output_stream(f"{folder}/{SUMS}") as stream:
+            stream.write(f"{digest}  {STATE}\n".encode())
+        for old in self._epochs()[:-KEPT]:
+            self.fs.delete_dir(self._folder(old))
+
+    def _folder(self, epoch: int) -> str:
+        return f"{self.root}/epoch-{epoch:04}"
+
+    def _epochs(self) -> list[int]:
+        found = self.fs.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
+        names = [one.base_name.removeprefix("epoch-") for one in found if one.base_name.startswith("epoch-")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def _expected(self, epoch: int) -> str:
+        try:
+            with self.fs.open_input_file(f"{self._folder(epoch)}/{SUMS}") as stream:
+                return bytes(stream.read()).decode(errors="replace").partition(" ")[0]
+        except FileNotFoundError:
+            return "none"
+
+    def _digest(self, epoch: int) -> str:
+        try:
+            with self.fs.open_input_file(f"{self._folder(epoch)}/{STATE}") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except FileNotFoundError:
+            return "no state"

@@ -24,7 +24,7 @@ from models.protocol import RankingModel
 from models.registry import rebuild_model
 
 SCHEMA_VERSION = 2
-REMEDY = "train again or roll back (`corank models`)"
+REMEDY = "remove the folder and run again to write it anew, or roll back (`corank models`)"
 
 
 @dataclass

@@ -248,6 +248,9 @@ class Pipeline(DataStages):
                     "partition": self.partitions[-1],
                     "trained": max(candidate["partitions"]),
                 }
+                unmeasured = [task for task, entry in evaluation["tasks"].items() if entry["auc"] is None]
+                if unmeasured:
+                    tags["no test AUC of"] = ", ".join(unmeasured)
                 version = registry.register(candidate["artifact"], run, tags)
             if evaluation["passed"]:
                 registry.promote(version.number)

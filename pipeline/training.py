@@ -408,7 +408,8 @@ def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, 
     """What of a step is not finite: the weights before it, a column, or the scores of some candidates."""
     lost = [name for name, one in model.named_parameters() if not one.isfinite().all()]
     if lost:
-        return f"the weights are not finite ({lost[0]} and {len(lost) - 1} more); lower training.learning_rate"
+        remedy = "train from scratch with `corank run`" if job.warm_start else "lower training.learning_rate"
+        return f"the weights are not finite ({lost[0]} and {len(lost) - 1} more); {remedy}"
     model.eval()
     remedies = {
         "values of the column weight": "correct them in the table impressions",

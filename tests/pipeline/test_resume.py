@@ -41,16 +41,18 @@ def finish(folder: Path) -> None:
     assert process.wait(timeout=200) == 0, (folder / "run.log").read_text()
 
 
-def kill_when(folder: Path, happened: Any) -> None:
-    """SIGKILL the run as soon as something is seen in its workspace."""
+def kill_when(folder: Path, happened: Any) -> list[psutil.Process]:
+    """SIGKILL the run as soon as something is seen in its workspace; its processes, which end a little later."""
     process = start(folder)
     deadline = time.monotonic() + 150
     while not happened():
         assert process.poll() is None, "the run ended before it could be killed: " + (folder / "run.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    started = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    return started
 
 
 def outcome(config: Config) -> dict[str, Any]:
@@ -99,10 +101,11 @@ def test_a_run_killed_or_interrupted_anywhere_continues_and_ends_the_same(tmp_pa
         "champion": lambda: bool(list(work.glob("records/evaluation/*.json"))),
     }
     for name, happened in stages.items():
-        kill_when(tmp_path / "b", happened)
+        started = kill_when(tmp_path / "b", happened)
         if name == "feature_store":  # in the middle of training
             interrupt_when(tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))))
         if name == "candidate":  # and what it saved is damaged
+            psutil.wait_procs(started, timeout=60)
             for state in work.glob("checkpoints/*/*/state.pt"):
                 content = bytearray(state.read_bytes())
                 content[len(content) // 2] ^= 1

@@ -57,9 +57,11 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
         "config": model.describe(),
         "schema": model.schema.model_dump(mode="json"),
     }
-    (scratch / "model.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
+    (scratch / "model.yaml").write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
     for stem, content in documents.items():
-        (scratch / f"{stem}.json").write_text(json.dumps(content, indent=1, sort_keys=True, default=str))
+        (scratch / f"{stem}.json").write_text(
+            json.dumps(content, indent=1, sort_keys=True, default=str), encoding="utf-8"
+        )
     sums = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
     (scratch / "SHA256SUMS").write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
     shutil.rmtree(target, ignore_errors=True)
@@ -77,7 +79,7 @@ def load_artifact(directory: str | Path) -> Artifact:
     sums = _sums(directory)
     for name in sums:
         _verify(directory, name, sums)
-    description = yaml.safe_load((directory / "model.yaml").read_text())
+    description = yaml.safe_load((directory / "model.yaml").read_text(encoding="utf-8"))
     if description["schema_version"] > SCHEMA_VERSION:
         raise CorankError(f"model {directory}: written by a newer corank (layout {description['schema_version']})")
     if description["schema_version"] < SCHEMA_VERSION:
@@ -86,7 +88,9 @@ def load_artifact(directory: str | Path) -> Artifact:
     model = rebuild_model(schema, description["config"])
     model.load_state_dict(load_file(directory / "model.safetensors"))
     metadata = {
-        path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json")) if path.name in sums
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(directory.glob("*.json"))
+        if path.name in sums
     }
     return Artifact(model.eval(), schema, _version(sums), metadata)
 
@@ -99,7 +103,7 @@ def read_document(directory: str | Path, stem: str) -> Any:
     """
     directory = Path(directory)
     _verify(directory, f"{stem}.json", _sums(directory))
-    return json.loads((directory / f"{stem}.json").read_text())
+    return json.loads((directory / f"{stem}.json").read_text(encoding="utf-8"))
 
 
 def _sums(directory: Path) -> dict[str, str]:

@@ -43,6 +43,7 @@ from features.store.definitions import (
 )
 from features.store.delta import DeltaOfflineStoreConfig, delta_source, moment
 from features.store.query import SLICE_BYTES, TIME, Partitions, Query, latest, together
+from features.store.registry import DamagedRegistryError, WholeRegistryStore
 
 EntityValues = tuple[EntityKey, dict[str, Value], datetime, datetime | None]
 """What Feast writes: entity key, feature → value, event timestamp, time of creation."""
@@ -138,14 +139,16 @@ def open_store(settings: FeatureStoreSettings) -> FeatureStore:
     else:
         # Without skip_dedup Feast drops rows of a time already stored, and with them a rebuilt partition.
         online = {"type": "redis", "connection_string": settings.redis, "skip_dedup": True}
+    store_type = None
     if "://" not in settings.registry:
         Path(settings.registry).parent.mkdir(parents=True, exist_ok=True)
+        store_type = f"{WholeRegistryStore.__module__}.{WholeRegistryStore.__qualname__}"
     tables = settings.tables
     return FeatureStore(
         config=RepoConfig(
             project=settings.project,
             provider="local",
-            registry=RegistryConfig(path=settings.registry),
+            registry=RegistryConfig(path=settings.registry, registry_store_type=store_type),
             online_store=online,
             offline_store=DeltaOfflineStoreConfig(
                 storage_options={table.uri: dict(table.storage_options) for table in tables if table.storage_options},
@@ -175,8 +178,14 @@ def apply(settings: FeatureStoreSettings) -> list[str]:
             read.
         CorankError: a table does not exist.
     """
-    store = open_store(settings)
-    views = [one.view for one in settings.stored_views(store)]
+    try:
+        store = open_store(settings)
+        stored = settings.stored_views(store)
+    except DamagedRegistryError:
+        Path(settings.registry).unlink()
+        store = open_store(settings)
+        stored = settings.stored_views(store)
+    views = [one.view for one in stored]
     names = [str(view.name) for view in views]
     own = {one.view.name for one in replace(settings, live=()).stored_views(store)}
     service = FeatureService(name=SERVICE, features=[view for view in views if view.name in own])

@@ -291,3 +291,15 @@ def test_a_column_of_another_type_than_a_served_model_reads_is_refused(settings:
     newer = replace(settings, schema=SCHEMA.model_copy(update={"features": features}), live=(SCHEMA,))
     with pytest.raises(ConfigError, match=r"table users: column 'age' is .*string.* now, .*column of their own"):
         apply(newer)
+
+
+def test_a_damaged_registry_is_named_and_made_again_by_apply(settings: FeatureStoreSettings) -> None:
+    apply(settings)
+    materialize(settings, 0, 5 * DAY)
+    before, path = everything(settings), Path(settings.registry)
+    assert [one.name for one in path.parent.iterdir() if one.name.endswith(".tmp")] == []
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CorankError, match=r"registry .* is damaged .*`corank features apply`"):
+        OnlineReader(settings)
+    apply(settings)
+    np.testing.assert_equal(everything(settings), before)

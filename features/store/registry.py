@@ -1,0 +1,43 @@
+"""Feast's registry as a local file that is written whole or not at all; Feast writes over the one that is read."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from feast.infra.registry.file import FileRegistryStore
+from google.protobuf.message import DecodeError
+
+from features.errors import UnreadableError
+
+
+class DamagedRegistryError(UnreadableError):
+    """The registry's file cannot be read. All that it holds is derived from the config."""
+
+
+class WholeRegistryStore(FileRegistryStore):
+    """Configured by its import path; Feast asks that its name ends like this."""
+
+    def get_registry_proto(self) -> Any:
+        """
+        Raises:
+            DamagedRegistryError
+        """
+        try:
+            return super().get_registry_proto()  # type: ignore[no-untyped-call]
+        except DecodeError as error:
+            raise DamagedRegistryError(
+                f"the feature store's registry {self._filepath} is damaged ({error}); `corank features apply` makes it "
+                "again from the config"
+            ) from error
+
+    def _write_registry(self, registry_proto: Any) -> None:
+        path = self._filepath
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._filepath = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            super()._write_registry(registry_proto)  # to the disk, too
+            os.replace(self._filepath, path)
+        finally:
+            self._filepath.unlink(missing_ok=True)
+            self._filepath = path

@@ -55,6 +55,9 @@ class DataStages(Workspace):
                 said,
                 set(self.partitions) - set(self.log.shown),
             )
+            failed = [result for result in results if not result.passed]
+            if not failed:  # before the records: with these alone a changed type would pass the next time
+                self.log.keep_types(self.records)
             stored = []
             for result in results:
                 record = {
@@ -70,7 +73,6 @@ class DataStages(Workspace):
                 }
                 self.records.put("validated", result.partition, record)
                 stored.append(record)
-            failed = [result for result in results if not result.passed]
             rows = sum(result.rows.get("impressions", 0) for result in results)
             quarantined = sum(result.quarantined for result in results)
             stage.say(
@@ -84,7 +86,6 @@ class DataStages(Workspace):
                     listed(f"{len(failed)} of {len(results)} partitions failed validation", messages)
                     + f"\nData Docs: {docs}"
                 )
-        self.log.keep_types(self.records)
         return stored
 
     def build_samples(self, partitions: Sequence[str]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import polars as pl
 import pytest
 
-from features.errors import ConfigError, DataGateError
+from features.errors import ConfigError, CorankError, DataGateError
+from features.records import Records
 from pipeline.config import Config, load_config
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.log import Log, read_lineage
@@ -93,3 +95,15 @@ def test_scalars_of_a_config_mean_what_is_written(tmp_path: Path) -> None:
 def test_a_path_that_deltas_library_cannot_open_is_refused_at_once(tmp_path: Path, folder: str) -> None:
     with pytest.raises(ConfigError, match="rename it"):
         load(tmp_path, tmp_path / "data", workspace=str(tmp_path / folder))
+
+
+def test_a_damaged_record_is_named_with_what_to_do(tmp_path: Path) -> None:
+    records = Records(str(tmp_path / "records"))
+    records.put("samples", START, {"inputs": "a"})
+    path = tmp_path / "records" / "samples" / f"{START}.json"
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+    assert (records.get("samples", START) or {})["inputs"] == "a"
+    for content in (b"", path.read_bytes()[:-5], b"[1]"):
+        path.write_bytes(content)
+        with pytest.raises(CorankError, match=rf"record {re.escape(str(path))} is damaged .* Remove it and run again"):
+            records.get("samples", START)

@@ -426,9 +426,9 @@ class RankingService:
             table = writer.table(request.table)
         except CorankError as error:
             raise InvalidRequestError("table", str(error)) from None
-        events = [event.model_dump() for event in request.events]
+        events, read = [event.model_dump() for event in request.events], writer.columns(table)
         for index, event in enumerate(events):
-            if missing := [column for column in writer.columns(table) if column not in event]:
+            if missing := [column for column in read if column not in event]:
                 raise InvalidRequestError(f"events.{index}.{missing[0]}", "is missing; send null if it is not known")
         try:
             return writer.push(_frame(events), table)

@@ -168,17 +168,17 @@ def value_rules(fields: Sequence[FieldSpec], rules: ValidationRules, counted: Co
         for column in numbers
     ]
     limit = rules.max_outside_vocabulary
-    for field in fields:
-        if field.vocabulary is None:
-            continue
+    # a column may be a feature and side information of several sequences
+    categories = {(field.source, field.vocabulary): field for field in fields if field.vocabulary is not None}
+    for number, field in enumerate(categories.values()):
         values = pl.col(field.source)
         if isinstance(field, Feature) and field.multi:
             values = values.list.explode(keep_nulls=False, empty_as_null=False)
         text = values.cast(pl.String).drop_nulls()
-        outside = ~text.is_in(list(field.vocabulary))
+        outside = ~text.is_in(list(field.vocabulary or ()))
         found.append(
             Rule(
-                f"outside_vocabulary_{field.name}",
+                f"outside_vocabulary_{number}_{field.name}",
                 outside.mean().fill_nan(0),
                 f"of the values of {field.source} are outside the vocabulary of {field.name}, more than "
                 f"validation.max_outside_vocabulary ({limit:.2%}) lets pass unsaid; they are read as unknown",

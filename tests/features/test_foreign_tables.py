@@ -304,6 +304,11 @@ def test_values_outside_a_vocabulary_are_said_above_a_threshold(tmp_path: Path) 
     ]
     assert any("of the values of device are outside the vocabulary of device" in one for one in said)
     assert any("(for example watch)" in one for one in said)
+    # a column may be a feature and side information at once
+    shade = Feature(name="shade", side="item", kind="category", vocabulary=("red",))
+    both = SCHEMA.model_copy(update={"features": (*SCHEMA.features, shade)})
+    messages = [one.message for one in gate(tmp_path, tables, both, max_outside_vocabulary=0.05)[0].findings]
+    assert sum("outside the vocabulary of shade" in one for one in messages) == 1
     assert all(result.passed for result in gate(tmp_path, tables, max_outside_vocabulary=0.05))
 
 

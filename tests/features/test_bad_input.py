@@ -14,13 +14,12 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.transaction import AddAction
 from ray.exceptions import RayTaskError
 
-from features.errors import CorankError, DataGateError, UnreadableError
+from features.errors import CorankError, DataGateError, UnreadableError, known_cause
 from features.fold import fold_bucket
 from features.lake import Table, reads_as
 from features.samples import build_partitions
 from features.schema import SECOND, partition_bounds
 from features.validation import PartitionValidation, ValidationRules, distinct_events, quarantine, validate_partitions
-from pipeline.cli import _find_cause
 from pipeline.config import Config, ModelConfig, TableConfig
 from pipeline.progress import Progress
 from pipeline.stages import Pipeline
@@ -319,7 +318,7 @@ def test_a_file_that_breaks_after_validation_is_named_through_ray_and_earlier_sa
     truncate(path)
     with pytest.raises(UnreadableError) as caught:
         build_partitions(build, DAYS[1:], DAYS[:1], shown, lambda *_: None)
-    cause = _find_cause(caught.value, CorankError)
+    cause = known_cause(caught.value)
     assert str(cause).startswith(f"table events, partition {DAY}: file {path} has ")
     assert samples.scan().collect().equals(before)
 
@@ -328,7 +327,7 @@ def test_the_message_of_an_error_inside_a_task_is_found_not_its_stack_trace() ->
     shipped = pickle.loads(pickle.dumps(UnreadableError("table events: …")))
     wrapped = RayTaskError("fold", "a long stack trace", shipped).as_instanceof_cause()
     assert isinstance(wrapped, CorankError)
-    assert str(_find_cause(wrapped, CorankError)) == "table events: …"
+    assert str(known_cause(wrapped)) == "table events: …"
 
 
 # --- types and late rows, at the level of the pipeline ------------------------------------------------

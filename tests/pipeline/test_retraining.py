@@ -40,7 +40,9 @@ def register(trained: Pipeline) -> None:
         trained.records.put(stage, trained.evaluation_key, {})
     champion = registry.champion()
     assert champion is not None
-    trained.records.put("deployment", "current", {"inputs": trained.deployment_inputs(champion)})
+    trained.records.put(
+        "deployment", "current", {"inputs": trained.deployment_inputs(champion), "artifact": champion.artifact}
+    )
 
 
 @pytest.mark.slow

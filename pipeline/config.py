@@ -16,8 +16,8 @@ from urllib.parse import unquote
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from features.delta.table import Table
 from features.errors import ConfigError
-from features.lake import Table
 from features.records import digest
 from features.schema import FEEDBACK, Declaration, Feature, Grain, Name, Schema, Sequence, Task, partition_bounds
 from features.validation import ValidationRules

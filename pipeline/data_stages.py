@@ -94,7 +94,7 @@ class DataStages(Workspace):
         Raises:
             CorankError: a partition has no passing validation record.
         """
-        from features.samples import PartitionCounts, build_partitions
+        from features.builder.build import PartitionCounts, build_partitions
 
         self.require_validated()
         config = self.config
@@ -222,8 +222,8 @@ class DataStages(Workspace):
     def _drop_gone_states(self) -> None:
         """Drop the states of partitions that the log, or the config's ``start``, has no more: the online store is
         filled from these tables. Should they come back, they are built again."""
-        from features.maintenance import drop_partitions
-        from features.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
+        from features.builder.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
+        from features.delta.maintenance import drop_partitions
 
         tables = [self.build_settings().table(name) for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES)]
         gone = [self.gone(table.partitions()) for table in tables]

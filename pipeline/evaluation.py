@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from features.batch import collate, label_column
 from features.errors import CorankError
-from features.reader import SampleSource
+from features.samples.source import SampleSource
 from features.schema import Schema, Task
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory

@@ -12,7 +12,7 @@ from pipeline import maintenance_cli
 from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
 
 if TYPE_CHECKING:
-    from features.reader import SampleSource
+    from features.samples.source import SampleSource
     from features.store.online import FeatureStoreSettings
     from pipeline.progress import Stage
     from pipeline.stages import Pipeline
@@ -148,7 +148,7 @@ def features_stats(
 ) -> None:
     """Count what the samples hold: coverage, history lengths, distinct ids, and what sharing histories saves."""
     with guarded(debug):
-        from features.statistics import sample_statistics
+        from features.samples.statistics import sample_statistics
 
         pipeline = _pipeline(_load(config))
         source = _samples(pipeline, partition)
@@ -181,7 +181,7 @@ def features_export(
     A number of `scale: log` is log(1 + x), as the models read it; --raw gives x.
     """
     with guarded(debug):
-        from features.export import export_impressions
+        from features.samples.export import export_impressions
         from pipeline.workspace import exclusive
 
         pipeline = _pipeline(_load(config))

@@ -11,10 +11,10 @@ from typing import Any
 
 import polars as pl
 
+from features.builder.log_rows import feedback_partitions
+from features.delta.fingerprints import WHOLE_TABLE
+from features.delta.table import Table, reads_as
 from features.errors import ConfigError, CorankError, DataGateError
-from features.fingerprints import WHOLE_TABLE
-from features.lake import Table, reads_as
-from features.logs import feedback_partitions
 from features.records import Records, digest
 from features.schema import FEEDBACK, SECOND, partition_bounds, partition_of
 from features.validation import PROFILE_KEYS, check_tables, columns_read

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import polars as pl
 
 from features.batch import timeline_column
-from features.encoding import hash_id
-from features.lake import Table
-from features.maintenance import (
+from features.builder.build import clear_copies
+from features.builder.states import SAMPLES
+from features.delta.maintenance import (
     FoundUsers,
     Size,
     compact,
@@ -26,8 +26,8 @@ from features.maintenance import (
     size_in_storage,
     vacuum,
 )
-from features.samples import clear_copies
-from features.states import SAMPLES
+from features.delta.table import Table
+from features.encoding import hash_id
 from pipeline.registry import CHAMPION, PREVIOUS
 from pipeline.stages import Pipeline
 

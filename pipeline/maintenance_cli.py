@@ -9,7 +9,7 @@ import typer
 from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
 
 if TYPE_CHECKING:
-    from features.maintenance import Size
+    from features.delta.maintenance import Size
     from pipeline.maintenance import Forgotten
 
 

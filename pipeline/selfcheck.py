@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from features.reader import SampleSource
+from features.samples.source import SampleSource
 from models.metrics import require_finite
 from models.protocol import RankingModel
 from pipeline.evaluation import score_rows

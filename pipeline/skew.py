@@ -18,11 +18,11 @@ from typing import Any
 import polars as pl
 
 from features.batch import end_column, feature_column, timeline_column
+from features.builder.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
 from features.errors import CorankError
-from features.export import Unnested
-from features.reader import SampleSource
+from features.samples.export import Unnested
+from features.samples.source import SampleSource
 from features.schema import Schema, partition_bounds
-from features.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
 from features.store.online import FeatureStoreSettings, apply, materialize
 from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from features.batch import RequestBatch, candidate_counts, collate, compress
 from features.errors import CorankError
-from features.reader import READ_CPUS, SampleSource
+from features.samples.source import READ_CPUS, SampleSource
 from features.schema import Schema
 from models.losses import task_losses
 from models.memory import keep_freed_memory

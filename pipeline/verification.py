@@ -13,10 +13,10 @@ import numpy as np
 import polars as pl
 
 from features.batch import sample_schema
+from features.builder.fold import rows_after
+from features.builder.states import BuildSettings
 from features.errors import CorankError
-from features.fold import rows_after
 from features.schema import Schema
-from features.states import BuildSettings
 from features.validation import quarantine
 from models.artifact import load_artifact
 from pipeline.evaluation import score_rows

@@ -21,9 +21,9 @@ from pipeline.progress import Progress
 from pipeline.version import code_version
 
 if TYPE_CHECKING:
-    from features.reader import SampleSource
+    from features.builder.states import BuildSettings
+    from features.samples.source import SampleSource
     from features.schema import Schema
-    from features.states import BuildSettings
     from features.store.online import FeatureStoreSettings
     from pipeline.registry import ModelRegistry, ModelVersion
     from serving.ranking import ServingSettings
@@ -101,7 +101,7 @@ class Workspace:
     @cached_property
     def state_inputs(self) -> dict[str, str]:
         """Per partition the digest of all that its states are made from, the partition before included."""
-        from features.states import LAYOUT
+        from features.builder.states import LAYOUT
 
         settings = self.config.digest_of(
             *DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start"
@@ -300,7 +300,7 @@ class Workspace:
 
     def source(self, low: int, high: int, partitions: tuple[str, ...] | None = None) -> SampleSource:
         """Samples of requests with low ≤ ts < high, out of the partitions that can hold them."""
-        from features.reader import SampleSource
+        from features.samples.source import SampleSource
 
         chosen = partitions or tuple(
             partition
@@ -319,7 +319,7 @@ class Workspace:
         Args:
             made_of: a record; the user's tables are read as they were when it was made. Default: as the log has them.
         """
-        from features.states import BuildSettings
+        from features.builder.states import BuildSettings
 
         config = self.config
         versions = self.log.versions | ((made_of or {}).get("versions") or {})
@@ -336,7 +336,7 @@ class Workspace:
         )
 
     def store_settings(self) -> FeatureStoreSettings:
-        from features.lake import Table
+        from features.delta.table import Table
         from features.store.online import FeatureStoreSettings
 
         config = self.config

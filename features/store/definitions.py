@@ -20,10 +20,10 @@ import pyarrow as pa
 from feast import Entity, FeatureView, Field, ValueType
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.aggregates import key_column, state_columns, state_fields
 from features.batch import event_id_column, timeline_column
+from features.builder.aggregates import key_column, state_columns, state_fields
+from features.delta.table import Table
 from features.errors import ConfigError
-from features.lake import Table
 from features.records import digest
 from features.schema import EventField, Feature, Schema
 from features.schema import Sequence as BehaviourSequence
@@ -105,7 +105,7 @@ def stored_views(
         users, items: profile tables, with ``updated_at``; None: no view, and nobody has a profile.
         state: user_id, ts and per sequence of ``schema`` the list columns of :func:`features.batch.timeline_column`
             and :func:`features.batch.event_id_column`.
-        counts: the tables of :mod:`features.aggregates`, with ``ts``; none: no views.
+        counts: the tables of :mod:`features.builder.aggregates`, with ``ts``; none: no views.
         registered: by name; they know the types of columns that a profile table has lost.
 
     Raises:

@@ -1,7 +1,7 @@
 """Feast over Delta: a data source that names a Delta table and an offline store that reads it.
 
 Feast's own offline stores read the Parquet files below a Delta table, deleted rows included. Here every
-read goes through :class:`features.lake.Table`, which follows the Delta log and the canonical names.
+read goes through :class:`features.delta.table.Table`, which follows the Delta log and the canonical names.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from feast.repo_config import FeastConfigBaseModel
 from feast.type_map import pa_to_feast_value_type
 from pydantic import Field
 
+from features.delta.table import STAMP, Table
 from features.errors import CorankError
-from features.lake import STAMP, Table
 from features.store.query import SLICE_BYTES, TIME, Partitions, Query, dated, deal, latest, together
 
 EVENT_TIMESTAMP = "event_timestamp"
@@ -63,7 +63,7 @@ class DeltaSource(DataSource):
             uri: local path or ``s3://`` address.
             clock: canonical name of the int64 column (microseconds UTC) that says when a row became true.
             columns: canonical name → the table's own column name.
-            makes: columns that are made where the table has none (:class:`features.lake.Table`).
+            makes: columns that are made where the table has none (:class:`features.delta.table.Table`).
         """
         super().__init__(name=name, timestamp_field=EVENT_TIMESTAMP)
         self.uri = uri

@@ -27,9 +27,9 @@ from feast.repo_config import RegistryConfig
 from feast.type_map import python_values_to_proto_values
 from feast.types import Array, FeastType, Float32
 
+from features.delta.table import Table
 from features.encoding import bucket_column
 from features.errors import CorankError, UnavailableError
-from features.lake import Table
 from features.schema import Schema
 from features.store.definitions import (
     ITEM,

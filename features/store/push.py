@@ -19,11 +19,11 @@ from feast.type_map import python_values_to_proto_values
 from feast.types import Int64, String
 
 from features.batch import event_id_column, timeline_column
+from features.builder.log_rows import new_events
+from features.builder.states import EVENT_ID
 from features.encoding import encode
 from features.errors import CorankError
-from features.logs import new_events
 from features.schema import OTHER_UNITS, SECOND, Sequence
-from features.states import EVENT_ID
 from features.store.definitions import ITEM_VIEW, UPDATED_AT, sequence_view
 from features.store.delta import microseconds
 from features.store.online import (
@@ -61,7 +61,7 @@ class OnlineWriter:
     """Appends new events to the online sequences. May be used by several threads and processes.
 
     Args:
-        log_delay: microseconds; as in :class:`features.samples.BuildSettings`.
+        log_delay: microseconds; as in :class:`features.builder.build.BuildSettings`.
 
     Raises (on creation):
         CorankError: the registry lacks the view of a sequence.

@@ -20,8 +20,8 @@ import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
+from features.delta.table import SomeFiles, Table
 from features.errors import CorankError
-from features.lake import SomeFiles, Table
 from features.tasks import arrow, each, ray_runs, task
 
 T = TypeVar("T")

@@ -15,7 +15,8 @@ import polars as pl
 from feast import FeatureView
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.aggregates import (
+from features.batch import event_id_column, feature_column, timeline_column
+from features.builder.aggregates import (
     KEY,
     Entries,
     aggregate_of,
@@ -28,10 +29,9 @@ from features.aggregates import (
     value_columns,
     within,
 )
-from features.batch import event_id_column, feature_column, timeline_column
+from features.delta.table import Table
 from features.encoding import encode
 from features.errors import CorankError
-from features.lake import Table
 from features.schema import Feature
 from features.store.definitions import (
     ITEM_VIEW,

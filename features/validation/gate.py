@@ -17,8 +17,8 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
+from features.delta.table import Table, replace_partition, write_file
 from features.errors import ConfigError, UnreadableError
-from features.lake import Table, replace_partition, write_file
 from features.schema import SECOND, Grain, Schema, partition_bounds
 from features.validation.layout import joins, layout_checks, roles
 from features.validation.rules import (

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from features.lake import Table
+from features.delta.table import Table
 from features.schema import FEEDBACK, Feature, FieldSpec, Schema
 from features.validation.rules import PROFILE_KEYS, Finding, columns_counted, columns_of_events
 

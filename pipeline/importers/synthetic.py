@@ -28,9 +28,9 @@ import xxhash
 from deltalake import DeltaTable
 from numpy.typing import NDArray
 
+from features.delta.table import DataFile, replace_partition, write_file
 from features.encoding import bucket_column
 from features.errors import ConfigError, CorankError
-from features.lake import DataFile, replace_partition, write_file
 from features.schema import SECOND
 from pipeline.importers.target import imported, table_path, write_table
 

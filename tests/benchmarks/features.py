@@ -35,11 +35,11 @@ from rich.console import Console
 from rich.table import Table as PrintedTable
 
 from features.batch import RequestBatch, collate, compress
-from features.export import Unnested, flatten, history_column
-from features.lake import STAMP, Table
-from features.reader import SampleSource
-from features.samples import build_partitions
-from features.states import SAMPLES, STATE
+from features.builder.build import build_partitions
+from features.builder.states import SAMPLES, STATE
+from features.delta.table import STAMP, Table
+from features.samples.export import Unnested, flatten, history_column
+from features.samples.source import SampleSource
 from models.losses import task_losses
 from models.registry import build_model
 from pipeline.config import LEAST_OBJECT_STORE, RayConfig, TrainingConfig

@@ -21,10 +21,10 @@ import pyarrow as pa
 from deltalake import write_deltalake
 from numpy.typing import NDArray
 
+from features.builder.states import BuildSettings
+from features.delta.table import DataFile, Table, replace_partition, write_file
 from features.encoding import bucket_column
-from features.lake import DataFile, Table, replace_partition, write_file
 from features.schema import SECOND, EventField, Feature, Schema, Sequence, Task, partition_bounds
-from features.states import BuildSettings
 
 Array = NDArray[Any]
 

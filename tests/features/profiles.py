@@ -9,8 +9,8 @@ import polars as pl
 import pytest
 from deltalake import write_deltalake
 
+from features.delta.table import Table
 from features.encoding import hash_id
-from features.lake import Table
 from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings
 

@@ -9,9 +9,9 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from features.fold import fold_bucket
-from features.lake import Table
-from features.states import STATE
+from features.builder.fold import fold_bucket
+from features.builder.states import STATE
+from features.delta.table import Table
 from features.store.online import FeatureStoreSettings
 from features.store.reader import OnlineReader
 from tests.features.worlds import DAYS, SCHEMA, settings

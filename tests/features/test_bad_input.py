@@ -14,10 +14,10 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.transaction import AddAction
 from ray.exceptions import RayTaskError
 
+from features.builder.build import build_partitions
+from features.builder.fold import fold_bucket
+from features.delta.table import Table, reads_as
 from features.errors import CorankError, DataGateError, UnreadableError, known_cause
-from features.fold import fold_bucket
-from features.lake import Table, reads_as
-from features.samples import build_partitions
 from features.schema import SECOND, partition_bounds
 from features.validation import PartitionValidation, ValidationRules, distinct_events, quarantine, validate_partitions
 from pipeline.config import Config, ModelConfig, TableConfig

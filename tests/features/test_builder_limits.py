@@ -14,10 +14,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-from features.lake import Table
-from features.samples import build_partitions
+from features.builder.build import build_partitions
+from features.builder.states import ITEM_AGGREGATES, SAMPLES, STATE, USER_AGGREGATES, BuildSettings
+from features.delta.table import Table
 from features.schema import SECOND, partition_bounds
-from features.states import ITEM_AGGREGATES, SAMPLES, STATE, USER_AGGREGATES, BuildSettings
 from features.store.online import apply, materialize
 from features.store.reader import OnlineReader
 from tests.features.stores import store_settings
@@ -30,7 +30,7 @@ LONGEST = 10_000
 BUILD = """
 import logging, pickle, sys
 import ray
-from features.samples import build_partitions
+from features.builder.build import build_partitions
 with open(sys.argv[1], "rb") as file:
     arguments = pickle.load(file)
 ray.init(address=sys.argv[2], log_to_driver=False, logging_level=logging.ERROR)

@@ -14,12 +14,12 @@ import pyarrow.dataset as ds
 import pytest
 
 from features.batch import feature_column, label_column, sample_schema, timeline_column
+from features.builder.fold import fold_bucket
+from features.builder.states import SAMPLES
+from features.delta.table import replace_partition, write_file
 from features.errors import ConfigError, CorankError
-from features.export import MANIFEST, Unnested, chunk_bounds, export_impressions, flatten, flattened_bytes
-from features.fold import fold_bucket
-from features.lake import replace_partition, write_file
-from features.reader import SampleSource
-from features.states import SAMPLES
+from features.samples.export import MANIFEST, Unnested, chunk_bounds, export_impressions, flatten, flattened_bytes
+from features.samples.source import SampleSource
 from tests.features.worlds import DAYS, SCHEMA, settings, write_world
 
 ALWAYS = (0, 2**62)

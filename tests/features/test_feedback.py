@@ -8,12 +8,12 @@ from typing import Any
 import polars as pl
 import pytest
 
+from features.builder.fold import fold_bucket, rows_after
+from features.builder.log_rows import log_rows
+from features.builder.states import SAMPLES, BuildSettings
+from features.delta.table import Table
 from features.errors import DataGateError
-from features.fold import fold_bucket, rows_after
-from features.lake import Table
-from features.logs import log_rows
 from features.schema import SECOND, Task, partition_bounds
-from features.states import SAMPLES, BuildSettings
 from tests.features.worlds import DAY, DAYS, SCHEMA, fold_all, settings, write_world
 
 WINDOW = 86_400.0

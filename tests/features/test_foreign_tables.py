@@ -14,10 +14,11 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from features.columns import partition_column
+from features.builder.states import SAMPLES, BuildSettings
+from features.delta.columns import partition_column
+from features.delta.table import Table
 from features.encoding import encode, hash_id
 from features.errors import UnreadableError
-from features.lake import Table
 from features.schema import (
     SECOND,
     Aggregate,
@@ -31,7 +32,6 @@ from features.schema import (
     partition_bounds,
     partition_of,
 )
-from features.states import SAMPLES, BuildSettings
 from features.validation import PartitionValidation, ValidationRules, check_tables, validate_partitions
 from tests.features.worlds import DAY, DAYS, SCHEMA, fold_all, settings, write_world
 

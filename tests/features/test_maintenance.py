@@ -15,9 +15,9 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 
 from features.batch import candidate_counts, sample_schema, timeline_column
-from features.fold import fold_bucket
-from features.lake import Table, replace_partition, write_file
-from features.maintenance import (
+from features.builder.fold import fold_bucket
+from features.builder.states import SAMPLES, state_schema
+from features.delta.maintenance import (
     compact,
     derived_tables,
     drop_partitions,
@@ -27,8 +27,8 @@ from features.maintenance import (
     size_in_storage,
     vacuum,
 )
-from features.reader import SampleSource
-from features.states import SAMPLES, state_schema
+from features.delta.table import Table, replace_partition, write_file
+from features.samples.source import SampleSource
 from features.store.erase import erase_users as erase_online_users
 from features.store.online import FeatureStoreSettings, apply, materialize
 from features.store.reader import OnlineReader
@@ -112,7 +112,7 @@ def test_a_compaction_killed_in_the_middle_leaves_the_table_readable_and_can_go_
     samples = tables[SAMPLES]
     before = rows_in_order(samples)
     code = (
-        "import sys, time\nfrom features.lake import Table\nfrom features.maintenance import compact\n"
+        "import sys, time\nfrom features.delta.table import Table\nfrom features.delta.maintenance import compact\n"
         "def wait(done, total):\n    print(done, flush=True)\n    time.sleep(60)\n"
         "compact(Table('samples', sys.argv[1]), wait)\n"
     )

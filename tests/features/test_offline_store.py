@@ -15,8 +15,8 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from feast.data_source import DataSource
 
+from features.delta.table import Table
 from features.errors import CorankError
-from features.lake import Table
 from features.store.definitions import sequence_view
 from features.store.delta import DeltaOfflineStore, DeltaSource, delta_source, moment
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store

@@ -11,10 +11,10 @@ from deltalake import write_deltalake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import features.reader
+import features.samples.source
 from features.batch import collate
 from features.errors import CorankError
-from features.reader import SampleSource
+from features.samples.source import SampleSource
 from features.schema import SECOND
 from tests.models.batches import make_rows, make_schema
 
@@ -42,7 +42,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SampleSource:
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows that are neither a file nor all of them, so that their edges are tested."""
-    monkeypatch.setattr(features.reader, "WINDOW_ROWS", 16)
+    monkeypatch.setattr(features.samples.source, "WINDOW_ROWS", 16)
 
 
 def plain(
@@ -107,10 +107,10 @@ def test_rows_are_shuffled_within_files_too(source: SampleSource) -> None:
 
 def test_the_batches_do_not_hang_on_where_blocks_of_rows_end(source: SampleSource) -> None:
     rows = pa.concat_tables([source.read(file) for file in source.files()])
-    whole = list(features.reader._windows([rows]))
+    whole = list(features.samples.source._windows([rows]))
     for size in (1, 5, 16, 41):
         pieces = [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
-        assert equal(list(features.reader._windows([rows.slice(0, 0), *pieces])), whole)
+        assert equal(list(features.samples.source._windows([rows.slice(0, 0), *pieces])), whole)
 
 
 def test_only_the_partitions_and_times_asked_for_are_read(source: SampleSource) -> None:

@@ -16,10 +16,10 @@ from feast.protos.feast.types.Value_pb2 import Value
 from redis import Redis
 
 import features.store.online
+from features.builder.states import STATE
+from features.delta.table import Table
 from features.errors import UnavailableError
-from features.lake import Table
 from features.schema import SECOND, partition_bounds
-from features.states import STATE
 from features.store.definitions import sequence_view
 from features.store.erase import erase_absent, erase_users
 from features.store.online import STRIPES, FeatureStoreSettings, apply, materialize, open_store, sole_writer

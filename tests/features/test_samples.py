@@ -20,18 +20,18 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
-from features.encoding import bucket_of, encode
-from features.errors import CorankError
-from features.lake import DataFile, Table, replace_partition, write_file
-from features.samples import build_partitions
-from features.schema import SECOND, EventField, Feature, Grain, Schema, Sequence, partition_bounds
-from features.states import (
+from features.builder.build import build_partitions
+from features.builder.states import (
     ITEM_AGGREGATES,
     SAMPLES,
     STATE,
     USER_AGGREGATES,
     BuildSettings,
 )
+from features.delta.table import DataFile, Table, replace_partition, write_file
+from features.encoding import bucket_of, encode
+from features.errors import CorankError
+from features.schema import SECOND, EventField, Feature, Grain, Schema, Sequence, partition_bounds
 from features.store.query import Query
 from tests.features.worlds import (
     COUNTING,

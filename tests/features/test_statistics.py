@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 
 from features.batch import feature_column, timeline_column
-from features.export import Unnested, flatten
+from features.samples.export import Unnested, flatten
+from features.samples.statistics import SKETCH, SampleStatistics, ValueCounts, sample_statistics
 from features.schema import FieldSpec
-from features.statistics import SKETCH, SampleStatistics, ValueCounts, sample_statistics
 from tests.features.test_export import build_samples, read_all
 from tests.features.worlds import SCHEMA
 

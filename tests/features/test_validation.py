@@ -11,8 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from features.delta.table import Table
 from features.errors import ConfigError
-from features.lake import Table
 from features.schema import SECOND, Aggregate, Feature, partition_bounds
 from features.validation import (
     PartitionValidation,

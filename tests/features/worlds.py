@@ -13,9 +13,19 @@ import polars as pl
 import pyarrow as pa
 
 from features.batch import end_column, feature_column, label_column, sample_schema, timeline_column
+from features.builder.fold import fold_bucket, fold_items, item_deltas
+from features.builder.states import (
+    ITEM_AGGREGATES,
+    SAMPLES,
+    STATE,
+    USER_AGGREGATES,
+    BuildSettings,
+    item_aggregates_schema,
+    state_schema,
+    user_aggregates_schema,
+)
+from features.delta.table import DataFile, Table, replace_partition, write_file
 from features.encoding import bucket_of, hash_id
-from features.fold import fold_bucket, fold_items, item_deltas
-from features.lake import DataFile, Table, replace_partition, write_file
 from features.schema import (
     GRAIN_LENGTH,
     SECOND,
@@ -29,16 +39,6 @@ from features.schema import (
     partition_bounds,
     partition_number,
     partition_of,
-)
-from features.states import (
-    ITEM_AGGREGATES,
-    SAMPLES,
-    STATE,
-    USER_AGGREGATES,
-    BuildSettings,
-    item_aggregates_schema,
-    state_schema,
-    user_aggregates_schema,
 )
 
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]

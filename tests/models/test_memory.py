@@ -13,12 +13,12 @@ import resource, sys, torch
 from models.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-def work():
-    for _ in range(5):
+def work(times):
+    for _ in range(times):
         torch.zeros(16, 1 << 20) + 1  # two blocks of 64 MiB, more than glibc ever keeps of its own accord
-work()
+work(20)  # until the heap has grown to what small blocks between the large ones leave room for
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-work()
+work(5)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 

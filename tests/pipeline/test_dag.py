@@ -19,10 +19,10 @@ import pytest
 from deltalake import DeltaTable
 
 from features.batch import collate
+from features.builder.fold import rows_after
+from features.delta.table import Table
 from features.encoding import bucket_of
 from features.errors import CorankError, DataGateError
-from features.fold import rows_after
-from features.lake import Table
 from features.store.online import apply
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact

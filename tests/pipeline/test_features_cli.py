@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from features.batch import sample_schema
+from features.delta.table import replace_partition, write_file
 from features.errors import ConfigError
-from features.lake import replace_partition, write_file
 from pipeline.config import load_config
 from pipeline.features_cli import _print_registry
 from pipeline.importers.synthetic import import_synthetic

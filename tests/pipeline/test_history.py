@@ -166,7 +166,7 @@ def test_states_that_another_version_laid_out_otherwise_count_as_stale(
     for day, inputs in pipeline.sample_inputs.items():
         pipeline.records.put("samples", day, {"inputs": inputs})
     assert Pipeline(config, Progress()).stale_samples() == []
-    monkeypatch.setattr("features.states.LAYOUT", 0)
+    monkeypatch.setattr("features.builder.states.LAYOUT", 0)
     assert Pipeline(config, Progress()).stale_samples() == DAYS[:2]
 
 

@@ -12,9 +12,9 @@ import pytest
 from deltalake import DeltaTable
 from polars.testing import assert_frame_equal
 
+from features.delta.table import Table
 from features.encoding import bucket_of
 from features.errors import ConfigError, CorankError
-from features.lake import Table
 from features.schema import SECOND, partition_of
 from pipeline.config import load_config
 from pipeline.importers import movielens

@@ -12,8 +12,8 @@ import pytest
 from deltalake import DeltaTable
 
 from features.batch import candidate_counts, request_times
-from features.lake import Table
-from features.maintenance import find_users
+from features.delta.maintenance import find_users
+from features.delta.table import Table
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.config import Config

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from features.lake import Table
+from features.delta.table import Table
 from pipeline.config import Config
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress

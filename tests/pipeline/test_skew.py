@@ -7,10 +7,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from features.lake import Table
-from features.reader import SampleSource
+from features.builder.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
+from features.delta.table import Table
+from features.samples.source import SampleSource
 from features.schema import SECOND, partition_bounds
-from features.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
 from pipeline.skew import SkewReport, replay
 from tests.features.stores import store_settings
 from tests.features.worlds import (

@@ -14,9 +14,9 @@ import torch
 from deltalake import write_deltalake
 
 import pipeline.progress
+from features.builder.states import BuildSettings
 from features.errors import CorankError
-from features.reader import SampleSource
-from features.states import BuildSettings
+from features.samples.source import SampleSource
 from models.artifact import save_artifact
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import Config, ModelConfig, TrainingConfig

@@ -10,11 +10,11 @@ import torch
 from fastapi.testclient import TestClient
 
 from features.batch import collate
-from features.fold import rows_after
-from features.lake import Table
-from features.reader import SampleSource
+from features.builder.fold import rows_after
+from features.builder.states import ITEM_AGGREGATES, SAMPLES, STATE, USER_AGGREGATES
+from features.delta.table import Table
+from features.samples.source import SampleSource
 from features.schema import Aggregate, EventField, Feature, Schema, Sequence, Task, partition_bounds
-from features.states import ITEM_AGGREGATES, SAMPLES, STATE, USER_AGGREGATES
 from features.store.online import FeatureStoreSettings, apply, materialize
 from models.artifact import save_artifact
 from models.config import MODELS, model_config

@@ -20,11 +20,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from features.batch import sample_schema
-from features.encoding import bucket_column
-from features.errors import CorankError
-from features.fold import fold_bucket, fold_items, item_deltas
-from features.lake import DataFile, Table, replace_partition, write_file
-from features.states import (
+from features.builder.fold import fold_bucket, fold_items, item_deltas
+from features.builder.states import (
     ITEM_AGGREGATES,
     SAMPLES,
     STATE,
@@ -35,6 +32,9 @@ from features.states import (
     state_schema,
     user_aggregates_schema,
 )
+from features.delta.table import DataFile, Table, replace_partition, write_file
+from features.encoding import bucket_column
+from features.errors import CorankError
 from features.tasks import result_of
 
 LAID_OUT = "laid_out"

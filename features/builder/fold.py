@@ -16,7 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import polars as pl
 import pyarrow as pa
 
-from features.aggregates import (
+from features.batch import (
+    candidate_counts,
+    sample_schema,
+)
+from features.builder.aggregates import (
     Tally,
     aggregate_of,
     deltas,
@@ -24,15 +28,9 @@ from features.aggregates import (
     summed,
     user_tallies,
 )
-from features.batch import (
-    candidate_counts,
-    sample_schema,
-)
-from features.encoding import bucket_column
-from features.logs import crossed, log_rows, new_events, profiles_of, with_feedback
-from features.requests import in_order, newest, sample_rows
-from features.schema import partition_bounds
-from features.states import (
+from features.builder.log_rows import crossed, log_rows, new_events, profiles_of, with_feedback
+from features.builder.sample_rows import in_order, newest, sample_rows
+from features.builder.states import (
     EVENT_ID,
     ITEM_AGGREGATES,
     SAMPLES,
@@ -50,6 +48,8 @@ from features.states import (
     unpartitioned,
     user_aggregates_schema,
 )
+from features.encoding import bucket_column
+from features.schema import partition_bounds
 
 
 def fold_bucket(

@@ -6,19 +6,19 @@ from collections.abc import Iterable, Sequence
 
 import polars as pl
 
-from features.aggregates import (
-    KEY,
-    cross_column,
-)
 from features.batch import (
     feature_column,
     timeline_column,
 )
+from features.builder.aggregates import (
+    KEY,
+    cross_column,
+)
+from features.builder.states import EVENT_ID, BuildSettings
 from features.encoding import encode, hash_ids
 from features.errors import DataGateError
 from features.schema import FEEDBACK, OTHER_UNITS, Feature, FieldSpec, Grain, Schema, partition_bounds
 from features.schema import Sequence as BehaviourSequence
-from features.states import EVENT_ID, BuildSettings
 from features.validation import distinct_events, quarantine
 
 FEEDBACK_ROWS = 1_000_000

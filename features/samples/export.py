@@ -26,7 +26,7 @@ from pyarrow import fs
 
 from features.batch import code_type, end_column, feature_column, label_column, timeline_column
 from features.errors import ConfigError, CorankError
-from features.reader import SampleSource
+from features.samples.source import SampleSource
 from features.schema import FieldSpec, Schema, Sequence
 from features.tasks import each, ray_runs
 

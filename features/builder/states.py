@@ -13,13 +13,13 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from features.aggregates import Tally, state_fields
 from features.batch import (
     code_type,
     event_id_column,
     timeline_column,
 )
-from features.lake import Table
+from features.builder.aggregates import Tally, state_fields
+from features.delta.table import Table
 from features.schema import Grain, Schema, partition_bounds, partition_number
 from features.schema import Sequence as BehaviourSequence
 

@@ -20,8 +20,8 @@ from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
+from features.delta.table import DataFile, Table, committing, write_file
 from features.errors import CorankError
-from features.lake import DataFile, Table, committing, write_file
 
 KEEP_HOURS = 168
 """Default age in hours of unreferenced files before vacuum removes them: a week, as Delta has it."""

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 import pyarrow as pa
 
-from features.aggregates import (
+from features.batch import (
+    end_column,
+    feature_column,
+    label_column,
+    sample_schema,
+)
+from features.builder.aggregates import (
     KEY,
     Tally,
     aggregate_of,
@@ -17,16 +23,10 @@ from features.aggregates import (
     sum_column,
     value_columns,
 )
-from features.batch import (
-    end_column,
-    feature_column,
-    label_column,
-    sample_schema,
-)
+from features.builder.log_rows import join_as_of
+from features.builder.states import BuildSettings, timeline_lists, to_arrow, unpartitioned
 from features.encoding import encode, hash_ids
-from features.logs import join_as_of
 from features.schema import Feature, Task
-from features.states import BuildSettings, timeline_lists, to_arrow, unpartitioned
 
 POSITION, START, STOP = "__position", "__start", "__stop"
 """Of an event in its user's timeline, and of the timeline's part that the requests see; no field has these names."""

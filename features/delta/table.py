@@ -23,10 +23,10 @@ from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
-from features.columns import partition_column, read, read_type, row_text
+from features.delta.columns import partition_column, read, read_type, row_text
+from features.delta.fingerprints import WHOLE_TABLE, fingerprints
 from features.encoding import bucket_column
 from features.errors import CorankError, UnreadableError
-from features.fingerprints import WHOLE_TABLE, fingerprints
 from features.schema import Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
@@ -211,7 +211,7 @@ class Table:
         return self.exists() and "bucket" in self.delta().metadata().partition_columns and not self.is_cut
 
     def scan(self, partitions: Iterable[str] | None = None) -> pl.LazyFrame:
-        """Rows under canonical names and types (:mod:`features.columns`), ``ts`` and ``updated_at`` as int64
+        """Rows under canonical names and types (:mod:`features.delta.columns`), ``ts`` and ``updated_at`` as int64
         microseconds UTC, with the columns that the table lacks and :attr:`makes`."""
         delta, wanted = self.delta(), None if partitions is None else list(partitions)
         names, column = self._names(delta), self.partition_column()
@@ -334,7 +334,7 @@ class Table:
         return self.collect(frame, partitions).filter(bucket_column(pl.col("user_id"), buckets) == bucket)
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
-        """Per partition what its content is identified by (:mod:`features.fingerprints`).
+        """Per partition what its content is identified by (:mod:`features.delta.fingerprints`).
 
         Args:
             cache: what an earlier call left there; only later commits are read then.

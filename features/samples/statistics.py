@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from features.batch import feature_column
-from features.export import CHUNK_BYTES, Unnested, chunk_bounds, flatten, flattened_bytes, parquet_bytes
-from features.reader import SampleSource
+from features.samples.export import CHUNK_BYTES, Unnested, chunk_bounds, flatten, flattened_bytes, parquet_bytes
+from features.samples.source import SampleSource
 from features.schema import Feature, FieldSpec, Schema
 from features.tasks import each, ray_runs
 

@@ -1,0 +1,1 @@
+"""Reading the sample table: for training, for export, for statistics."""

@@ -38,11 +38,12 @@ def imported(path: str) -> str | None:
 
 def write_table(path: str, rows: pl.DataFrame, marker: str, append: bool = False) -> None:
     """Write the rows in one commit that carries the marker; partitioned by (dt, bucket) if it has them."""
+    partition_by: list[str] = [column for column in ("dt", "bucket") if column in rows.columns]
     write_deltalake(
         path,
         rows.to_arrow(),
         mode="append" if append else "overwrite",
         schema_mode=None if append else "overwrite",
-        partition_by=[column for column in ("dt", "bucket") if column in rows.columns] or None,
+        partition_by=partition_by or None,
         commit_properties=CommitProperties(custom_metadata={MARKER: marker}),
     )

@@ -14,8 +14,8 @@ from features.batch import candidate_counts
 from features.builder.states import SAMPLES, STATE
 from features.delta.maintenance import compact, derived_tables
 from features.delta.table import Table
-from features.records import Records
 from features.samples.source import SampleSource
+from pipeline.records import Records
 from tests.features.worlds import COUNTING, DAYS, fold_all, settings, write_world
 from tests.servers import free_port, wait_for
 

@@ -346,6 +346,7 @@ class Workspace:
             schema=config.schema_,
             users=self.log.tables.get("users"),
             items=self.log.tables.get("items"),
+            events={one.events: self.log.tables[one.events] for one in config.schema_.sequences},
             state_uri=config.path("tables", "state"),
             user_aggregates=Table("user_aggregates", config.path("tables", "user_aggregates")),
             item_aggregates=Table("item_aggregates", config.path("tables", "item_aggregates")),

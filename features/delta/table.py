@@ -157,6 +157,17 @@ class Table:
         missing = self._made(set(self._names(self.delta())))
         return {name: text for name, text in MADE_OF.items() if name in missing}
 
+    def identifying(self) -> dict[str, Any]:
+        """Of an event table without ``event_id``: the columns that identify an event, and their Polars types.
+
+        Raises:
+            CorankError, UnreadableError: as :meth:`delta`.
+        """
+        if "event_id" not in self.made():
+            return {}
+        kinds = _content(self.scan([]).collect_schema())
+        return {name: kind for name, kind in kinds.items() if name != "event_id"}
+
     def partition_column(self) -> str | None:
         """The table's own column that it is partitioned by; None: partitions are cut from ``ts``, or there are none."""
         if self.partition == "ts":
@@ -230,9 +241,8 @@ class Table:
         kinds = frame.collect_schema()
         frame = frame.select(read(name, pl.col(own), kinds[own]).alias(name) for name, own in names.items())
         made = self._made(set(names))
-        if "event_id" in made:  # of the user's own columns; where a row lies says nothing about it
-            own_kinds = {name: kind for name, kind in frame.collect_schema().items() if name not in ("dt", "bucket")}
-            frame = frame.with_columns(row_text(own_kinds).alias("event_id"))
+        if "event_id" in made:
+            frame = frame.with_columns(row_text(_content(frame.collect_schema())).alias("event_id"))
         if "updated_at" in made:
             frame = frame.with_columns(pl.lit(0, pl.Int64).alias("updated_at"))
         if "dt" in made and self.grain is not None:
@@ -576,6 +586,11 @@ def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[
         if column in types and not reads_as(kind, types[column])
     ]
     return ", ".join(differing) or None
+
+
+def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row's columns, those that say what it is; where it lies says nothing about it."""
+    return {name: kind for name, kind in kinds.items() if name not in ("dt", "bucket")}
 
 
 def _first_line(error: BaseException) -> str:

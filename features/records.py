@@ -16,6 +16,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from features.delta.paths import address
 from features.errors import CorankError
 
 
@@ -31,7 +32,7 @@ class Records:
     def __init__(self, root: str) -> None:
         self.fs: fs.FileSystem
         self.root: str
-        self.fs, self.root = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
+        self.fs, self.root = fs.FileSystem.from_uri(address(root)) if "://" in root else (fs.LocalFileSystem(), root)
 
     def get(self, stage: str, key: str) -> dict[str, Any] | None:
         """The record, or None when the stage never finished for this key.

@@ -10,11 +10,11 @@ import difflib
 import os
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import unquote
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from features.delta.paths import check_openable
 from features.delta.table import Table
 from features.digest import digest
 from features.errors import ConfigError
@@ -32,9 +32,6 @@ PROFILES: tuple[Literal["users", "items"], ...] = ("users", "items")
 
 ENVIRONMENT_PREFIX = "CORANK_"
 RESERVED_VARIABLES = {"CORANK_CONFIG"}
-
-UNOPENABLE = "[]^|\\"
-"""Characters that Delta's library takes for something else in a local path."""
 
 
 class PartitionConfig(Declaration):
@@ -58,7 +55,8 @@ class TableConfig(Declaration):
     @field_validator("path")
     @classmethod
     def _path_can_be_opened(cls, path: str) -> str:
-        return openable(path)
+        check_openable(_absolute(path))
+        return path
 
     @model_validator(mode="after")
     def _partition_columns_keep_their_names(self) -> TableConfig:
@@ -143,7 +141,8 @@ class Config(Declaration):
     @field_validator("workspace")
     @classmethod
     def _workspace_can_be_opened(cls, path: str) -> str:
-        return openable(path)
+        check_openable(_absolute(path))
+        return path
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Config:
@@ -242,21 +241,6 @@ class Config(Declaration):
 
 def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().resolve())
-
-
-def openable(path: str) -> str:
-    """The same path, if Delta's library can open what lies there.
-
-    Raises:
-        ValueError: it is local and holds what the library takes for something else.
-    """
-    local = path if "://" in path else _absolute(path)
-    if "://" not in path and (unquote(local) != local or set(UNOPENABLE) & set(local)):
-        raise ValueError(
-            f"a folder's name holds one of {' '.join(UNOPENABLE)} or an escape like %20, which Delta tables cannot lie "
-            "below; rename it"
-        )
-    return path
 
 
 class _Scalars(yaml.SafeLoader):

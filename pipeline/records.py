@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 from pyarrow import fs
 from pydantic import TypeAdapter, ValidationError
 
+from features.delta.paths import address
 from features.errors import CorankError
 
 FORMER_NAMES = {"challenger": "candidate"}
@@ -80,7 +81,7 @@ class Records:
     def __init__(self, root: str) -> None:
         self.fs: fs.FileSystem
         self.root: str
-        self.fs, self.root = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
+        self.fs, self.root = fs.FileSystem.from_uri(address(root)) if "://" in root else (fs.LocalFileSystem(), root)
 
     def read(self, stage: Recorded[R], key: str) -> R | None:
         """The record, or None when the stage never finished for this key.
@@ -100,7 +101,8 @@ class Records:
             kind: Any = stage.record
             record: R = _adapter(kind).validate_python({"inputs": key, **document})
         except ValidationError as error:
-            raise self._damaged(self._path(stage.name, key), error) from error
+            wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            raise self._damaged(self._path(stage.name, key), "; ".join(wrong)) from None
         return record
 
     def require(self, stage: Recorded[R], key: str) -> R:
@@ -148,9 +150,9 @@ class Records:
     def _path(self, folder: str, key: str) -> str:
         return f"{self.root}/{folder}/{key}.json"
 
-    def _damaged(self, path: str, error: Exception) -> CorankError:
+    def _damaged(self, path: str, why: object) -> CorankError:
         return CorankError(
-            f"record {path} is damaged ({error}). Remove it and run again: what it stands for is made again."
+            f"record {path} is damaged ({why}). Remove it and run again: what it stands for is made again."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -101,6 +102,15 @@ def _interrupted_afterwards() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
+def _listen_on_loopback() -> None:
+    """Let a Ray that starts later answer on 127.0.0.1 alone, as it does on laptops that are no Linux; elsewhere its
+    processes answer on every interface, whatever address they are given."""
+    from ray._private import ray_constants
+
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for its processes
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read the variable already
+
+
 def ensure_ray(config: RayConfig) -> None:
     """Connect to the configured cluster or start a local Ray, once per process."""
     import ray
@@ -118,6 +128,9 @@ def ensure_ray(config: RayConfig) -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         local = {"num_cpus": config.num_cpus, "include_dashboard": False}
         local["object_store_memory"] = config.object_store_memory
+        _listen_on_loopback()
+        if shlex.quote(sys.executable) != sys.executable:  # Ray hands it to a shell as it is
+            local["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
     global _cluster
     _cluster = config.address
     # connecting may last, and leaves nothing behind

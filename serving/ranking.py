@@ -111,12 +111,15 @@ class RankRequest(BaseModel):
 
 
 class Event(BaseModel):
-    """One new event: its id, user and time, and the columns that the sequences of its table read."""
+    """One new event: its id, user and time, and the columns that the sequences of its table read.
+
+    Of a table without ``event_id``: all its columns instead of the id, as an event is identified by its row's content.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Scalar]
 
-    event_id: Identifier
+    event_id: Annotated[Identifier | None, Field(description="where the table has this column")] = None
     user_id: Identifier
     ts: Annotated[Microseconds, Field(description="time of the event, microseconds UTC")]
 
@@ -225,7 +228,7 @@ def _told(error: Exception) -> str:
 
 
 def _summary(model: ModelDescription) -> dict[str, Any]:
-    """``GET /v1/model``. Metrics that do not exist are NaN in Python and null in JSON."""
+    """``GET /v1/model``."""
     schema = model.schema
     metadata = {name: model.metadata[name] for name in ("metrics", "lineage") if name in model.metadata}
     return {
@@ -384,10 +387,17 @@ class RankingService:
             table = writer.table(request.table)
         except CorankError as error:
             raise InvalidRequestError("table", str(error)) from None
-        events, read = [event.model_dump() for event in request.events], writer.columns(table)
+        events, needed = [event.model_dump(exclude_unset=True) for event in request.events], writer.columns(table)
         for index, event in enumerate(events):
-            if missing := [column for column in read if column not in event]:
-                raise InvalidRequestError(f"events.{index}.{missing[0]}", "is missing; send null if it is not known")
+            if "event_id" in event and "event_id" not in needed:
+                problem = (
+                    f"the table {table} has no event_id, an event is identified by its row's content; leave it out"
+                )
+                raise InvalidRequestError(f"events.{index}.event_id", problem)
+            for column in needed:
+                if column not in event:
+                    advice = "" if column == "event_id" else "; send null if it is not known"
+                    raise InvalidRequestError(f"events.{index}.{column}", f"is missing{advice}")
         try:
             return writer.push(_frame(events), table)
         except EventsError as error:

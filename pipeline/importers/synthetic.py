@@ -28,6 +28,7 @@ import xxhash
 from deltalake import DeltaTable
 from numpy.typing import NDArray
 
+from features.delta.paths import address
 from features.delta.table import DataFile, replace_partition, write_file
 from features.encoding import bucket_column
 from features.errors import ConfigError, CorankError
@@ -248,7 +249,7 @@ def import_synthetic(
                 ray.shutdown()
     else:
         say(f"{target} already holds these {days} days; nothing to do")
-    return {table: pl.scan_delta(path).select(pl.len()).collect().item() for table, path in paths.items()}
+    return {table: DeltaTable(address(path)).count() for table, path in paths.items()}
 
 
 def simulate(world: World, day: int, user: Array, bucket: int) -> dict[str, pa.Table]:
@@ -433,16 +434,16 @@ def _item_rows(world: World, days: int) -> pl.DataFrame:
 
 def _append_new(path: str, rows: pl.DataFrame, key: list[str], marker: str) -> None:
     """Append the rows whose key is not in the table yet; no commit where there are none."""
-    if DeltaTable.is_deltatable(path):
+    if DeltaTable.is_deltatable(address(path)):
         rows = rows.join(pl.read_delta(path).select(key), on=key, how="anti")
     if rows.height:
         write_table(path, rows, marker, append=True)
 
 
 def _partitions(path: str) -> set[str]:
-    if not DeltaTable.is_deltatable(path):
+    if not DeltaTable.is_deltatable(address(path)):
         return set()
-    return {str(partition["dt"]) for partition in DeltaTable(path).partitions()}
+    return {str(partition["dt"]) for partition in DeltaTable(address(path)).partitions()}
 
 
 def _check(world: World, days: int) -> None:

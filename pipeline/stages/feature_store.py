@@ -191,6 +191,7 @@ def store_settings(workspace: Workspace) -> FeatureStoreSettings:
         schema=config.schema_,
         users=log.tables.get("users"),
         items=log.tables.get("items"),
+        events={one.events: log.tables[one.events] for one in config.schema_.sequences},
         state_uri=config.path("tables", "state"),
         user_aggregates=Table("user_aggregates", config.path("tables", "user_aggregates")),
         item_aggregates=Table("item_aggregates", config.path("tables", "item_aggregates")),

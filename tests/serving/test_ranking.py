@@ -114,6 +114,29 @@ def body(**changes: Any) -> dict[str, Any]:
     return {"user_id": "7", "candidates": [1, "2"], "context": CONTEXT, "ts": NOW} | changes
 
 
+def test_an_event_of_a_table_without_event_ids_is_pushed_with_all_its_columns(
+    settings: ServingSettings, tmp_path: Path
+) -> None:
+    rows = pl.DataFrame({"user_id": [9], "item_id": [1], "ts": [NOW], "shop": ["a"]})
+    write_deltalake(str(tmp_path / "events"), rows.to_arrow())
+    table = Table("events", str(tmp_path / "events"), grain="day", makes=("event_id",))
+    plain = replace(settings, store=replace(settings.store, events={"events": table}))
+    service = RankingService(plain, InProcess(Ranker(plain)))  # type: ignore[arg-type]
+    event = {"user_id": "77", "item_id": 1, "ts": NOW - 5, "shop": None}
+    with TestClient(build_api(service)) as client:
+        for _ in range(2):
+            added = client.post("/v1/events", json={"events": [event, event | {"shop": "b"}]}).json()
+        assert added == {"added": {"clicks": 0}}
+        answers = {
+            "event_id": client.post("/v1/events", json={"events": [event | {"event_id": "e1"}]}),
+            "shop": client.post("/v1/events", json={"events": [{k: v for k, v in event.items() if k != "shop"}]}),
+            "item_id": client.post("/v1/events", json={"events": [event | {"item_id": "one"}]}),
+        }
+    for column, answer in answers.items():
+        assert (answer.status_code, answer.json()["error"]["field"]) == (422, f"events.0.{column}"), answer.text
+    assert "is Int64 in the table" in answers["item_id"].json()["error"]["message"]
+
+
 def test_row_has_the_layout_of_the_sample_table(settings: ServingSettings) -> None:
     row = build_row(OnlineReader(settings.store), 2, "7", ["2", "9", "1"], CONTEXT, NOW)
     assert row.rows.schema == serving_schema(SCHEMA)

@@ -109,7 +109,7 @@ class Challenger(Stage[ChallengerRecord]):
             ensure_ray(config.ray)
             split = choose_cuts(workspace)
             champion = workspace.registry.champion() if workspace.warm_start else None
-            weights, low = (None, split.train) if champion is None else _champions(workspace, champion)
+            weights, low = (None, split.train) if champion is None else _warm_start(workspace, champion)
             train_source, validation, test = (
                 sample_source(workspace, *span)
                 for span in ((low, split.validation), (split.validation, split.test), (split.test, FOREVER))
@@ -204,7 +204,7 @@ class Challenger(Stage[ChallengerRecord]):
 CHALLENGER = Challenger()
 
 
-def _champions(workspace: Workspace, champion: ModelVersion) -> tuple[Mapping[str, Tensor], int]:
+def _warm_start(workspace: Workspace, champion: ModelVersion) -> tuple[Mapping[str, Tensor], int]:
     """The champion's weights, and the ts from which on its successor is trained, microseconds UTC.
 
     Raises:

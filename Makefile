@@ -1,9 +1,9 @@
-# make run: the whole DAG on MovieLens-100K.  make test: lint, types, contracts, tests.
+# make run: the whole DAG on MovieLens-100K.  make test: lint, types, contracts, docs, tests.  make docs: work/site.
 PYTHON ?= python3.11
 BIN := .venv/bin
 CONFIG ?= pipeline/examples/movielens.yaml
 
-.PHONY: run serve test lint clean
+.PHONY: run serve test lint docs clean
 
 run: .venv/run.installed data/movielens.imported
 	$(BIN)/corank run --config $(CONFIG)
@@ -19,6 +19,10 @@ lint: .venv/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/dev.installed
+	$(BIN)/python docs/config_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 data/movielens.imported: | .venv/run.installed
 	$(BIN)/corank import movielens-100k --target data/movielens

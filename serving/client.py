@@ -62,7 +62,8 @@ class RankingClient:
         """Append new events to the online sequences; the next request sees them. May be repeated.
 
         Args:
-            events: event_id, user_id, ts (microseconds UTC) and the columns that the sequences of the table read.
+            events: event_id, user_id, ts (microseconds UTC) and the columns that the sequences of the table read; of a
+                table without ``event_id``, all its columns instead of it.
             table: the event table of the config that they belong to; default: the one that sequences read.
 
         Returns:

@@ -25,6 +25,7 @@ from pyarrow import fs
 
 from features.delta.columns import partition_column, read, read_type, row_text
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
+from features.delta.paths import address
 from features.encoding import bucket_column
 from features.errors import CorankError, UnreadableError
 from features.schema import Grain, partition_bounds, partition_of
@@ -101,7 +102,7 @@ class Table:
         return replace(self, version=version, opened=None)
 
     def exists(self) -> bool:
-        return self.opened is not None or DeltaTable.is_deltatable(self.uri, dict(self.storage_options))
+        return self.opened is not None or DeltaTable.is_deltatable(address(self.uri), dict(self.storage_options))
 
     def delta(self) -> DeltaTable:
         """The table at its version.
@@ -118,7 +119,7 @@ class Table:
                 "Correct `tables` in the config, or write the table (`corank import --help`)."
             )
         try:
-            table = LocalPaths(self.uri, version=self.version, storage_options=dict(self.storage_options))
+            table = LocalPaths(address(self.uri), version=self.version, storage_options=dict(self.storage_options))
             unread = _unread_features(table)
         except DeltaProtocolError as error:
             unread = _first_line(error)
@@ -156,6 +157,17 @@ class Table:
         """The columns that the table lacks and that are made → of what, for people to read."""
         missing = self._made(set(self._names(self.delta())))
         return {name: text for name, text in MADE_OF.items() if name in missing}
+
+    def identifying(self) -> dict[str, Any]:
+        """Of an event table without ``event_id``: the columns that identify an event, and their Polars types.
+
+        Raises:
+            CorankError, UnreadableError: as :meth:`delta`.
+        """
+        if "event_id" not in self.made():
+            return {}
+        kinds = _content(self.scan([]).collect_schema())
+        return {name: kind for name, kind in kinds.items() if name != "event_id"}
 
     def partition_column(self) -> str | None:
         """The table's own column that it is partitioned by; None: partitions are cut from ``ts``, or there are none."""
@@ -230,9 +242,8 @@ class Table:
         kinds = frame.collect_schema()
         frame = frame.select(read(name, pl.col(own), kinds[own]).alias(name) for name, own in names.items())
         made = self._made(set(names))
-        if "event_id" in made:  # of the user's own columns; where a row lies says nothing about it
-            own_kinds = {name: kind for name, kind in frame.collect_schema().items() if name not in ("dt", "bucket")}
-            frame = frame.with_columns(row_text(own_kinds).alias("event_id"))
+        if "event_id" in made:
+            frame = frame.with_columns(row_text(_content(frame.collect_schema())).alias("event_id"))
         if "updated_at" in made:
             frame = frame.with_columns(pl.lit(0, pl.Int64).alias("updated_at"))
         if "dt" in made and self.grain is not None:
@@ -295,7 +306,7 @@ class Table:
         schema = pa.schema(delta.schema().to_arrow())
         types = {column.name: type_name(column.type) for column in schema}
         files = self._files(None if partitions is None else list(partitions))
-        store = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
+        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
         with ThreadPoolExecutor(16) as pool:
             problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
             broken = [(path, day, problem) for (path, _, day), problem in zip(files, problems, strict=True) if problem]
@@ -355,7 +366,7 @@ class Table:
             cache: what an earlier call left there; only later commits are read then.
         """
         delta = self.delta()
-        store = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
+        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
         present = self.partitions() or [WHOLE_TABLE]
         files: dict[str, list[str]] = {partition: [] for partition in present}
         if self.is_cut and "ts" in self._names(delta):
@@ -593,6 +604,11 @@ def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[
     return ", ".join(differing) or None
 
 
+def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a row's columns, those that say what it is; where it lies says nothing about it."""
+    return {name: kind for name, kind in kinds.items() if name not in ("dt", "bucket")}
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
@@ -632,7 +648,7 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     path = f"{directory}/part-{uuid.uuid4().hex}.parquet"
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
-    store = fs.PyFileSystem(DeltaStorageHandler(root, options=dict(options)))
+    store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
     leaves = _leaves(rows.schema)
     times = [
         path
@@ -710,14 +726,14 @@ def replace_partitions(
     Raises:
         CorankError: another writer came first; nothing is replaced.
     """
-    options = dict(options)
-    if DeltaTable.is_deltatable(root, options):
-        table = DeltaTable(root, storage_options=options)
+    options, uri = dict(options), address(root)
+    if DeltaTable.is_deltatable(uri, options):
+        table = DeltaTable(uri, storage_options=options)
     else:
         if "://" not in root:
             Path(root).mkdir(parents=True, exist_ok=True)
         table = DeltaTable.create(
-            root, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
+            uri, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
         )
     actions: list[AddAction | RemoveAction] = [
         AddAction(file.path, file.size, file.partition, 0, True, file.statistics)
@@ -734,7 +750,7 @@ def replace_partitions(
             commit_properties=CommitProperties(custom_metadata={"corank.partitions": ",".join(files)}),
             post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
         )
-    return DeltaTable(root, storage_options=options).version()
+    return DeltaTable(uri, storage_options=options).version()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import sqlite3
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -74,6 +74,7 @@ class FeatureStoreSettings:
         live: schemas of models that are served, or may be from one moment to the next. What they read stays
             registered and stored, and is kept up to date as far as the tables still give it.
         users, items: the user's profile tables; None: there is none.
+        events: the user's event tables by their names in the config; a push asks them what an event is identified by.
         state_uri: the state table of the sample builder; ``state_options`` are its storage options.
         user_aggregates, item_aggregates: the builder's tables of counts; None: a store without counts, where nobody is
             known without a profile.
@@ -92,6 +93,7 @@ class FeatureStoreSettings:
     state_uri: str
     state_options: dict[str, str] = field(default_factory=dict)
     live: tuple[Schema, ...] = ()
+    events: Mapping[str, Table] = field(default_factory=dict)
     user_aggregates: Table | None = None
     item_aggregates: Table | None = None
     online: Literal["sqlite", "redis"] = "sqlite"

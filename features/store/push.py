@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from feast.types import Int64, String
 from features.batch import event_id_column, timeline_column
 from features.builder.log_rows import new_events
 from features.builder.states import EVENT_ID
+from features.delta.columns import row_text
 from features.encoding import encode
 from features.errors import CorankError
 from features.schema import OTHER_UNITS, SECOND, Sequence
@@ -64,7 +65,8 @@ class OnlineWriter:
         log_delay: microseconds; as in :class:`features.builder.build.BuildSettings`.
 
     Raises (on creation):
-        CorankError: the registry lacks the view of a sequence.
+        CorankError: the registry lacks the view of a sequence, or an event table is not there.
+        UnreadableError: an event table cannot be read.
     """
 
     def __init__(self, settings: FeatureStoreSettings, log_delay: int = 0) -> None:
@@ -76,6 +78,8 @@ class OnlineWriter:
         joined = any(one.joined for one in self.schema.sequences)  # else there may be no profiles of items
         items = registered_view(self._store, ITEM_VIEW).features if joined else []
         self._item_types = {one.name: one.dtype for one in items}
+        # as the tables are now; of which type a column is, is part of an id that is made of a row's content
+        self._identifying = {name: table.identifying() for name, table in settings.events.items()}
 
     def table(self, name: str | None) -> str:
         """The event table of this name, or the one there is.
@@ -93,9 +97,10 @@ class OnlineWriter:
         return name
 
     def columns(self, table: str) -> list[str]:
-        """What the sequences of a table read of its events, besides event_id, user_id and ts."""
+        """What every event of a table must bring: what it is identified by, and what the sequences read of it."""
         read = [column for one in self.schema.sequences if one.events == table for column in columns_read(one)]
-        return list(dict.fromkeys(read))
+        identity = self._identifying.get(table) or ["event_id"]
+        return list(dict.fromkeys(["user_id", "ts", *identity, *read]))
 
     def push(self, events: pl.DataFrame, table: str | None = None) -> dict[str, int]:
         """Append raw events to every sequence that reads this table.
@@ -108,6 +113,7 @@ class OnlineWriter:
 
         Args:
             events: event_id, user_id, ts (microseconds UTC, or a timestamp) and the columns that the sequences read.
+                Of a table without ``event_id``: all its columns instead, as an event is then its row's content.
             table: which event table of the config they belong to; default: the one that sequences read.
 
         Returns:
@@ -134,7 +140,8 @@ class OnlineWriter:
             self._coded(events, table)
 
     def _coded(self, events: pl.DataFrame, table: str) -> list[tuple[Sequence, pl.DataFrame]]:
-        checked = _checked(events, table)
+        identity = {} if "event_id" in events.columns else self._identifying.get(table, {})
+        checked = _checked(_identified(events, identity, table), table)
         sequences = [sequence for sequence in self.schema.sequences if sequence.events == table]
         return [(sequence, self._coded_for(sequence, checked, table)) for sequence in sequences]
 
@@ -291,17 +298,44 @@ def _require_kind(values: pl.Series, kind: str, table: str) -> None:
         raise EventsError(f"push to {table}: {name} has a number that is not finite", name)
 
 
-def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
-    """Events with ``ts`` in microseconds, all of them with an id, a user and a time."""
-    _require(events, ("event_id", "user_id", "ts"), table)
-    for column in ("event_id", "user_id"):
-        _require_kind(events[column], "id", table)
+def _identified(events: pl.DataFrame, identity: Mapping[str, Any], table: str) -> pl.DataFrame:
+    """Events with the ids that the log's rows of this content have.
+
+    Args:
+        identity: :meth:`features.delta.table.Table.identifying`; empty: the events bring their ids.
+    """
+    if not identity:
+        return events
+    _require(events, identity, table)
+    events = _in_microseconds(events, table)
+    content = []
+    for name, kind in identity.items():
+        try:
+            content.append(events[name].cast(kind))
+        except pl.exceptions.PolarsError as failure:
+            problem = f"{name} is {kind} in the table, which has no event_id, so that its value identifies the event"
+            raise EventsError(
+                f"push to {table}: {problem}; sent were values of type {events.schema[name]}", name
+            ) from failure
+    return events.with_columns(pl.DataFrame(content).select(row_text(identity).alias("event_id")))
+
+
+def _in_microseconds(events: pl.DataFrame, table: str) -> pl.DataFrame:
     if isinstance(events.schema["ts"], pl.Datetime):
         events = events.with_columns(pl.col("ts").dt.cast_time_unit("us").dt.timestamp("us"))
     if not events.schema["ts"].is_integer():
         raise EventsError(
             f"push to {table}: ts has type {events.schema['ts']}; send microseconds UTC, or a timestamp", "ts"
         )
+    return events
+
+
+def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
+    """Events with ``ts`` in microseconds, all of them with an id, a user and a time."""
+    _require(events, ("event_id", "user_id", "ts"), table)
+    for column in ("event_id", "user_id"):
+        _require_kind(events[column], "id", table)
+    events = _in_microseconds(events, table)
 
     def refuse(column: str, broken: pl.Expr, problem: str) -> None:
         if wrong := events.select(broken.sum()).item():

@@ -24,9 +24,9 @@ from features.builder.build import build_partitions
 from features.builder.states import ITEM_AGGREGATES, SAMPLES, STATE, USER_AGGREGATES, BuildSettings
 from features.schema import Aggregate, EventField, Feature, Sequence
 from features.validation import PartitionValidation, ValidationRules, validate_partitions
-from pipeline.config import LEAST_OBJECT_STORE, RayConfig
 from pipeline.progress import Progress
-from pipeline.runtime import ensure_ray, quiet, stop_ray
+from pipeline.runtime import LEAST_OBJECT_STORE, RayConfig, ensure_ray, quiet, stop_ray
+from pipeline.stages.samples import RUN_PARTITIONS
 from tests.benchmarks.measure import at_most, print_results
 from tests.benchmarks.worlds import PARTITIONED, SCHEMA, World, WrittenWorld, write_world
 
@@ -34,8 +34,6 @@ FULL = World(1_500_000, items=20_000, days=304, buckets=2, events_per_impression
 QUICK = World(12_000, items=500, days=24, buckets=2, events_per_impression=1)
 FEW = 10
 """Days of the log beside it."""
-RUN_PARTITIONS = 32
-"""Partitions that the pipeline builds and commits together."""
 CHECKED = 6
 """Newest partitions that are built one by one, too."""
 OWNERS = {SAMPLES: "user_id", STATE: "user_id", USER_AGGREGATES: "user_id", ITEM_AGGREGATES: "item_id"}

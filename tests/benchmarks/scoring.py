@@ -27,6 +27,8 @@ from models.memory import keep_freed_memory
 from models.profile import cost, on_meta
 from models.protocol import RankingModel
 from models.registry import build_model
+from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
+from pipeline.stages.validated import VALIDATED
 from tests.benchmarks.measure import at_least, at_most, print_results, ratio, timed_together
 from tests.models.batches import make_rows, make_schema
 from tests.models.unshared import unshared
@@ -200,17 +202,16 @@ def movielens_rows(folder: Path) -> tuple[pa.Table, Schema]:
     """The sample table of the MovieLens example, every row, shuffled."""
     from pipeline.importers.movielens import import_movielens
     from pipeline.runtime import stop_ray
-    from pipeline.workspace import FOREVER
     from tests.benchmarks.movielens import example_pipeline
 
     import_movielens(folder / "data")
-    pipeline = example_pipeline(folder)
+    workspace = example_pipeline(folder)
     try:
-        pipeline.validate(pipeline.partitions)
-        pipeline.build_samples(pipeline.partitions)
+        VALIDATED.run(workspace, workspace.partitions)
+        SAMPLES.run(workspace, workspace.partitions)
     finally:
         stop_ray()
-    source = pipeline.source(0, FOREVER)
+    source = sample_source(workspace, 0, FOREVER)
     rows = concatenate([source.read(file) for file in source.files()])
     return rows.take(pa.array(np.random.default_rng(0).permutation(rows.num_rows))), source.schema
 

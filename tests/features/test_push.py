@@ -11,11 +11,12 @@ import polars as pl
 import pytest
 
 from features.batch import end_column, timeline_column
+from features.delta.table import Table
 from features.encoding import hash_id
 from features.errors import CorankError
 from features.schema import SECOND, partition_bounds
 from features.store.online import apply, materialize
-from features.store.push import OnlineWriter
+from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader
 from tests.features.stores import build_state, online_content, store_settings
 from tests.features.worlds import DAY, DAYS, SCHEMA, write_world
@@ -112,6 +113,39 @@ def test_pushing_again_adds_nothing(tmp_path: Path) -> None:
     assert pushed != materialised
     assert writer.push(events) == {"watched": 0, "bought": 0}
     np.testing.assert_equal(online_content(settings, USERS, CLOSES[2]), pushed)
+
+
+@pytest.mark.parametrize("layout", [["dt", "bucket"], []], ids=["bucketed", "cut from ts"])
+def test_a_push_to_a_table_without_event_ids_makes_the_ids_that_its_log_has(tmp_path: Path, layout: list[str]) -> None:
+    tables = write_world(tmp_path, seed=5, users=USERS)
+    rows = tables["events"].scan().collect().drop("event_id").unique()
+    rows = rows.with_columns(price=pl.lit(0.1, pl.Float32), seen=pl.lit(True))
+    rows.drop([] if layout else ["dt", "bucket"]).write_delta(
+        str(tmp_path / "plain"), delta_write_options={"partition_by": layout} if layout else {}
+    )
+    tables["events"] = Table("events", str(tmp_path / "plain"), makes=("event_id",), grain="day")
+    build_state(tables, tmp_path, 0)
+    settings = store_settings(tables, tmp_path, "plain_store", events={"events": tables["events"]})
+    apply(settings)
+    materialize(settings, 0, CLOSES[0])
+    writer = OnlineWriter(settings)
+    # as a client sends them: JSON's types, and ids as text
+    sent = rows.filter(pl.col("dt") == DAYS[1]).drop("dt", "bucket")
+    sent = sent.with_columns(pl.col("user_id").cast(pl.String), pl.col("price").cast(pl.String).cast(pl.Float64))
+    assert writer.columns("events")[:2] == ["user_id", "ts"]
+    assert {"price", "seen"} < set(writer.columns("events"))
+    assert sum(writer.push(sent).values()) == sent.height
+    assert sum(writer.push(sent).values()) == 0
+    pushed = {user: bought(OnlineReader(settings), str(user)) for user in range(USERS)}
+    materialize(settings, CLOSES[0], CLOSES[1])
+    length = next(one.length for one in SCHEMA.sequences if one.name == "bought")
+    for user, events in pushed.items():
+        assert bought(OnlineReader(settings), str(user))[-length:] == events[-length:]
+    assert sum(writer.push(sent).values()) == 0
+    with pytest.raises(EventsError, match=r"the events lack the columns \['price'\]"):
+        writer.push(sent.drop("price"))
+    with pytest.raises(EventsError, match="price is Float32 in the table, which has no event_id"):
+        writer.push(sent.with_columns(price=pl.lit("cheap")))
 
 
 def test_materialising_a_partition_keeps_pushed_events_that_its_log_does_not_hold(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 import ray
 
 from pipeline.runtime import insistent_interrupts
-from pipeline.training import _fit
+from pipeline.training.training import _fit
+from tests.servers import free_port
 
 
 class InterruptedDestructor:
@@ -72,9 +75,8 @@ def test_after_training_tasks_of_its_process_can_be_cancelled_again() -> None:
 def test_sigterm_stops_a_command_that_is_connected_to_a_cluster(local_ray: None) -> None:
     program = f"""
 import time
-from pipeline.cli import guarded
-from pipeline.config import RayConfig
-from pipeline.runtime import ensure_ray
+from pipeline.commands.common import guarded
+from pipeline.runtime import RayConfig, ensure_ray
 with guarded(False):
     ensure_ray(RayConfig(address="{ray.get_runtime_context().gcs_address}"))
     print("connected", flush=True)
@@ -94,9 +96,8 @@ with guarded(False):
 def test_an_interrupt_while_ray_starts_leaves_no_process_behind(number: signal.Signals) -> None:
     program = """
 import time
-from pipeline.cli import guarded
-from pipeline.config import RayConfig
-from pipeline.runtime import ensure_ray
+from pipeline.commands.common import guarded
+from pipeline.runtime import RayConfig, ensure_ray
 with guarded(False):
     ensure_ray(RayConfig(num_cpus=1))
     time.sleep(60)
@@ -112,3 +113,44 @@ with guarded(False):
     assert len(started) > 2
     _, left = psutil.wait_procs(started, timeout=15)
     assert not left
+
+
+LISTENING = """
+import json, os, sys
+import psutil, ray
+from ray import serve
+from pipeline.runtime import RayConfig, ensure_ray, stop_ray
+
+ensure_ray(RayConfig(num_cpus=2, object_store_memory=80_000_000))
+
+@ray.remote(num_cpus=0, runtime_env={"env_vars": {"AN": "environment"}})  # as Ray Train's actors have one
+class Actor:
+    def executable(self):
+        return sys.executable
+
+executable = ray.get(Actor.remote().executable.remote(), timeout=60)
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+ours = [one for child in psutil.Process().children(recursive=True) for one in child.net_connections("tcp")]
+addresses = sorted({one.laddr.ip for one in ours if one.status == psutil.CONN_LISTEN})
+stop_ray()
+print(json.dumps({"executable": executable, "addresses": addresses, "ports": len(ours)}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_a_local_ray_listens_on_loopback_alone_and_works_from_a_folder_with_a_space(tmp_path: Path) -> None:
+    environment = tmp_path / "My Projects é" / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "lib").symlink_to(Path(sys.prefix) / "lib")
+    (environment / "pyvenv.cfg").write_text((Path(sys.prefix) / "pyvenv.cfg").read_text())
+    (environment / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    python = str(environment / "bin" / "python")
+    run = subprocess.run(
+        [python, "-c", LISTENING, str(free_port())], capture_output=True, text=True, timeout=150, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["executable"] == python
+    assert found["ports"] > 5
+    assert set(found["addresses"]) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

@@ -20,9 +20,10 @@ from models.artifact import save_artifact
 from models.config import MODELS, model_config
 from models.registry import build_model
 from models.tokens import check_fit
-from pipeline.evaluation import score_rows
-from pipeline.verification import asked_again, raw_contexts
-from serving.ranking import Ranker, RankingService, ServingSettings, build_api
+from pipeline.deployment.verification import asked_again, raw_contexts
+from pipeline.evaluation.scoring import score_rows
+from serving.ranking import Ranker, RankingService, build_api
+from serving.settings import ServingSettings
 from tests.features import worlds
 from tests.features.worlds import COLORS, DAYS, SCHEMA, fold_all, write_world
 from tests.serving.test_ranking import InProcess

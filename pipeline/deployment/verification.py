@@ -19,8 +19,8 @@ from features.errors import CorankError
 from features.schema import Schema
 from features.validation import quarantine
 from models.artifact import load_artifact
-from pipeline.evaluation import score_rows
-from pipeline.selfcheck import selfcheck_difference
+from pipeline.deployment.selfcheck import selfcheck_difference
+from pipeline.evaluation.scoring import score_rows
 from serving.client import RankingClient
 
 TOLERANCE = 1e-5

@@ -282,6 +282,16 @@ class Table:
         """Bytes of the version's files."""
         return int(pc.sum(pa.table(self.delta().get_add_actions(flatten=True))["size_bytes"]).as_py() or 0)
 
+    def sizes(self, partitions: Sequence[str]) -> dict[str, int]:
+        """Bytes of these partitions in the version's files; of a file with rows of several, each has an equal share."""
+        sizes = dict.fromkeys(partitions, 0)
+        extents = self._extents() if self.is_cut else {}
+        for path, size, own in self._files(None):
+            within = self._within(partitions, extents[path]) if self.is_cut else [own] if own in sizes else []
+            for partition in within:
+                sizes[partition] += size // len(within)
+        return sizes
+
     def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
         """Look at every file's size and footer, which costs little and finds nearly all damage.
 
@@ -335,14 +345,19 @@ class Table:
             UnreadableError: a file cannot be read; it is named.
         """
         partitions = None if partitions is None else list(partitions)
-        frame = self.scan(partitions)
+        rows = self.collect(self.scan(partitions).filter(self.in_bucket(bucket, buckets)), partitions)
         if self.is_bucketed():
-            rows = self.collect(frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket"), partitions)
+            rows = rows.drop("bucket")
             users = rows.select(pl.col("user_id").unique())
             if not users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item():
                 raise self._other_buckets(buckets)
-            return rows
-        return self.collect(frame, partitions).filter(bucket_column(pl.col("user_id"), buckets) == bucket)
+        return rows
+
+    def in_bucket(self, bucket: int, buckets: int) -> pl.Expr:
+        """True on the rows of one bucket of :meth:`scan`."""
+        if self.is_bucketed():
+            return pl.col("bucket").cast(pl.Int32) == bucket
+        return bucket_column(pl.col("user_id"), buckets) == bucket
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
         """Per partition what its content is identified by (:mod:`features.delta.fingerprints`).
@@ -676,12 +691,33 @@ def _leaves(schema: pa.Schema) -> list[tuple[str, str, pa.DataType]]:
     return [(column.name, *leaf) for column in schema for leaf in below(column.name, column.type)]
 
 
+def together(sizes: Mapping[str, int], limit: int, most: int) -> list[list[str]]:
+    """Consecutive partitions in groups of at most so many and this size altogether, or of one that is larger."""
+    groups: list[list[str]] = []
+    room = 0
+    for partition, size in sizes.items():
+        if not groups or size > room or len(groups[-1]) == most:
+            groups.append([])
+            room = limit
+        groups[-1].append(partition)
+        room -= size
+    return groups
+
+
 def replace_partition(
     root: str, partition: str, files: Iterable[DataFile], schema: pa.Schema, options: Mapping[str, str]
 ) -> int:
-    """Make exactly these files the content of partition ``dt``, in one commit. Idempotent.
+    """Make exactly these files the content of partition ``dt``, in one commit (:func:`replace_partitions`)."""
+    return replace_partitions(root, {partition: files}, schema, options)
+
+
+def replace_partitions(
+    root: str, files: Mapping[str, Iterable[DataFile]], schema: pa.Schema, options: Mapping[str, str]
+) -> int:
+    """Make exactly these files the content of their partitions ``dt``, all in one commit. Idempotent.
 
     Args:
+        files: by partition; one without any is emptied.
         schema: of the whole table, partition columns (``dt``, ``bucket``) included.
 
     Returns:
@@ -700,7 +736,9 @@ def replace_partition(
             uri, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
         )
     actions: list[AddAction | RemoveAction] = [
-        AddAction(file.path, file.size, file.partition, 0, True, file.statistics) for file in files
+        AddAction(file.path, file.size, file.partition, 0, True, file.statistics)
+        for own in files.values()
+        for file in own
     ]
     with committing(root):
         table.create_write_transaction(
@@ -708,8 +746,8 @@ def replace_partition(
             mode="overwrite",
             schema=Schema.from_arrow(schema),
             partition_by=["dt", "bucket"],
-            partition_filters=[("dt", "=", partition)],
-            commit_properties=CommitProperties(custom_metadata={"corank.partition": partition}),
+            partition_filters=[("dt", "in", list(files))],
+            commit_properties=CommitProperties(custom_metadata={"corank.partitions": ",".join(files)}),
             post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
         )
     return DeltaTable(uri, storage_options=options).version()

@@ -105,7 +105,7 @@ def test_impressions_with_negative_ids_are_set_aside_and_named(
     assert tolerated.quarantined == 2
     rows = Table("quarantine", str(tmp_path / "quarantine")).scan([DAY]).collect()
     assert rows[column].to_list() == ["-1", "-1"]
-    kept, rejected = quarantine(bad["impressions"].scan([DAY]).collect(), SCHEMA, DAY, "day", NOW)
+    kept, rejected = quarantine(bad["impressions"].scan([DAY]).collect(), SCHEMA, [DAY], "day", NOW)
     assert rejected["rule"].to_list() == [f"negative_{column}"] * 2
     assert kept.filter(pl.col(column) < 0).is_empty()
 
@@ -216,7 +216,7 @@ def test_an_event_id_belongs_to_its_user_and_the_first_by_ts_counts() -> None:
     events = pl.DataFrame(
         {"user_id": [1, 2, 1, 1], "event_id": ["a", "a", "b", "a"], "ts": [5, 4, 3, 2], "value": [0, 1, 2, 3]}
     )
-    assert distinct_events(events)["value"].to_list() == [3, 2, 1]
+    assert distinct_events(events.with_columns(dt=pl.lit(DAY)))["value"].to_list() == [3, 2, 1]
 
 
 # --- files --------------------------------------------------------------------------------------------

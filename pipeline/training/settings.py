@@ -51,7 +51,7 @@ class TrainingConfig(Declaration):
     id_dropout: float = Field(0.01, ge=0, lt=1, description="share of ids that read row 0 in training")
     average: float = Field(0.98, ge=0, lt=1, description="decay per step of the weight average; 0: none")
     seed: int = 0
-    num_workers: int = Field(1, ge=1, description="Ray Train workers")
+    num_workers: int = Field(1, ge=0, description="Ray Train workers; 0: train in the process of the command")
     cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)
     use_gpu: bool = False
 

@@ -177,7 +177,7 @@ def initial_model(job: TrainingJob) -> RankingModel:
 def train(
     job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]], None], elastic: bool = False
 ) -> TrainingResult:
-    """Train on Ray Train and return the best epoch's model.
+    """Train, on Ray Train or in this process, and return the best epoch's model.
 
     Args:
         storage: folder or s3:// prefix of the checkpoints.
@@ -187,10 +187,6 @@ def train(
     Raises:
         CorankError: the model cannot be built, or something in training or validation is not finite.
     """
-    import ray.train
-    import ray.train.torch
-    from ray.util.queue import Queue
-
     model = initial_model(job)  # what cannot be built fails here, not in every worker
     options = job.training
     checkpoints = Checkpoints(f"{storage}/{job.name}")
@@ -199,35 +195,10 @@ def train(
         progress({"note": text})
 
     if checkpoints.newest(note) < options.epochs:
-        reports = Queue(actor_options={"num_cpus": 0})
-        trainer = ray.train.torch.TorchTrainer(
-            _worker,  # type: ignore[arg-type]  # what it returns is the result of the training
-            train_loop_config={"job": job, "reports": reports, "checkpoints": checkpoints.uri},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=options.num_workers,
-                use_gpu=options.use_gpu,
-                resources_per_worker={"CPU": _reserved_cpus(options, elastic)}
-                | ({"GPU": 1} if options.use_gpu else {}),
-            ),
-            run_config=ray.train.RunConfig(
-                name="ray",
-                storage_path=f"{storage}/{job.name}",
-                failure_config=ray.train.FailureConfig(max_failures=2),
-            ),
-        )
-        running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(trainer)
-        try:
-            ended = False
-            while not ended:
-                ended = bool(ray.wait([running], timeout=0)[0])  # what was put before it ended is still told
-                try:
-                    while True:
-                        progress(reports.get(timeout=0.5 if not ended else 0.01))
-                except Empty:
-                    continue
-        finally:
-            reports.shutdown(force=True)
-        failure = ray.get(running)
+        if options.num_workers:
+            failure = _on_ray(job, storage, progress, elastic)
+        else:
+            failure = _epochs(job, checkpoints, _alone(options, progress))
         if failure:
             raise CorankError(failure)
         if checkpoints.newest(note) < options.epochs:
@@ -237,6 +208,44 @@ def train(
     state = checkpoints.load(options.epochs)
     model.load_state_dict(state["best"])
     return TrainingResult(model.eval(), state["history"])
+
+
+def _on_ray(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any]], None], elastic: bool) -> str | None:
+    """Train on Ray Train's workers; returns why it stopped, or None when it is done."""
+    import ray.train
+    import ray.train.torch
+    from ray.util.queue import Queue
+
+    options = job.training
+    reports = Queue(actor_options={"num_cpus": 0})
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,  # type: ignore[arg-type]  # what it returns is the result of the training
+        train_loop_config={"job": job, "reports": reports, "checkpoints": f"{storage}/{job.name}"},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=options.num_workers,
+            use_gpu=options.use_gpu,
+            resources_per_worker={"CPU": _reserved_cpus(options, elastic)} | ({"GPU": 1} if options.use_gpu else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=f"{storage}/{job.name}",
+            failure_config=ray.train.FailureConfig(max_failures=2),
+        ),
+    )
+    running = ray.remote(num_cpus=0, max_retries=0)(_fit).remote(trainer)
+    try:
+        ended = False
+        while not ended:
+            ended = bool(ray.wait([running], timeout=0)[0])  # what was put before it ended is still told
+            try:
+                while True:
+                    progress(reports.get(timeout=0.5 if not ended else 0.01))
+            except Empty:
+                continue
+    finally:
+        reports.shutdown(force=True)
+    failure: str | None = ray.get(running)
+    return failure
 
 
 def _fit(trainer: Any) -> Any:
@@ -270,28 +279,70 @@ def _reserved_cpus(options: TrainingConfig, elastic: bool) -> float:
     return max(min(wanted, (free - 2 * READ_CPUS) / options.num_workers), 0.01)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a worker trains, among how many.
+
+    Attributes:
+        rank: of this worker.
+        world: workers in all.
+        local_world: workers on this machine.
+        prepare: makes a model average its gradients over the workers.
+        agree: the first worker's value, for all.
+        tell: what the first worker has to say on the way.
+        report: ends an epoch, on all workers together.
+    """
+
+    rank: int
+    world: int
+    local_world: int
+    device: torch.device
+    prepare: Callable[[nn.Module], nn.Module]
+    agree: Callable[[Any], Any]
+    tell: Callable[[Mapping[str, Any]], None]
+    report: Callable[[dict[str, Any]], None]
+
+
+def _alone(options: TrainingConfig, tell: Callable[[Mapping[str, Any]], None]) -> _Place:
+    device = torch.device("cuda" if options.use_gpu else "cpu")
+    return _Place(0, 1, 1, device, lambda model: model, lambda value: value, tell, lambda _: None)
+
+
 def _worker(config: dict[Any, Any]) -> str | None:
+    """What Ray Train runs in every worker."""
+    import ray.train
+    import ray.train.collective
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    place = _Place(
+        context.get_world_rank(),
+        context.get_world_size(),
+        context.get_local_world_size(),
+        ray.train.torch.get_device(),
+        ray.train.torch.prepare_model,
+        ray.train.collective.broadcast_from_rank_zero,
+        config["reports"].put,
+        ray.train.report,
+    )
+    return _epochs(config["job"], Checkpoints(config["checkpoints"]), place)
+
+
+def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | None:
     """Train on this worker's share of every global step; report and checkpoint every epoch.
 
     Returns:
         why training cannot go on, on the first worker; all of them end then. None when it is done.
     """
-    import ray.train
-    import ray.train.collective
-    import ray.train.torch
-
-    job: TrainingJob = config["job"]
     options = job.training
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
+    rank, world, device = place.rank, place.world, place.device
     # the batches are the same; a plan of Ray Data takes seconds to start, twice an epoch
     in_process = world == 1 and device.type == "cpu"
     # Ray gives a worker as many threads as CPUs it reserves; the data tasks leave the others idle most of the time
     keep_freed_memory()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
     own = initial_model(job).to(device)
-    model: nn.Module = ray.train.torch.prepare_model(own) if world > 1 else own
+    model: nn.Module = place.prepare(own) if world > 1 else own
     dense, embeddings = split_parameters(own)
     optimizers = [
         torch.optim.AdamW(dense, lr=options.learning_rate, weight_decay=options.weight_decay),
@@ -300,10 +351,8 @@ def _worker(config: dict[Any, Any]) -> str | None:
     averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(options.average)) if options.average else None
     weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best": None, "best_auc": -math.inf, "history": []}
-    checkpoints = Checkpoints(config["checkpoints"])
     # a worker that was lost comes back here: then the newest checkpoint is another than the driver saw
-    resumed = checkpoints.newest(lambda text: config["reports"].put({"note": text})) if rank == 0 else 0
-    resumed = ray.train.collective.broadcast_from_rank_zero(resumed)
+    resumed = place.agree(checkpoints.newest(lambda text: place.tell({"note": text})) if rank == 0 else 0)
     if resumed:
         state = checkpoints.load(resumed)
         own.load_state_dict(state["model"])
@@ -342,7 +391,7 @@ def _worker(config: dict[Any, Any]) -> str | None:
             seen += candidate_counts(rows)["candidates"]
             loss_sum, steps = loss_sum + float(loss.detach()), steps + 1
             if rank == 0 and steps % 10 == 0:
-                config["reports"].put({"epoch": epoch + 1, "candidates": seen})
+                place.tell({"epoch": epoch + 1, "candidates": seen})
         published: Any = averaged.module if averaged is not None else own
         metrics: dict[str, float | None] = {}
         failure = None
@@ -351,7 +400,7 @@ def _worker(config: dict[Any, Any]) -> str | None:
                 metrics = _validate(job, published, device, in_process)
             except CorankError as error:
                 failure = f"training stopped after epoch {epoch + 1}, validation: {error}"
-        if ray.train.collective.broadcast_from_rank_zero(failure is not None):
+        if place.agree(failure is not None):
             return failure
         if rank == 0:
             metrics = {
@@ -371,9 +420,9 @@ def _worker(config: dict[Any, Any]) -> str | None:
             state["model"] = own.state_dict()
             state["averaged"] = averaged.state_dict() if averaged is not None else None
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            config["reports"].put(metrics)
+            place.tell(metrics)
             checkpoints.save(epoch + 1, state)
-        ray.train.report(metrics)
+        place.report(metrics)
     return None
 
 

@@ -28,7 +28,8 @@ def write_config(folder: Path, data: Path, **changes: Any) -> Path:
         if "buckets" in field:
             field["buckets"] = 2_000
     content["model"] |= {"heads": 4, "head_dim": 16, "layers": 1}
-    content["training"] = {"epochs": 2, "batch_candidates": 1_000, "cpus_per_worker": 1}
+    # in the command's process: what Ray Train does is tested in test_training.py, and by the fixture of test_dag.py
+    content["training"] = {"epochs": 2, "batch_candidates": 1_000, "num_workers": 0}
     # a tiny model on three days need not beat anything; the gate has tests of its own
     content["evaluation"] = {"min_gain_over_baseline": -1.0, "max_loss_against_champion": 1.0, "resamples": 50}
     content["serving"] = {"port": free_port()}

@@ -32,8 +32,8 @@ from tests.pipeline.workspaces import make
 EXAMPLE = "pipeline/examples/movielens.yaml"
 
 
-def example_pipeline(folder: Path) -> Workspace:
-    """The workspace of the MovieLens example, on tables in ``folder/data`` and a workspace in ``folder/work``."""
+def example_workspace(folder: Path) -> Workspace:
+    """The workspace of the MovieLens example in ``folder/work``, on tables in ``folder/data``."""
     config = load_config(EXAMPLE)
     tables = {name: one.model_copy(update={"path": f"{folder}/data/{name}"}) for name, one in config.tables.items()}
     return Workspace(config.model_copy(update={"tables": tables, "workspace": f"{folder}/work"}), Progress())
@@ -54,7 +54,7 @@ def main() -> None:
                 os.environ["CORANK_TRAINING__SEED"] = str(seed)
                 if quick:
                     os.environ["CORANK_TRAINING__EPOCHS"] = "1"
-                workspace = example_pipeline(Path(folder))
+                workspace = example_workspace(Path(folder))
                 if seed == 0:
                     VALIDATED.run(workspace, workspace.partitions)
                     SAMPLES.run(workspace, workspace.partitions)

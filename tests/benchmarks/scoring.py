@@ -27,8 +27,6 @@ from models.memory import keep_freed_memory
 from models.profile import cost, on_meta
 from models.protocol import RankingModel
 from models.registry import build_model
-from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
-from pipeline.stages.validated import VALIDATED
 from tests.benchmarks.measure import at_least, at_most, print_results, ratio, timed_together
 from tests.models.batches import make_rows, make_schema
 from tests.models.unshared import unshared
@@ -202,10 +200,12 @@ def movielens_rows(folder: Path) -> tuple[pa.Table, Schema]:
     """The sample table of the MovieLens example, every row, shuffled."""
     from pipeline.importers.movielens import import_movielens
     from pipeline.runtime import stop_ray
-    from tests.benchmarks.movielens import example_pipeline
+    from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
+    from pipeline.stages.validated import VALIDATED
+    from tests.benchmarks.movielens import example_workspace
 
     import_movielens(folder / "data")
-    workspace = example_pipeline(folder)
+    workspace = example_workspace(folder)
     try:
         VALIDATED.run(workspace, workspace.partitions)
         SAMPLES.run(workspace, workspace.partitions)

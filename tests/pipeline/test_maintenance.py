@@ -78,9 +78,9 @@ def counted(workspace: Workspace, day: str) -> dict[str, int]:
 
 
 def recorded(workspace: Workspace, day: str) -> dict[str, int]:
-    record = workspace.records.read(SAMPLES, day) or {}
-    assert record["impressions"] == record["candidates"] + record["quarantined"] + record["forgotten"]
-    return {name: record[name] for name in ("requests", "candidates")}
+    record = workspace.records.require(SAMPLES, day)
+    assert record.impressions == record.candidates + record.quarantined + record.forgotten
+    return {"requests": record.requests, "candidates": record.candidates}
 
 
 def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Config) -> None:

@@ -219,6 +219,26 @@ def test_an_event_id_belongs_to_its_user_and_the_first_by_ts_counts() -> None:
     assert distinct_events(events.with_columns(dt=pl.lit(DAY)))["value"].to_list() == [3, 2, 1]
 
 
+def test_partitions_that_are_judged_together_get_the_verdicts_of_each_by_itself(
+    tmp_path: Path, tables: dict[str, Table]
+) -> None:
+    """Where all pass, where one breaks a rule, and where a file of one is damaged."""
+    twice = changed(tables["events"], lambda f: pl.concat([f, f.head(3)]))
+    spoiled = changed(tables["impressions"], lambda f: f.with_columns(ts=pl.col("ts") // SECOND))
+    damaged = changed(twice, lambda f: f)
+    (file, *_) = Path(damaged.uri, f"dt={DAYS[2]}").rglob("*.parquet")
+    truncate(file)
+    found = []
+    for number, own in enumerate([{}, {"events": twice}, {"impressions": spoiled}, {"events": damaged}]):
+        together = judge(tmp_path / f"{number}", {**tables, **own}, DAYS)
+        for day in DAYS:
+            assert judge(tmp_path / f"{number}-{day}", {**tables, **own}, [day])[day] == together[day]
+        found.append([len(together[day].failures) for day in DAYS])
+    assert found[0] == found[1] == [0, 0, 0]
+    assert found[2][0] == found[2][2] == 0 < found[2][1]
+    assert found[3] == [0, 0, 1]
+
+
 # --- files --------------------------------------------------------------------------------------------
 
 

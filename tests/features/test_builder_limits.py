@@ -17,6 +17,7 @@ import pytest
 from features.builder.build import build_partitions
 from features.builder.states import ITEM_AGGREGATES, SAMPLES, STATE, USER_AGGREGATES, BuildSettings
 from features.delta.table import Table
+from features.errors import CorankError
 from features.schema import SECOND, partition_bounds
 from features.store.online import apply, materialize
 from features.store.reader import OnlineReader
@@ -79,6 +80,26 @@ def test_a_builder_killed_at_random_moments_shows_whole_partitions_and_ends_the_
         assert visible == {part: right[part] for part in visible}
     build_partitions(killed, DAYS, [], impressions, lambda *_: None)
     assert content(killed) == right
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_build_that_fails_shows_nothing_and_leaves_no_task_that_writes(tmp_path: Path, local_ray: None) -> None:
+    tables = write_world(tmp_path, seed=6, users=12, buckets=4)
+    one = settings(tables, tmp_path / "out", buckets=4, schema=COUNTING)
+    impressions = {day: tables["impressions"].scan([day]).collect().height for day in DAYS}
+
+    def fail(what: str, done: int, total: int) -> None:
+        if what == "buckets of users":
+            raise CorankError("the disk is full")
+
+    with pytest.raises(CorankError, match="the disk is full"):
+        build_partitions(one, DAYS, [], impressions, fail)
+    files = written(one)
+    assert {name for name, _ in content(one)} == {ITEM_AGGREGATES}
+    time.sleep(2)
+    assert written(one) == files
+    assert not (tmp_path / "out" / "laid_out").exists()
 
 
 def test_the_longest_history_is_kept_read_and_shown_whole(tmp_path: Path) -> None:

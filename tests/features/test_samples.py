@@ -20,13 +20,17 @@ from hypothesis import given
 from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 
+from features.builder import fold
+from features.builder.aggregates import item_tally
 from features.builder.build import build_partitions
+from features.builder.log_rows import items_named, log_rows, profiles_of
 from features.builder.states import (
     ITEM_AGGREGATES,
     SAMPLES,
     STATE,
     USER_AGGREGATES,
     BuildSettings,
+    restore_items,
 )
 from features.delta.table import DataFile, Table, replace_partition, write_file
 from features.encoding import bucket_of, encode
@@ -243,6 +247,58 @@ def test_an_event_delivered_again_in_a_later_partition_counts_once(tmp_path: Pat
             # what the state still holds, the last L events, is known to have been delivered
             assert row["watched__ts"][-1:] == rows[user]["watched__ts"][-1:]
             assert len(set(zip(row["bought__ts"], row["bought__item_id"], strict=True))) == len(row["bought__ts"])
+
+
+@settings_of_hypothesis(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 10_000), log_delay=st.sampled_from([0, DAY // 2]), again=st.lists(st.integers(0, 3)))
+def test_events_delivered_again_count_alike_in_however_many_runs(seed: int, log_delay: int, again: list[int]) -> None:
+    """Whether an earlier state holds an event hangs on its length, and on what was visible at each close."""
+    days = partitions_of("day", [1, 1, 2])
+    with tempfile.TemporaryDirectory() as folder:
+        tables = write_world(Path(folder), seed, days=days)
+        openings = [partition_bounds(day, "day")[0] for day in days]
+        first = tables["events"].scan([days[0]]).collect()
+        for delivery in again:
+            moved = first.with_columns(ts=pl.col("ts") - openings[0] + openings[delivery], dt=pl.lit(days[delivery]))
+            moved.write_delta(tables["events"].uri, mode="append")
+        together, alone = (settings(tables, Path(folder) / name, log_delay, schema=COUNTING) for name in ("one", "two"))
+        fold_all(together, days, [])
+        for index, day in enumerate(days):
+            fold_all(alone, [day], days[:index])
+        assert contents(together) == contents(alone)
+
+
+def test_partitions_that_are_too_large_together_are_folded_group_by_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    days = partitions_of("day", [1, 1, 1, 3, 1])
+    tables = write_world(tmp_path, seed=7, users=8, days=days)
+    one, other = (settings(tables, tmp_path / name, 3 * SECOND, schema=COUNTING) for name in ("one", "other"))
+    fold_all(one, days, [])
+    per_day = sum(sum(tables[role].sizes(days).values()) for role in ("impressions", "events")) // len(days)
+    monkeypatch.setattr("features.builder.fold.TOGETHER_BYTES", 2 * per_day // one.buckets)
+    monkeypatch.setattr("features.builder.fold.TOGETHER_ITEMS", 10)
+    groups = fold._together(other, days)
+    assert 1 < len(groups) < len(days)
+    assert [day for group in groups for day in group] == days
+    fold_all(other, days, [])
+    assert contents(one) == contents(other)
+
+
+def test_a_bucket_reads_the_profiles_and_counts_of_the_items_that_its_rows_name(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=3, users=8)
+    others = tables["items"].scan().collect().with_columns(item_id=pl.col("item_id") + 1_000)
+    others.write_delta(tables["items"].uri, mode="append")
+    one = settings(tables, tmp_path / "out", schema=COUNTING)
+    fold_all(one, DAYS, [])
+    for bucket in range(one.buckets):
+        named = items_named(one, DAYS[:1], bucket)
+        rows, _ = log_rows(one, DAYS[:1], bucket)
+        assert set(named["item_id"]) == {item for role in rows.values() for item in role["item_id"]}
+        assert set(profiles_of(one, "items", "item_id", (), named)["item_id"]) <= set(named["item_id"])
+        few, counted = named.head(2), item_tally(COUNTING, "day")
+        restore_items(one, counted, few, DAYS, one.known_at(DAYS[-1]))
+        assert set(counted.rows["item_id"]) == set(few["item_id"])
 
 
 def test_a_value_that_is_no_number_does_not_stay_in_a_sum(tmp_path: Path) -> None:

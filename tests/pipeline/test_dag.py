@@ -188,7 +188,7 @@ def test_a_new_stage_is_one_object_and_one_entry_in_the_list(
             assert instance.get_latest_materialization_event(dg.AssetKey("counted")) is not None
     finally:
         STAGES.remove(stage)
-        shutil.rmtree(config.path("records", "counted"))
+        shutil.rmtree(config.path("records", "counted"), ignore_errors=True)
 
 
 def test_compaction_of_the_log_is_no_new_data(config: Config, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from features.batch import STRUCTURE, Items, RequestBatch, Timeline, Users
-from features.schema import Schema, Sequence
-from models.attention import Seen
+from features.schema import Declaration, Schema, Sequence
+from models.blocks.attention import Seen
 from models.inputs import TIME_WIDTH, InputLayer
-from models.tokens import width_of
+from models.sizes import width_of
 
 
 @dataclass
@@ -87,7 +87,14 @@ class RankingModel(nn.Module, ABC):
         event_width: width to which a linear map of each sequence aligns its events.
         event_time: whether events carry their time encoding.
         id_dropout: see :class:`models.inputs.InputLayer`.
+
+    Attributes:
+        name: by which the registry built it.
+        config: all sizes and switches, those that the schema decides included.
     """
+
+    name: str
+    config: Declaration
 
     def __init__(self, schema: Schema, event_width: int, event_time: bool, id_dropout: float) -> None:
         super().__init__()
@@ -131,6 +138,6 @@ class RankingModel(nn.Module, ABC):
         timeline_state = self.encode_timelines(batch.timelines)
         return self.score(self.encode_users(batch.users, timeline_state), batch.items)
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Name and sizes: what ``models.registry.rebuild_model`` builds this model from, beside its schema."""
+        return {"name": self.name} | self.config.model_dump()

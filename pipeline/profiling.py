@@ -10,7 +10,7 @@ from rich.table import Table
 
 from features.errors import ConfigError
 from features.schema import Schema
-from models.config import find_preset
+from models.mixformer.model import MixFormer
 from models.profile import (
     PAPER_RATIO,
     cost,
@@ -21,6 +21,7 @@ from models.profile import (
     paddings,
     sharing_for,
 )
+from models.registry import MODELS, find_preset
 
 SHARING = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
 """Candidates per request of the decoupling table."""
@@ -37,7 +38,7 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
     """
     try:
         name, size = find_preset(preset)
-        given = schema or industrial_schema(sequences=3 if name == "hyformer" else 1)
+        given = schema or industrial_schema(sequences=MODELS[name].paper_sequences)
         sequences = [one.model_copy(update={"length": length}) for one in given.sequences]
         given = given.model_copy(update={"sequences": tuple(sequences)})
         model = on_meta(given, name, size)
@@ -70,7 +71,7 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
     console.print(
         f"states, fp32: TimelineState {ours.timeline_bytes:,} bytes, UserState {ours.user_bytes:,} bytes beside it"
     )
-    if name != "hyformer":
+    if isinstance(model, MixFormer):
         _print_decoupling(console, given, size, length)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from features.batch import Items, RequestBatch, Timeline, collate, cut, nbytes
 from models.losses import task_losses
-from models.mixformer import MixFormer
+from models.mixformer.model import MixFormer
 from models.protocol import EncodedEvents, RankingModel
 from tests.models.batches import make_rows, make_schema
 from tests.models.unshared import take, unshared
@@ -282,7 +282,7 @@ def test_the_number_of_item_heads_follows_the_embedding_widths() -> None:
 
 
 def test_training_mode_is_seeded_and_keeps_the_expectation_of_dropout() -> None:
-    from models.layers import Dropout
+    from models.blocks.dropout import Dropout
 
     x = torch.ones(1_000_003)
     dropout = Dropout(0.2)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +24,17 @@ from torch.nn import functional
 
 from features.batch import Items, Timeline, Users
 from features.schema import Schema
-from models.attention import Plan, Seen, attend, plan_attention
-from models.config import HyFormerConfig
-from models.layers import NORMS, Dropout, HeadMixing, HeadSplit, Norm, PerHeadLinear, PerHeadSwiGLU, TaskTowers
+from models.blocks.attention import MultiHeadAttention, Plan, Seen, attend, plan_attention
+from models.blocks.dropout import Dropout
+from models.blocks.ffn import PerHeadSwiGLU
+from models.blocks.heads import HeadSplit, PerHeadLinear
+from models.blocks.mixing import HeadMixing
+from models.blocks.norms import NORMS, Norm
+from models.blocks.towers import TaskTowers
+from models.encoders import ENCODINGS, EncoderSizes, Window, make_window
+from models.hyformer.config import HyFormerConfig
+from models.hyformer.tokens import query_tokens, sequence_streams, token_groups
 from models.protocol import RankingModel, TimelineState
-from models.sequences import ENCODINGS, MultiHeadAttention, Window, make_window
-from models.tokens import query_tokens, sequence_streams, token_groups
 
 
 @dataclass
@@ -123,7 +127,16 @@ class HyFormerLayer(nn.Module):
 
     def __init__(self, queries: list[int], kept: int, config: HyFormerConfig) -> None:
         super().__init__()
-        self.encode = nn.ModuleList(ENCODINGS[config.encoding](config) for _ in queries)
+        sizes = EncoderSizes(
+            width=config.width,
+            hidden=round(config.sequence_ffn * config.width),
+            attention_heads=config.attention_heads,
+            norm=config.norm,
+            time_bias=config.time_bias,
+            dropout=config.dropout,
+            residual=config.attention_residual,
+        )
+        self.encode = nn.ModuleList(ENCODINGS[config.encoding](sizes) for _ in queries)
         self.decode = nn.ModuleList(QueryDecoding(count, config) for count in queries)
         self.boost = QueryBoosting(kept, config)
         self.queries = queries
@@ -157,6 +170,8 @@ class HyFormer(RankingModel):
     Raises:
         ValueError: fewer tokens than queries and groups need, or names that the schema lacks.
     """
+
+    config: HyFormerConfig
 
     def __init__(self, schema: Schema, config: HyFormerConfig, id_dropout: float = 0.01) -> None:
         D, tokens = config.width, config.tokens
@@ -251,9 +266,6 @@ class HyFormer(RankingModel):
 
     def _layers(self) -> list[HyFormerLayer]:
         return [layer for layer in self.layers if isinstance(layer, HyFormerLayer)]
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": "hyformer"} | self.config.model_dump()
 
 
 def mean_pool(s_ED: Tensor, seen: Seen) -> Tensor:

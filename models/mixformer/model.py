@@ -16,33 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from features.batch import Items, Timeline, Users
 from features.schema import Schema
-from models.attention import TIME_BUCKETS, Plan, Seen, attend, plan_attention
-from models.config import MixFormerConfig
-from models.layers import (
-    NORMS,
-    Dropout,
-    FeedForward,
-    HeadMixing,
-    HeadSplit,
-    Mixing,
-    NoFeedForward,
-    NoMixing,
-    NoNorm,
-    PerHeadLinear,
-    PerHeadSwiGLU,
-    SelfAttentionMixing,
-    SwiGLU,
-    TaskTowers,
-)
+from models.blocks.attention import TIME_BUCKETS, Plan, Seen, attend, plan_attention
+from models.blocks.dropout import Dropout
+from models.blocks.ffn import FeedForward, NoFeedForward, PerHeadSwiGLU, SwiGLU
+from models.blocks.heads import HeadSplit, PerHeadLinear
+from models.blocks.mixing import HeadMixing, Mixing, NoMixing, SelfAttentionMixing
+from models.blocks.norms import NORMS, NoNorm
+from models.blocks.towers import TaskTowers
+from models.mixformer.config import MixFormerConfig, decoupled_heads
 from models.protocol import EncodedEvents, RankingModel, TimelineState
-from models.tokens import decoupled_heads, width_of
+from models.sizes import width_of
 
 
 @dataclass
@@ -131,12 +120,14 @@ class MixFormer(RankingModel):
         id_dropout: see :class:`models.inputs.InputLayer`.
     """
 
+    config: MixFormerConfig
+
     def __init__(self, schema: Schema, config: MixFormerConfig, id_dropout: float = 0.01) -> None:
         N, D = config.heads, config.head_dim
         super().__init__(schema, N * D, config.event_time, id_dropout)
-        self.config = config
         user_width, item_width = width_of(schema.user_side), width_of(schema.item_side)
         self.user_heads = decoupled_heads(schema, config)
+        self.config = config.model_copy(update={"user_heads": self.user_heads})
         self.user_side, self.item_side = slice(0, self.user_heads), slice(self.user_heads, N)
         if self.user_heads:
             self.user_split = HeadSplit(user_width, self.user_heads, D)
@@ -193,7 +184,3 @@ class MixFormer(RankingModel):
 
     def _blocks(self) -> list[MixFormerBlock]:
         return [block for block in self.blocks if isinstance(block, MixFormerBlock)]
-
-    def describe(self) -> dict[str, Any]:
-        name = "ui-mixformer" if self.user_heads else "mixformer"
-        return {"name": name} | self.config.model_dump() | {"user_heads": self.user_heads}

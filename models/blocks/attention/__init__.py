@@ -2,6 +2,6 @@
 
 from models.blocks.attention.kernels import attend
 from models.blocks.attention.multihead import MultiHeadAttention
-from models.blocks.attention.plan import TIME_BUCKETS, Plan, Seen, plan_attention
+from models.blocks.attention.plan import TIME_BUCKETS, Plan, Seen, plan_attention, positions
 
-__all__ = ["TIME_BUCKETS", "MultiHeadAttention", "Plan", "Seen", "attend", "plan_attention"]
+__all__ = ["TIME_BUCKETS", "MultiHeadAttention", "Plan", "Seen", "attend", "plan_attention", "positions"]

@@ -55,9 +55,13 @@ class Seen:
         """Positions of the visible events, request after request, and the offsets of the requests [R + 1]."""
         counts = (self.last - self.first).T.flatten()  # request-major, the sequences of a request side by side
         starts = self.first.T.flatten()
-        ends = counts.cumsum(0)
-        position = torch.arange(int(counts.sum())) + torch.repeat_interleave(starts - (ends - counts), counts)
-        return position, functional.pad((self.last - self.first).sum(0).cumsum(0), (1, 0))
+        return positions(starts, counts), functional.pad((self.last - self.first).sum(0).cumsum(0), (1, 0))
+
+
+def positions(first: Tensor, count: Tensor) -> Tensor:
+    """``first … first + count − 1`` of each entry, one entry after the other."""
+    ends = count.cumsum(0)
+    return torch.arange(int(count.sum())) + torch.repeat_interleave(first - (ends - count), count)
 
 
 @dataclass

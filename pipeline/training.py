@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from features.batch import RequestBatch, candidate_counts, collate, compress
+from features.batch import candidate_counts, collate, compress
 from features.errors import CorankError
 from features.samples.source import READ_CPUS, SampleSource
 from features.schema import Schema
@@ -31,6 +31,7 @@ from models.memory import keep_freed_memory
 from models.metrics import task_metrics
 from models.protocol import RankingModel
 from models.registry import build_model
+from models.scoring import probabilities
 from pipeline.checkpoints import Checkpoints
 from pipeline.config import ModelConfig, Pace, TrainingConfig
 
@@ -435,12 +436,6 @@ def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, 
 def split_parameters(model: RankingModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Dense parameters, and embedding tables (updated on touched rows only)."""
     return model.dense_parameters(), list(model.inputs.tables.parameters())
-
-
-@torch.inference_mode()
-def probabilities(model: RankingModel, batch: RequestBatch) -> np.ndarray:
-    """Predicted probabilities, [C, K]."""
-    return model(batch).float().sigmoid().cpu().numpy()  # type: ignore[no-any-return]
 
 
 def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_process: bool) -> dict[str, float | None]:

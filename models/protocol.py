@@ -75,8 +75,9 @@ class RankingModel(nn.Module, ABC):
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Logits of every candidate, [C, K]."""
-        timeline_state = self.encode_timelines(batch.timelines)
-        return self.score(self.encode_users(batch.users, timeline_state), batch.items)
+        with self.inputs.each_row_once(batch) as shared:
+            timeline_state = self.encode_timelines(shared.timelines)
+            return self.score(self.encode_users(shared.users, timeline_state), shared.items)
 
     def describe(self) -> dict[str, Any]:
         """Name and sizes: what ``models.registry.rebuild_model`` builds this model from, beside its schema."""

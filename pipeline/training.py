@@ -166,9 +166,7 @@ def initial_model(job: TrainingJob) -> RankingModel:
         model = build_model(job.schema, chosen.name, chosen.preset, chosen.overrides, job.training.id_dropout)
     except ValueError as error:
         raise CorankError(f"model: {error}") from None
-    for name, (mean, deviation) in job.statistics.items():
-        model.inputs.numbers[name].mean.fill_(mean)  # type: ignore[operator,union-attr]
-        model.inputs.numbers[name].deviation.fill_(deviation)  # type: ignore[operator,union-attr]
+    model.inputs.set_statistics(job.statistics)
     if job.warm_start is not None:
         model.load_state_dict(dict(job.warm_start))
     return model
@@ -292,10 +290,10 @@ def _worker(config: dict[str, Any]) -> str | None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     own = initial_model(job).to(device)
     model: nn.Module = ray.train.torch.prepare_model(own) if world > 1 else own
-    dense, embeddings = split_parameters(own)
+    dense, tables = own.dense_parameters(), own.inputs.tables
     optimizers = [
         torch.optim.AdamW(dense, lr=options.learning_rate, weight_decay=options.weight_decay),
-        torch.optim.Adagrad(embeddings, lr=options.embedding_learning_rate, eps=1e-8),
+        tables.optimizer(options.embedding_learning_rate),
     ]
     averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(options.average)) if options.average else None
     weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
@@ -324,7 +322,7 @@ def _worker(config: dict[str, Any]) -> str | None:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(dense, options.clip_norm)
             state["step"] += 1
-            lost = _not_finite(loss, norm, embeddings)
+            lost = _not_finite(loss, norm, tables.gradients())
             if world > 1:
                 torch.distributed.all_reduce(lost)
             if lost:
@@ -397,11 +395,9 @@ def _share(rows: pa.Table, rank: int, world: int) -> pa.Table:
     return rows.take(pa.array(range(rank, rows.num_rows, world), pa.int64())) if world > 1 else rows
 
 
-def _not_finite(loss: Tensor, norm: Tensor, embeddings: list[nn.Parameter]) -> Tensor:
+def _not_finite(loss: Tensor, norm: Tensor, of_tables: list[Tensor]) -> Tensor:
     """1.0 when the loss or a gradient is not finite, else 0.0."""
-    gradients = [one.grad for one in embeddings if one.grad is not None]
-    sums = [(one._values() if one.is_sparse else one).sum() for one in gradients]
-    return (~torch.stack([loss.detach(), norm.detach(), *sums]).isfinite()).any().float()
+    return (~torch.stack([loss.detach(), norm.detach(), *(one.sum() for one in of_tables)]).isfinite()).any().float()
 
 
 @torch.no_grad()
@@ -431,11 +427,6 @@ def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, 
         if places:
             return f"{len(places):,} {what} are not finite, the first of {places[0]}; {remedies[what]} and run again"
     return "the loss or its gradient is not finite, though weights and scores are; lower training.learning_rate"
-
-
-def split_parameters(model: RankingModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Dense parameters, and embedding tables (updated on touched rows only)."""
-    return model.dense_parameters(), list(model.inputs.tables.parameters())
 
 
 def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_process: bool) -> dict[str, float | None]:

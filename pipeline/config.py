@@ -7,29 +7,29 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from features.delta.paths import check_openable
 from features.delta.table import Table
+from features.digest import digest
 from features.errors import ConfigError, allowed_keys, explain
-from features.records import digest
 from features.schema import FEEDBACK, Declaration, Feature, Grain, Name, Schema, Sequence, Task, partition_bounds
 from features.validation import ValidationRules
 from models.config import ModelConfig
+from pipeline.evaluation.settings import EvaluationConfig
+from pipeline.runtime import RayConfig
+from pipeline.training.settings import SplitConfig, TrainingConfig
+from serving.settings import ServingConfig
 
 PROFILES: tuple[Literal["users", "items"], ...] = ("users", "items")
 """The roles of profile tables; each is optional, and so is its column ``updated_at``."""
 
 ENVIRONMENT_PREFIX = "CORANK_"
 RESERVED_VARIABLES = {"CORANK_CONFIG"}
-
-UNOPENABLE = "[]^|\\"
-"""Characters that Delta's library takes for something else in a local path."""
 
 
 class PartitionConfig(Declaration):
@@ -53,7 +53,8 @@ class TableConfig(Declaration):
     @field_validator("path")
     @classmethod
     def _path_can_be_opened(cls, path: str) -> str:
-        return openable(path)
+        check_openable(_absolute(path))
+        return path
 
     @model_validator(mode="after")
     def _partition_columns_keep_their_names(self) -> TableConfig:
@@ -64,110 +65,11 @@ class TableConfig(Declaration):
         return self
 
 
-class SplitConfig(Declaration):
-    """Chronological split by request time, newest last."""
-
-    test: float = Field(0.1, gt=0, lt=1, description="newest share of the requests, for the test metrics")
-    validation: float = Field(0.1, gt=0, lt=1, description="share before that, to choose the epoch")
-
-    @model_validator(mode="after")
-    def _leaves_something(self) -> SplitConfig:
-        if self.test + self.validation >= 1:
-            raise ValueError("test + validation must stay below 1, or nothing is left to train on")
-        return self
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How training goes through its data.
-
-    Attributes:
-        candidates: of one epoch.
-        batch_candidates: most candidates of one step.
-        warmup_steps: over which the learning rates rise.
-    """
-
-    candidates: int
-    batch_candidates: int
-    warmup_steps: int
-
-
-class TrainingConfig(Declaration):
-    epochs: int = Field(6, ge=1)
-    batch_candidates: int | None = Field(
-        None, ge=1, description="candidates of one step; default: a 40th of an epoch's, in 100 … 1,500 (the papers')"
-    )
-    batch_events: int = Field(60_000, ge=1, description="events of one step; bounds memory")
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
-    embedding_learning_rate: float = Field(0.05, gt=0, allow_inf_nan=False, description="Adagrad on touched rows")
-    clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
-    warmup_steps: int | None = Field(None, ge=0, description="default: a fifth of all steps, at most 50")
-    id_dropout: float = Field(0.01, ge=0, lt=1, description="share of ids that read row 0 in training")
-    average: float = Field(0.98, ge=0, lt=1, description="decay per step of the weight average; 0: none")
-    seed: int = 0
-    num_workers: int = Field(1, ge=1, description="Ray Train workers")
-    cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)
-    use_gpu: bool = False
-
-    def pace(self, candidates: int) -> Pace:
-        """What is left out follows the number of training candidates, so that small data have enough steps, too."""
-        batch = self.batch_candidates or min(max(candidates // 40, 100), 1_500)
-        steps = self.epochs * -(-candidates // batch)
-        return Pace(candidates, batch, min(50, steps // 5) if self.warmup_steps is None else self.warmup_steps)
-
-
-class EvaluationConfig(Declaration):
-    """A candidate becomes champion only when it passes all of this."""
-
-    task: str | None = Field(None, description="task of the gate; default: the first")
-    min_gain_over_baseline: float = Field(
-        0.0, allow_inf_nan=False, description="AUC above the baseline printed beside it"
-    )
-    max_loss_against_champion: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="AUC below the champion on the same requests"
-    )
-    resamples: int = Field(200, ge=50, description="bootstrap resamples of users for the intervals")
-
-
-class ServingConfig(Declaration):
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65_535)
-    ranker_replicas: int = Field(1, ge=1)
-    service_replicas: int = Field(1, ge=1)
-    max_candidates: int = Field(5_000, ge=1, description="most candidates of one request")
-    max_batch_requests: int = Field(8, ge=1, description="concurrent requests merged into one batch")
-    batch_wait_ms: float = Field(0.0, ge=0, description="longest wait for others to join a batch")
-    max_ongoing_requests: int = Field(64, ge=1)
-    max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
-    max_body_bytes: int = Field(8 << 20, ge=1, description="a larger body of a request is answered 413")
-    missing_context: Literal["error", "unknown"] = Field(
-        "error", description="what a column is that a request's context lacks"
-    )
-
-
 class RetentionConfig(Declaration):
     partitions: int | None = Field(
         None,
         ge=1,
         description="newest partitions of the sample table to keep; default: all. See `corank features retain`",
-    )
-
-
-LEAST_OBJECT_STORE = 80_000_000
-"""Bytes; Ray starts with no smaller object store."""
-
-
-class RayConfig(Declaration):
-    address: str | None = Field(None, description="an existing cluster, e.g. auto; default: a local Ray")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; default: all")
-    object_store_memory: int | None = Field(
-        None, ge=LEAST_OBJECT_STORE, description="bytes of the local Ray's object store; default: as Ray chooses"
-    )
-    concurrent_buckets: int | None = Field(
-        None,
-        ge=1,
-        description="buckets built at a time; memory is bounded by a bucket times this; default: one per CPU",
     )
 
 
@@ -207,7 +109,8 @@ class Config(Declaration):
     @field_validator("workspace")
     @classmethod
     def _workspace_can_be_opened(cls, path: str) -> str:
-        return openable(path)
+        check_openable(_absolute(path))
+        return path
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Config:
@@ -306,21 +209,6 @@ class Config(Declaration):
 
 def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().resolve())
-
-
-def openable(path: str) -> str:
-    """The same path, if Delta's library can open what lies there.
-
-    Raises:
-        ValueError: it is local and holds what the library takes for something else.
-    """
-    local = path if "://" in path else _absolute(path)
-    if "://" not in path and (unquote(local) != local or set(UNOPENABLE) & set(local)):
-        raise ValueError(
-            f"a folder's name holds one of {' '.join(UNOPENABLE)} or an escape like %20, which Delta tables cannot lie "
-            "below; rename it"
-        )
-    return path
 
 
 class _Scalars(yaml.SafeLoader):

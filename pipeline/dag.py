@@ -1,8 +1,7 @@
-"""The DAG as Dagster assets: ``log_partition → … → deployment`` (DESIGN §7).
+"""The DAG as Dagster assets: ``log_partition`` and one for every stage of ``STAGES``.
 
-The first four have one partition per log partition, the others are one asset each. Every asset calls its
-stage in :mod:`pipeline.stages`, which skips what is up to date. ``CORANK_CONFIG=my.yaml dagster dev -m
-pipeline.definitions`` shows the same assets in Dagster's web UI.
+The first ones have one partition per log partition, the others are one asset each. Every asset runs its stage on what
+is stale. ``CORANK_CONFIG=my.yaml dagster dev -m pipeline.definitions`` shows the same assets in Dagster's web UI.
 """
 
 # no postponed annotations here: Dagster reads them
@@ -20,124 +19,89 @@ from sqlalchemy.exc import SQLAlchemyError
 from features.errors import DataGateError
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
-from pipeline.creation import locked, make_whole, remove, sqlalchemy_path
-from pipeline.stages import Pipeline
-from pipeline.workspace import SHOWN_FINDINGS
+from pipeline.stages import STAGES
+from pipeline.stages.stage import Stage
+from pipeline.workspace import Workspace
+from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
 
 CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
-PARTITIONED = ("log_partition", "validated", "samples", "feature_store")
+LOG_PARTITION = "log_partition"
 RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
+SHOWN_NOTES = 20
 
 
-def build_assets(pipeline: Pipeline) -> list[dg.AssetsDefinition]:
-    """All assets of one pipeline."""
-    config, partitions = pipeline.config, pipeline.partitions
-    last_close = datetime.fromtimestamp(pipeline.log.bounds(partitions[-1])[1] / SECOND, UTC)
+def build_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
+    """All assets of one workspace."""
+    config, log = workspace.config, workspace.log
+    last_close = datetime.fromtimestamp(log.bounds(log.partitions[-1])[1] / SECOND, UTC)
     definition = dg.TimeWindowPartitionsDefinition(
-        start=partitions[0],
+        start=log.partitions[0],
         end=last_close.strftime(PARTITION_FORMATS[config.grain]),
         fmt=PARTITION_FORMATS[config.grain],
         cron_schedule=CRON[config.grain],
     )
-    one_run = dg.BackfillPolicy.single_run()
 
-    def selected(context: dg.AssetExecutionContext, stale: Sequence[str]) -> list[str]:
-        """Stale partitions up to the newest one asked for; what precedes it is never skipped."""
-        newest = max(context.partition_keys)
-        return [partition for partition in stale if partition <= newest]
-
-    def present(context: dg.AssetExecutionContext) -> list[str]:
-        known = set(partitions)
-        return [partition for partition in context.partition_keys if partition in known]
-
-    @dg.asset(partitions_def=definition, backfill_policy=one_run, kinds={"deltalake"})
+    @dg.asset(partitions_def=definition, backfill_policy=dg.BackfillPolicy.single_run(), kinds={"deltalake"})
     def log_partition(context: dg.AssetExecutionContext) -> None:
         """A closed partition of the user's log tables and its fingerprints."""
-        for partition in present(context):
-            context.add_asset_metadata(pipeline.log.fingerprint(partition), partition_key=partition)
+        for partition in _present(context, workspace):
+            context.add_asset_metadata(log.fingerprint(partition), partition_key=partition)
 
+    return [log_partition, *(_asset(workspace, stage, definition) for stage in STAGES)]
+
+
+def _asset(workspace: Workspace, stage: Stage[Any], definition: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
     @dg.asset(
-        partitions_def=definition,
-        backfill_policy=one_run,
-        deps=[log_partition],
-        kinds={"greatexpectations"},
-        check_specs=[dg.AssetCheckSpec("great_expectations", asset="validated", blocking=True)],
+        name=stage.name,
+        description=stage.__doc__,
+        deps=list(stage.depends) or [LOG_PARTITION],
+        kinds=set(stage.kinds),
+        check_specs=[dg.AssetCheckSpec(stage.check, asset=stage.name, blocking=True)] if stage.check else None,
+        partitions_def=definition if stage.partitioned else None,
+        backfill_policy=dg.BackfillPolicy.single_run() if stage.partitioned else None,
     )
-    def validated(context: dg.AssetExecutionContext) -> Iterator[Any]:
-        """The partition passed the Great Expectations gate."""
-        stale = selected(context, pipeline.stale_validation())
+    def asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
+        parts = stage.stale(workspace)
+        if stage.partitioned:  # up to the newest one asked for; what precedes it is never skipped
+            newest = max(context.partition_keys)
+            parts = [part for part in parts if part <= newest]
+        elif stage.follows:
+            parts = list(stage.inputs(workspace))
         try:
-            if stale:
-                found = [finding["message"] for record in pipeline.validate(stale) for finding in record["findings"]]
-                for message in list(dict.fromkeys(found))[:SHOWN_FINDINGS]:  # they stopped nothing
-                    pipeline.progress.note(message)
+            records = stage.run(workspace, parts) if parts else {}
         except DataGateError as error:
-            yield dg.AssetCheckResult(check_name="great_expectations", passed=False, metadata={"findings": str(error)})
+            if stage.check:
+                yield dg.AssetCheckResult(check_name=stage.check, passed=False, metadata={"findings": str(error)})
             raise
-        records = {partition: pipeline.records.get("validated", partition) or {} for partition in present(context)}
-        for partition, record in records.items():
+        notes = dict.fromkeys(note for record in records.values() for note in stage.notes(record))
+        for note in list(notes)[:SHOWN_NOTES]:
+            workspace.progress.note(note)
+        if not stage.partitioned:
+            (record,) = stage.shown(workspace, list(stage.inputs(workspace))).values()
+            yield dg.MaterializeResult(metadata=_metadata(record))
+            return
+        shown = stage.shown(workspace, _present(context, workspace))
+        for partition, record in shown.items():
             context.add_asset_metadata(_metadata(record), partition_key=partition)
-        yield dg.AssetCheckResult(
-            check_name="great_expectations",
-            passed=all(record.get("passed") for record in records.values()),
-            metadata={
-                "partitions": len(records),
-                "checks": sum(record.get("checks", 0) for record in records.values()),
-            },
-        )
+        if stage.check:
+            stale = set(stage.stale(workspace))
+            yield dg.AssetCheckResult(
+                check_name=stage.check,
+                passed=stale.isdisjoint(shown),
+                metadata={
+                    "partitions": len(shown),
+                    "checks": sum(record.get("checks", 0) for record in shown.values()),
+                },
+            )
         yield dg.MaterializeResult()
 
-    @dg.asset(partitions_def=definition, backfill_policy=one_run, deps=[validated], kinds={"ray", "deltalake"})
-    def samples(context: dg.AssetExecutionContext) -> None:
-        """Request-level rows: timelines once, requests, candidates."""
-        stale = selected(context, pipeline.stale_samples())
-        if stale:
-            pipeline.build_samples(stale)
-        for partition in present(context):
-            record = pipeline.records.get("samples", partition) or {}
-            context.add_asset_metadata(_metadata(record), partition_key=partition)
+    return asset
 
-    @dg.asset(partitions_def=definition, backfill_policy=one_run, deps=[samples], kinds={"feast"})
-    def feature_store(context: dg.AssetExecutionContext) -> None:
-        """Profiles and sequences online as of the partition's close."""
-        stale = selected(context, pipeline.stale_store())
-        if stale:
-            pipeline.fill_store(stale)
-        record = pipeline.records.get("feature_store", "online") or {}
-        for partition in present(context):
-            context.add_asset_metadata(
-                {"inputs": record["partitions"][partition], "code": record["code"]}, partition_key=partition
-            )
 
-    @dg.asset(deps=[feature_store], kinds={"ray", "pytorch"})
-    def candidate() -> dg.MaterializeResult[Any]:
-        """A trained model, not yet judged."""
-        key = pipeline.candidate_key
-        if not pipeline.has_candidate(key):
-            pipeline.train_candidate()
-        return dg.MaterializeResult(metadata=_metadata(pipeline.records.get("candidate", key) or {}))
-
-    @dg.asset(deps=[candidate], kinds={"ray"})
-    def evaluation() -> dg.MaterializeResult[Any]:
-        """The candidate's metrics on held-out requests, beside baseline and champion."""
-        record = pipeline.records.get("evaluation", pipeline.evaluation_key) or pipeline.evaluate()
-        return dg.MaterializeResult(metadata=_metadata(record))
-
-    @dg.asset(deps=[evaluation], kinds={"mlflow"})
-    def champion() -> dg.MaterializeResult[Any]:
-        """The candidate in MLflow's registry; champion when it passed its gate."""
-        record = pipeline.records.get("champion", pipeline.evaluation_key) or pipeline.promote()
-        return dg.MaterializeResult(metadata=_metadata(record))
-
-    @dg.asset(deps=[feature_store, champion], kinds={"ray"})
-    def deployment() -> dg.MaterializeResult[Any]:
-        """A version whose answers over HTTP were verified."""
-        record = pipeline.deploy()
-        # without the example request: Dagster keeps its history for ever, and `forget` does not reach it
-        verified = {name: value for name, value in record["verified"].items() if name != "example"}
-        return dg.MaterializeResult(metadata=_metadata({**record, "verified": verified}))
-
-    return [log_partition, validated, samples, feature_store, candidate, evaluation, champion, deployment]
+def _present(context: dg.AssetExecutionContext, workspace: Workspace) -> list[str]:
+    """The partitions asked for that the log has."""
+    known = set(workspace.partitions)
+    return [partition for partition in context.partition_keys if partition in known]
 
 
 def _metadata(record: dict[str, Any]) -> dict[str, Any]:
@@ -191,23 +155,24 @@ def _opens(home: Path) -> bool:
     return (home / "dagster.yaml").is_file()
 
 
-def run_dag(pipeline: Pipeline, pending: Sequence[str]) -> None:
-    """Execute the pending stages as one Dagster run in this process.
+def run_dag(workspace: Workspace, names: Sequence[str]) -> None:
+    """Execute the stages of these names as one Dagster run in this process.
 
     Raises:
         whatever the first failing stage raised.
     """
-    partitioned = [name for name in pending if name in PARTITIONED]
-    # Dagster orders what is selected only, and a stage that is up to date does nothing
-    names = [*(PARTITIONED if partitioned else ()), *[name for name in pending if name not in PARTITIONED]]
+    chosen = set(names)
+    partitioned = [stage for stage in STAGES if stage.partitioned]
     tags = {}
-    if partitioned:
-        stale = [*pipeline.stale_validation(), *pipeline.stale_samples(), *pipeline.stale_store()]
-        tags = {RANGE_START: min(stale), RANGE_END: pipeline.partitions[-1]}
-    with open_instance(pipeline.config) as instance:
+    if any(stage.name in chosen for stage in partitioned):
+        # Dagster orders what is selected only, and a stage that is up to date does nothing
+        chosen |= {LOG_PARTITION, *(stage.name for stage in partitioned)}
+        stale = [part for stage in partitioned for part in stage.stale(workspace)]
+        tags = {RANGE_START: min(stale), RANGE_END: workspace.partitions[-1]}
+    with open_instance(workspace.config) as instance:
         dg.materialize(
-            build_assets(pipeline),
-            selection=dg.AssetSelection.assets(*names),
+            build_assets(workspace),
+            selection=dg.AssetSelection.assets(*sorted(chosen)),
             instance=instance,
             tags=tags,
             resources={},

@@ -10,9 +10,9 @@ from features.errors import ConfigError
 from pipeline.config import load_config
 from pipeline.dag import build_assets
 from pipeline.progress import Progress
-from pipeline.stages import Pipeline
+from pipeline.workspace import Workspace
 
 if "CORANK_CONFIG" not in os.environ:
     raise ConfigError("set CORANK_CONFIG to the config file, e.g. CORANK_CONFIG=pipeline/examples/movielens.yaml")
 
-defs = dg.Definitions(assets=build_assets(Pipeline(load_config(os.environ["CORANK_CONFIG"]), Progress())))
+defs = dg.Definitions(assets=build_assets(Workspace(load_config(os.environ["CORANK_CONFIG"]), Progress())))

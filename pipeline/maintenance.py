@@ -7,13 +7,13 @@ names fewer requests than there are, which harms no reader, and the same command
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import polars as pl
 
 from features.batch import timeline_column
 from features.builder.build import clear_copies
-from features.builder.states import SAMPLES
 from features.delta.maintenance import (
     FoundUsers,
     Size,
@@ -28,28 +28,31 @@ from features.delta.maintenance import (
 )
 from features.delta.table import Table
 from features.encoding import hash_id
-from pipeline.registry import CHAMPION, PREVIOUS
-from pipeline.stages import Pipeline
+from pipeline.stages.deployment import CURRENT, DEPLOYMENT
+from pipeline.stages.feature_store import store_settings
+from pipeline.stages.samples import SAMPLES, SamplesRecord
+from pipeline.workspace import Workspace
+from pipeline.workspace.registry import CHAMPION, PREVIOUS
 
 
-def workspace_tables(pipeline: Pipeline) -> list[Table]:
+def workspace_tables(workspace: Workspace) -> list[Table]:
     """All Delta tables that corank derived in this workspace, the quarantine included; never the user's own."""
-    quarantine = Table("quarantine", pipeline.config.path("quarantine"))
-    return [*derived_tables(pipeline.config.path("tables")), *([quarantine] if quarantine.exists() else [])]
+    quarantine = Table("quarantine", workspace.config.path("quarantine"))
+    return [*derived_tables(workspace.config.path("tables")), *([quarantine] if quarantine.exists() else [])]
 
 
 # --- compaction -----------------------------------------------------------------------------------------
 
 
-def compact_tables(pipeline: Pipeline, keep_hours: int) -> dict[str, tuple[Size, Size]]:
+def compact_tables(workspace: Workspace, keep_hours: int) -> dict[str, tuple[Size, Size]]:
     """Compact and vacuum every derived table; per table its size in storage before and after.
 
     Args:
         keep_hours: age in hours of unreferenced files before they are removed.
     """
     sizes = {}
-    with pipeline.progress.stage("compact") as stage:
-        for table in workspace_tables(pipeline):
+    with workspace.progress.stage("compact") as stage:
+        for table in workspace_tables(workspace):
             before = size_in_storage(table)
             stage.say(f"{table.name}: {before.files:,} files")
 
@@ -96,7 +99,7 @@ def forgotten_key(user: str) -> str:
     return f"{hash_id(user) & (1 << 64) - 1:016x}"
 
 
-def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
+def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
     """Erase users from the derived tables, the online store, self-checks and the deployment's example.
 
     The endpoint keeps nothing per user in memory (it caches items only), so it needs no word. What was erased
@@ -107,11 +110,11 @@ def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
     """
     from features.store.erase import erase_users as erase_online_users
 
-    records, users = pipeline.records, list(dict.fromkeys(users))
-    with pipeline.progress.stage("forget") as stage:
-        clear_copies(pipeline.config.path("tables"))
+    records, users = workspace.records, list(dict.fromkeys(users))
+    with workspace.progress.stage("forget") as stage:
+        clear_copies(workspace.config.path("tables"))
         found = []
-        for table in workspace_tables(pipeline):
+        for table in workspace_tables(workspace):
 
             def looked(done: int, total: int, name: str = table.name) -> None:
                 stage.say(f"looking in {name}: {done}/{total} files")
@@ -122,20 +125,20 @@ def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
             if any(user in one.rows for one in found):
                 records.put("forgotten", forgotten_key(user), {**earlier[user], "finished": False})
         stage.say("online store")
-        online = erase_online_users(pipeline.store_settings(), users)
+        online = erase_online_users(store_settings(workspace), users)
         for one in found:
             if one.rows:
                 stage.say(f"erasing from {one.table.name}")
-                if one.table.name == SAMPLES:
-                    update_sample_records(pipeline, one)
+                if one.table.name == SAMPLES.name:
+                    update_sample_records(workspace, one)
                 erase_users(one)
             stage.say(f"removing old files of {one.table.name}")  # of versions before: rebuilt, retired, compacted
             vacuum(one.table, keep_hours=0)
         stage.say("self-checks of models")
-        selfchecks = _erase_from_models(pipeline, users)
-        _erase_example(pipeline, users)
+        selfchecks = _erase_from_models(workspace, users)
+        _erase_example(workspace, users)
         stage.say("looking in your own tables")
-        remains = {user: _own_rows(pipeline, user) for user in users}
+        remains = {user: _own_rows(workspace, user) for user in users}
         results = [
             Forgotten(
                 user,
@@ -155,46 +158,47 @@ def forget(pipeline: Pipeline, users: Sequence[str]) -> list[Forgotten]:
     return results
 
 
-def update_sample_records(pipeline: Pipeline, found: FoundUsers) -> None:
+def update_sample_records(workspace: Workspace, found: FoundUsers) -> None:
     """The counts that the split is cut by, as they are once the users are gone.
 
     ``impressions`` stays what came in, and ``forgotten`` closes the count: candidates + quarantined + forgotten.
     """
-    timelines = [timeline_column(sequence, None) for sequence in pipeline.config.schema_.sequences]
+    timelines = [timeline_column(sequence, None) for sequence in workspace.config.schema_.sequences]
     for partition in found.partitions:
-        record = pipeline.records.get("samples", partition)
+        record = workspace.records.read(SAMPLES, partition)
         if record is None:
             continue
-        counts = sample_counts(found.table, partition, found.users, timelines)
-        forgotten = record["impressions"] - record["quarantined"] - counts["candidates"]
-        pipeline.records.put("samples", partition, {**record, **counts, "forgotten": forgotten})
+        counts: dict[str, Any] = sample_counts(found.table, partition, found.users, timelines)
+        forgotten = record.impressions - record.quarantined - counts["candidates"]
+        workspace.records.write(SAMPLES, partition, replace(record, forgotten=forgotten, **counts))
 
 
-def _erase_from_models(pipeline: Pipeline, users: Sequence[str]) -> dict[str, int]:
+def _erase_from_models(workspace: Workspace, users: Sequence[str]) -> dict[str, int]:
     """Per user the rows taken out of the self-checks of all local artifacts, MLflow's copies included."""
-    from pipeline.selfcheck import erase_from_selfcheck
+    from pipeline.deployment.selfcheck import erase_from_selfcheck
 
     removed: dict[str, int] = {}
     for folder in ("models", "mlflow"):
-        for path in sorted(pipeline.config.local_path(folder).rglob("selfcheck.json")):
+        for path in sorted(workspace.config.local_path(folder).rglob("selfcheck.json")):
             for user in users:
                 if rows := erase_from_selfcheck(path.parent, [user]):
                     removed[user] = removed.get(user, 0) + rows
     return removed
 
 
-def _erase_example(pipeline: Pipeline, users: Sequence[str]) -> None:
+def _erase_example(workspace: Workspace, users: Sequence[str]) -> None:
     """The deployment's record holds an example request; without it `corank query` asks for a user."""
-    record = pipeline.records.get("deployment", "current")
-    if record and record["verified"].get("example", {}).get("user_id") in users:
-        pipeline.records.put("deployment", "current", {**record, "verified": {**record["verified"], "example": {}}})
+    record = workspace.records.read(DEPLOYMENT, CURRENT)
+    if record and record.verified.get("example", {}).get("user_id") in users:
+        forgotten = replace(record, verified={**record.verified, "example": {}})
+        workspace.records.write(DEPLOYMENT, CURRENT, forgotten)
 
 
-def _own_rows(pipeline: Pipeline, user: str) -> dict[str, int]:
+def _own_rows(workspace: Workspace, user: str) -> dict[str, int]:
     """Rows per table of the user's own that name this user."""
     rows = {}
-    for role in sorted(pipeline.config.tables):
-        table = pipeline.config.table(role)
+    for role in sorted(workspace.config.tables):
+        table = workspace.config.table(role)
         if not table.exists() or "user_id" not in table.schema().names:
             continue
         count = table.collect(table.scan().filter(pl.col("user_id").cast(pl.String) == user).select(pl.len())).item()
@@ -219,7 +223,7 @@ class Retention:
     live: dict[str, int]
 
 
-def plan_retention(pipeline: Pipeline) -> Retention:
+def plan_retention(workspace: Workspace) -> Retention:
     """Partitions of the sample table that are older than the newest ``retention.partitions``.
 
     Those that the lineage of the champion, or of the version that a rollback returns to, names stay.
@@ -227,15 +231,15 @@ def plan_retention(pipeline: Pipeline) -> Retention:
     Raises:
         CorankError: the lineage of a live version cannot be read.
     """
-    keep, samples = pipeline.config.retention.partitions, samples_table(pipeline)
+    keep, samples = workspace.config.retention.partitions, samples_table(workspace)
     if keep is None or not samples.exists():
         return Retention([], {})
     named: dict[str, int] = {}
     for alias in (PREVIOUS, CHAMPION):  # where both name a partition, the champion is the reason shown
-        version = pipeline.registry.champion(alias)
+        version = workspace.registry.champion(alias)
         if version is not None:
             named |= dict.fromkeys(version.lineage()["partitions"], version.number)
-    built = [partition for partition in samples.partitions() if pipeline.records.get("samples", partition)]
+    built = [partition for partition in samples.partitions() if workspace.records.read(SAMPLES, partition)]
     old = built[:-keep]
     return Retention(
         [partition for partition in old if partition not in named],
@@ -243,25 +247,25 @@ def plan_retention(pipeline: Pipeline) -> Retention:
     )
 
 
-def retain(pipeline: Pipeline) -> Retention:
+def retain(workspace: Workspace) -> Retention:
     """Drop the samples that :func:`plan_retention` names. State stays: the next partition is folded into it.
 
     Their records are marked ``retired``: they count as built, but training and its split leave them out. Late
     rows or another config still rebuild them, as the timelines of later partitions depend on them.
     """
-    plan = plan_retention(pipeline)
+    plan = plan_retention(workspace)
     if plan.retired:
-        with pipeline.progress.stage("retention") as stage:
-            samples = samples_table(pipeline)
+        with workspace.progress.stage("retention") as stage:
+            samples = samples_table(workspace)
             for partition in plan.retired:
-                record = pipeline.records.get("samples", partition)
-                pipeline.records.put("samples", partition, {**(record or {}), "retired": True})
+                record = workspace.records.read(SAMPLES, partition) or SamplesRecord()
+                workspace.records.write(SAMPLES, partition, replace(record, retired=True))
             drop_partitions(samples, plan.retired)
             vacuum(samples)
             stage.say(f"samples of {len(plan.retired)} partitions dropped, up to {plan.retired[-1]}")
     return plan
 
 
-def samples_table(pipeline: Pipeline) -> Table:
+def samples_table(workspace: Workspace) -> Table:
     """The sample table of this workspace."""
-    return Table(SAMPLES, pipeline.config.path("tables", SAMPLES))
+    return Table(SAMPLES.name, workspace.config.path("tables", SAMPLES.name))

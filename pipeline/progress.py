@@ -18,8 +18,8 @@ PLAIN_INTERVAL = 5.0
 
 
 @dataclass
-class Stage:
-    """A running stage; ``say`` replaces its live text."""
+class Line:
+    """The live line of a running stage; ``say`` replaces its text."""
 
     name: str
     console: Console
@@ -77,9 +77,9 @@ class Progress:
         self.console.print(f"  {text}", highlight=False, markup=False)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str) -> Iterator[Line]:
         """Run a stage; its last text is what stays on screen. An error carries the stage's name as a note."""
-        stage, mark = Stage(name, self.console, None), "✗"
+        stage, mark = Line(name, self.console, None), "✗"
         try:
             if not self.console.is_terminal:
                 yield stage

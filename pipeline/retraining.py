@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from features.errors import CorankError
 from pipeline.config import Config
 from pipeline.progress import Progress
-from pipeline.stages import Pipeline
+from pipeline.stages import STAGES, pending
+from pipeline.stages.challenger import CHALLENGER
+from pipeline.workspace import Workspace
 
 
 @dataclass(frozen=True)
 class Retraining:
-    """The stages of ``pipeline`` that have work are run, those that train only if ``training``."""
+    """The stages of ``workspace`` that have work are run, those that train only if ``training``."""
 
-    pipeline: Pipeline
+    workspace: Workspace
     training: bool
     says: str
 
@@ -24,31 +26,31 @@ def next_retraining(config: Config) -> Retraining:
 
     One partition is taken at a time; of one whose labels are not known yet, samples and features are brought up to
     date, and the next one follows. Labels that have become known are trained on. Rows that came late to partitions
-    that were trained on are not: they rebuild samples and features (DESIGN §2).
+    that were trained on are not: they rebuild samples and features.
 
     Raises:
         CorankError: there is no champion to start from.
     """
-    whole = Pipeline(config, Progress())
+    whole = Workspace(config, Progress())
     champion = whole.registry.champion()
     if champion is None:
         raise CorankError("there is no champion to start from; train the first one with `corank run`")
     versions = whole.registry.versions()
-    # a rejected candidate covers its partition too, else it would be trained for ever
+    # a rejected challenger covers its partition too, else it would be trained for ever
     covered = max(version.tags["partition"] for version in versions)
     newer = [partition for partition in whole.log.shown if partition > covered]
-    current = Pipeline(config, Progress(), until=covered if newer else None, warm_start=True)
-    left = {"candidate", "evaluation", "champion"} & set(current.pending())
-    if left and "candidate" not in left:
+    current = Workspace(config, Progress(), until=covered if newer else None, warm_start=True)
+    left = {stage.name for stage in STAGES if stage.trains} & set(pending(current))
+    if left and CHALLENGER.name not in left:
         return Retraining(current, True, f"finishing partition {covered}")
     trained = max(version.tags.get("trained", covered) for version in versions)
 
-    def has_labels(pipeline: Pipeline) -> bool:
-        return any(pipeline.log.is_attributed(one) for one in pipeline.partitions if one > trained)
+    def has_labels(workspace: Workspace) -> bool:
+        return any(workspace.log.is_attributed(one) for one in workspace.partitions if one > trained)
 
     for partition in newer:
-        following = Pipeline(config, Progress(), until=partition, warm_start=True)
-        if following.pending(training := has_labels(following)):
+        following = Workspace(config, Progress(), until=partition, warm_start=True)
+        if pending(following, training := has_labels(following)):
             how = f"starting from champion version {champion.number}" if training else "whose labels are not known yet"
             return Retraining(following, training, f"partition {partition}, {how}")
     if left and has_labels(current):

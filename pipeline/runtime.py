@@ -10,12 +10,30 @@ import socket
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
-from pipeline.config import RayConfig
+from pydantic import Field
+
+from features.schema import Declaration
+
+LEAST_OBJECT_STORE = 80_000_000
+"""Bytes; Ray starts with no smaller object store."""
+
+
+class RayConfig(Declaration):
+    address: str | None = Field(None, description="an existing cluster, e.g. auto; default: a local Ray")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the local Ray; default: all")
+    object_store_memory: int | None = Field(
+        None, ge=LEAST_OBJECT_STORE, description="bytes of the local Ray's object store; default: as Ray chooses"
+    )
+    concurrent_buckets: int | None = Field(
+        None,
+        ge=1,
+        description="buckets built at a time; memory is bounded by a bucket times this; default: one per CPU",
+    )
+
 
 _cluster: str | None = None  # address of the cluster this process is connected to; None: a Ray of its own
 CHATTY = ("ray", "ray.data", "ray.train", "ray.serve", "mlflow", "alembic", "feast", "great_expectations", "dagster")
@@ -115,13 +133,36 @@ def ensure_ray(config: RayConfig) -> None:
             local["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
     global _cluster
     _cluster = config.address
-    with (
-        # connecting may last, and leaves nothing behind
-        nullcontext() if config.address else _interrupted_afterwards(),
-        # first of all Ray would set a handler of its own, which exits at once
-        mock.patch("ray._private.utils.set_sigterm_handler"),
-    ):
-        ray.init(address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+    # connecting may last, and leaves nothing behind
+    with nullcontext() if config.address else _interrupted_afterwards():
+        _in_a_thread(
+            lambda: ray.init(
+                address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
+            )
+        )
+
+
+def _in_a_thread(work: Callable[[], object]) -> None:
+    """Run something in a thread of its own, where it cannot replace the handlers of signals, and wait for it.
+
+    First of all Ray would set a handler of SIGTERM that exits at once. The thread then stays as long as this process:
+    the kernel ends the processes that Ray has started with the thread that started them.
+    """
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=run, name="starts Ray", daemon=True).start()
+    done.wait()
+    if failures:
+        raise failures[0]
 
 
 def stop_ray() -> None:

@@ -16,7 +16,8 @@ from features.errors import CorankError
 from serving.client import RankingClient
 from serving.ports import endpoint_url, free_port, require_free
 from serving.proxy import announce
-from serving.ranking import APPLICATION, ServingSettings, build_application
+from serving.ranking import APPLICATION, build_application
+from serving.settings import ServingSettings
 
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 

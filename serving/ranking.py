@@ -36,63 +36,21 @@ from starlette.exceptions import HTTPException
 from features.batch import concatenate
 from features.errors import CorankError, UnavailableError, message_of, raised
 from features.schema import OTHER_UNITS, Schema
-from features.store.online import FeatureStoreSettings
 from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
 from models.scoring import score_batches
 from serving.bodies import BodyError, bounded_route
-from serving.rows import InvalidRequestError, MissingContext, RequestRow, as_text, build_row
+from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
+from serving.settings import MOST_BODY_BYTES, ServingSettings
 
 APPLICATION = "corank"
 
 MOST_EVENTS = 10_000
 """Events of one push."""
 
-MOST_BODY_BYTES = 8 << 20
-"""Bytes of one body, by default."""
-
 LOG = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class ServingSettings:
-    """What the application needs to know. Plain values: it travels to the replicas.
-
-    Attributes:
-        artifact: directory of the published model.
-        log_delay: microseconds; a request sees events older than this.
-        max_candidates: most candidates of one request, and of one merged batch.
-        max_batch_requests, batch_wait_ms: how concurrent requests are merged.
-        max_ongoing_requests, max_queued_requests: requests of one service replica that are worked on, and that
-            may wait besides; any further one is answered 503 at once. As many pushes again.
-        ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
-        ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
-        max_body_bytes: of one HTTP request; a larger one is answered 413.
-        missing_context: whether a column that a request's context lacks is an error or unknown.
-    """
-
-    artifact: str
-    store: FeatureStoreSettings
-    log_delay: int = 0
-    max_candidates: int = 5_000
-    max_batch_requests: int = 8
-    batch_wait_ms: float = 0.0
-    ranker_replicas: int = 1
-    service_replicas: int = 1
-    max_ongoing_requests: int = 64
-    max_queued_requests: int = 128
-    ranker_cpus: float = 0.5
-    service_cpus: float = 0.1
-    ranker_threads: int | None = None
-    max_body_bytes: int = MOST_BODY_BYTES
-    missing_context: MissingContext = "error"
-
-    @property
-    def admitted(self) -> int:
-        """Requests to rank, and pushes, that one service replica holds at a time."""
-        return self.max_ongoing_requests + self.max_queued_requests
 
 
 @dataclass(frozen=True)
@@ -366,7 +324,7 @@ class RankingService:
         self._admitted = {"rank": 0, "push": 0}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self, self._settings.max_body_bytes)
+        return build_api(self, self._settings.options.max_body_bytes)
 
     async def describe(self) -> ModelDescription:
         """What the ranker serves, asked anew each time; also proves that the store can be read.
@@ -385,7 +343,7 @@ class RankingService:
             OverloadedError: too many requests are being worked on.
             UnavailableError: the online store does not answer.
         """
-        limits = self._settings
+        settings, limits = self._settings, self._settings.options
         if len(request.candidates) > limits.max_candidates:
             raise InvalidRequestError(
                 "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
@@ -397,7 +355,7 @@ class RankingService:
                 self._reading,
                 lambda: build_row(
                     reader,
-                    limits.log_delay,
+                    settings.log_delay,
                     str(request.user_id),
                     [str(item) for item in request.candidates],
                     request.context,
@@ -455,7 +413,7 @@ class RankingService:
         Raises:
             OverloadedError: there are too many.
         """
-        if self._admitted[kind] >= self._settings.admitted:
+        if self._admitted[kind] >= self._settings.options.admitted:
             raise OverloadedError(
                 f"{self._admitted[kind]} requests are being worked on, which is the limit; try again later"
             )
@@ -506,11 +464,13 @@ class Ranker:
 
     def __init__(self, settings: ServingSettings) -> None:
         keep_freed_memory()
-        torch.set_num_threads(settings.ranker_threads or max(1, (os.cpu_count() or 1) // settings.ranker_replicas))
+        torch.set_num_threads(
+            settings.ranker_threads or max(1, (os.cpu_count() or 1) // settings.options.ranker_replicas)
+        )
         self._artifact = load_artifact(settings.artifact)
-        self._max_candidates = settings.max_candidates
-        self.rank.set_max_batch_size(settings.max_batch_requests)  # type: ignore[attr-defined]
-        self.rank.set_batch_wait_timeout_s(settings.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
+        self._max_candidates = settings.options.max_candidates
+        self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
+        self.rank.set_batch_wait_timeout_s(settings.options.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
 
     def describe(self) -> ModelDescription:
         return ModelDescription(self._artifact.version, self._artifact.schema, self._artifact.metadata)
@@ -533,16 +493,16 @@ def build_application(settings: ServingSettings) -> serve.Application:
     """The application of these settings, for ``serve.run``."""
     ranker = serve.deployment(
         # The service limits the requests; the ranker must take all of them, or they could not be merged.
-        max_ongoing_requests=settings.admitted * settings.service_replicas,
-        num_replicas=settings.ranker_replicas,
+        max_ongoing_requests=settings.options.admitted * settings.options.service_replicas,
+        num_replicas=settings.options.ranker_replicas,
         ray_actor_options={"num_cpus": settings.ranker_cpus},
         max_constructor_retry_count=2,
     )(Ranker)
     service = serve.deployment(
         # Room above the limits of both kinds, so that what exceeds them reaches the service and is answered 503 in
         # JSON.
-        max_ongoing_requests=3 * settings.admitted + 100,
-        num_replicas=settings.service_replicas,
+        max_ongoing_requests=3 * settings.options.admitted + 100,
+        num_replicas=settings.options.service_replicas,
         ray_actor_options={"num_cpus": settings.service_cpus},
         max_constructor_retry_count=2,
     )(serve.ingress()(RankingService))

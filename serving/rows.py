@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -18,8 +18,7 @@ from features.batch import end_column, label_column, sample_schema, timeline_col
 from features.errors import CorankError
 from features.schema import Feature, Schema
 from features.store.reader import History, OnlineReader, encode_features
-
-MissingContext = Literal["error", "unknown"]
+from serving.settings import MissingContext
 
 MOST = float(np.finfo(np.float32).max)
 

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.config import RayConfig
-from pipeline.runtime import ensure_ray, quiet, stop_ray
+from pipeline.runtime import RayConfig, ensure_ray, quiet, stop_ray
 from tests.servers import free_port, wait_for
 
 quiet()

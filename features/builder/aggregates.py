@@ -1,7 +1,8 @@
 """Windowed aggregates (DESIGN §2): counts and sums per user, per item, and per user and key of the item.
 
-Kept partition by partition, so that a new partition costs in proportion to itself. A feature without a window is a
-running total. One with a window of w partitions is what each partition added, with the time *until* which it counts:
+Kept per partition, so that a new partition costs in proportion to itself; several are folded in one go. A feature
+without a window is a running total. One with a window of w partitions is what each partition added, with the time
+*until* which it counts:
 
     added by partition d:   count, sum,   known from ts(d) = close(d) + aggregates_delay,   until ts(d) + w partitions
     as of a moment:         the sum, oldest first, of what is known by then and whose until lies after it
@@ -22,11 +23,15 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from features.builder.lists import list_columns, ranges
 from features.encoding import encode
 from features.schema import GRAIN_LENGTH, Aggregate, Feature, Grain, Schema
 
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """What partitions added, [E] each: number of the owner, until (microseconds UTC), count, sum."""
+
+FOREVER = 2**63 - 1
+"""Later than any time, microseconds UTC."""
 
 KEY = "__key"
 """What is crossed with the user, as text; no column of the user's own has this name."""
@@ -137,13 +142,18 @@ def within(feature: Feature, entries: Entries, ts: np.ndarray | int, owners: int
     return [pl.Series(count_column(feature), count), pl.Series(sum_column(feature), total)]
 
 
-def deltas(features: Sequence[Feature], keys: Sequence[str], sources: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    """Counts and sums of one partition's rows per owner: ``keys`` and the :func:`value_columns`, ordered by owner.
+def deltas(
+    features: Sequence[Feature], keys: Sequence[str], sources: Mapping[str, pl.DataFrame], known: pl.Expr
+) -> pl.DataFrame:
+    """Counts and sums of every partition's rows per owner: ``keys``, ``ts`` (when it becomes known) and the
+    :func:`value_columns`, ordered by owner and ts.
 
     Args:
         sources: rows per table, with the keys as text. Every owner with a row in any of them gets one here.
+        known: when a row's partition becomes known, microseconds UTC.
     """
-    parts = [rows.select(keys).unique() for rows in sources.values()]
+    owner = [*keys, "ts"]
+    parts = [rows.select(*keys, known.alias("ts")).unique() for rows in sources.values()]
     for feature in features:
         aggregate = aggregate_of(feature)
         rows = sources[aggregate.of]
@@ -151,9 +161,9 @@ def deltas(features: Sequence[Feature], keys: Sequence[str], sources: Mapping[st
             rows = rows.filter(pl.sql_expr(aggregate.where))
         value = pl.lit(1.0) if aggregate.column is None else pl.col(aggregate.column).cast(pl.Float64)
         parts.append(
-            rows.select(*keys, value.alias("value"))
+            rows.select(*keys, known.alias("ts"), value.alias("value"))
             .filter(pl.col("value").is_finite())  # nor null; one NaN would stay in the sum for ever
-            .group_by(keys, maintain_order=True)
+            .group_by(owner, maintain_order=True)
             .agg(
                 pl.len().cast(pl.Int64).alias(count_column(feature)),
                 pl.col("value").sum().alias(sum_column(feature)),
@@ -163,10 +173,10 @@ def deltas(features: Sequence[Feature], keys: Sequence[str], sources: Mapping[st
 
 
 def summed(parts: Sequence[pl.DataFrame], keys: Sequence[str], features: Sequence[Feature]) -> pl.DataFrame:
-    """The parts added up per owner, ordered by owner; a column that a part lacks adds nothing."""
-    empty = _empty(keys, features)
+    """The parts added up per owner and ts, ordered by them; a column that a part lacks adds nothing."""
+    owner, empty = [*keys, "ts"], _empty(keys, features, ts=pl.Int64())
     stacked = pl.concat([empty, *parts], how="diagonal")
-    return stacked.group_by(keys).agg(pl.col(value_columns(features)).sum()).sort(keys)
+    return stacked.group_by(owner, maintain_order=True).agg(pl.col(value_columns(features)).sum()).sort(owner)
 
 
 def _empty(keys: Sequence[str], features: Sequence[Feature], **others: pl.DataType) -> pl.DataFrame:
@@ -176,6 +186,37 @@ def _empty(keys: Sequence[str], features: Sequence[Feature], **others: pl.DataTy
 
 def _any_nonzero(columns: Iterable[str]) -> pl.Expr:
     return pl.any_horizontal(pl.lit(False), *[pl.col(column) != 0 for column in columns])
+
+
+@dataclass(frozen=True)
+class Spans:
+    """What counts for owners, each for some time: rows of ``lists`` [E], ordered by owner, key and time.
+
+    Attributes:
+        owners: their name, first row and the row after the last.
+        since, until: it counts at ``since ≤ ts < until``, microseconds UTC, [E].
+    """
+
+    owners: pl.DataFrame
+    since: np.ndarray
+    until: np.ndarray
+    lists: pl.DataFrame
+
+    @staticmethod
+    def of(owner: pl.Series, since: np.ndarray, until: np.ndarray, lists: pl.DataFrame) -> Spans:
+        runs = owner.alias("owner").rle().struct.unnest()
+        stop = pl.col("len").cast(pl.Int64).cum_sum()
+        owners = runs.select(pl.col("value").alias("owner"), (stop - pl.col("len")).alias("start"), stop.alias("stop"))
+        return Spans(owners, since, until, lists)
+
+    def at(self, owners: pl.Series, ts: int) -> dict[str, pa.ListArray]:
+        """What counts at a moment for some owners, as list columns."""
+        asked = owners.alias("owner").to_frame()
+        found = asked.join(self.owners, on="owner", how="left", maintain_order="left").fill_null(0)
+        start, stop = found["start"].to_numpy(), found["stop"].to_numpy()
+        rows, owner = ranges(start, stop), np.repeat(np.arange(len(start)), stop - start)
+        counts = (self.since[rows] <= ts) & (ts < self.until[rows])
+        return list_columns(self.lists, rows[counts], np.bincount(owner[counts], minlength=len(start)))
 
 
 @dataclass
@@ -207,62 +248,65 @@ class Tally:
         """The newest totals of every owner."""
         return self.rows.unique(self.keys, keep="last", maintain_order=True)
 
-    def advance(self, delta: pl.DataFrame, ts: int) -> pl.DataFrame:
-        """Fold one partition in.
+    def everyone(self, ts: int) -> pl.DataFrame:
+        """Keys and ts of all that have been seen when this partition becomes known (microseconds UTC)."""
+        seen = self.rows.filter(pl.col("ts") <= ts).select(self.keys).unique()
+        return seen.with_columns(pl.lit(ts, pl.Int64).alias("ts"))
+
+    def advance(self, delta: pl.DataFrame) -> pl.DataFrame:
+        """Fold partitions in, which come after those folded so far.
 
         Args:
-            delta: its :func:`deltas`; every owner in it counts as seen from now on.
-            ts: when the new state becomes known, microseconds UTC.
+            delta: their :func:`deltas`; every owner in it counts as seen from then on.
 
         Returns:
-            keys of the owners whose state changed, or who are new.
+            keys and ts of the owners whose state changed, or who are new.
         """
         before = delta.select(self.keys).join(self.current(), on=self.keys, how="left", maintain_order="left")
-        changed = delta.with_columns(_any_nonzero(value_columns(self.features)).alias("changed"))["changed"]
+        is_first = pl.struct(self.keys).is_first_distinct()
+        changed = delta.select(_any_nonzero(value_columns(self.features)).alias("changed"))["changed"]
         if KEY not in self.keys:
-            changed |= before["ts"].is_null()
-        known = pl.lit(ts, pl.Int64).alias("ts")
+            changed |= delta.select(is_first).to_series() & before["ts"].is_null()
+        delta, before = delta.filter(changed), before.filter(changed)
         if self.totals or KEY not in self.keys:
-            after = before.select(
-                *self.keys, known, *[pl.col(one).fill_null(0) + delta[one] for one in value_columns(self.totals)]
-            )
-            self.rows = pl.concat([self.rows, after.filter(changed)])
-        added = delta.filter(_any_nonzero(value_columns(self.windows)))
-        self.entries = pl.concat([self.entries, added.select(*self.keys, known, *value_columns(self.windows))])
-        return delta.filter(changed).select(self.keys)
+            totals = value_columns(self.totals)
+            # added up one after the other, as if they were folded one by one: equal bits
+            added = [
+                pl.when(is_first).then(before[one].fill_null(0) + pl.col(one)).otherwise(one).alias(one)
+                for one in totals
+            ]
+            after = delta.select(*self.keys, "ts", *added)
+            self.rows = pl.concat([self.rows, after.with_columns(pl.col(totals).cum_sum().over(self.keys))])
+        windowed = delta.filter(_any_nonzero(value_columns(self.windows)))
+        self.entries = pl.concat([self.entries, windowed.select(self.entries.columns)])
+        return delta.select(*self.keys, "ts")
 
-    def states(self, owners: pl.DataFrame, ts: int) -> pl.DataFrame:
-        """Rows of the state table for some owners: their keys, ``ts`` and the columns of :func:`state_fields`.
+    def totals_at(self, owners: pl.DataFrame) -> pl.DataFrame:
+        """The totals of owners (user_id or item_id, ts) as of their ``ts``, when a folded partition becomes known."""
+        asked = owners.with_row_index("__row").sort("ts")
+        rows = self.rows.sort("ts", maintain_order=True)
+        return asked.join_asof(rows, on="ts", by=self.keys, check_sortedness=False).sort("__row").drop("__row")
 
-        Args:
-            owners: user_id or item_id, each once.
-            ts: when the newest folded partition becomes known, microseconds UTC.
-        """
-        result = owners.with_columns(pl.lit(ts, pl.Int64).alias("ts"))
-        if KEY not in self.keys:
-            result = result.join(self.current().drop("ts"), on=self.keys, how="left", maintain_order="left")
+    def spans(self) -> list[Spans]:
+        """The features whose state is a list, in order of declaration: those with a window, and all of side cross."""
+        found = []
         for feature in self.features:
+            columns = [count_column(feature), sum_column(feature)]
             if feature in self.windows:
-                long = self._within(feature, ts)
+                rows = self.entries.filter(pl.col(columns[0]) != 0).sort(*self.keys, "ts")
+                until = pl.col("ts") + self.windows[feature] * self.length
+                rows = rows.with_columns(until.alias("until"))
             elif KEY in self.keys:
-                long = self.current().filter(pl.col(count_column(feature)) != 0)
+                rows = self.rows.sort(*self.keys, "ts")
+                following = pl.col("ts").shift(-1).over(self.keys).fill_null(FOREVER)
+                rows = rows.with_columns(following.alias("until")).filter(pl.col(columns[0]) != 0)
             else:
                 continue
-            long, lists = long.join(owners, on=owners.columns, how="semi"), list(state_columns(feature))
-            if KEY in self.keys:
-                long, lists = long.rename({KEY: key_column(feature)}), [key_column(feature), *lists]
-            long = long.sort(lists[:-2]).group_by(owners.columns).agg(lists)  # by key, then by time
-            result = result.join(long, on=owners.columns, how="left", maintain_order="left")
-        return result
-
-    def _within(self, feature: Feature, ts: int) -> pl.DataFrame:
-        """A windowed feature's entries that count at ``ts``: keys and :func:`state_columns`."""
-        span = self.windows[feature] * self.length
-        inside = self.entries.filter((pl.col("ts") + span > ts) & (pl.col(count_column(feature)) != 0))
-        values = [pl.col("ts") + span, pl.col(count_column(feature)), pl.col(sum_column(feature))]
-        return inside.select(
-            *self.keys, *[value.alias(name) for value, name in zip(values, state_columns(feature), strict=True)]
-        )
+            stored = [*([KEY] if KEY in self.keys else []), *(["until"] if feature in self.windows else []), *columns]
+            names = [*([key_column(feature)] if KEY in self.keys else []), *state_columns(feature)]
+            lists = rows.select(pl.col(one).alias(name) for one, name in zip(stored, names, strict=True))
+            found.append(Spans.of(rows[self.keys[0]], rows["ts"].to_numpy(), rows["until"].to_numpy(), lists))
+        return found
 
     def load(self, states: pl.DataFrame, since: int = 0) -> None:
         """Take in rows of the state table, ordered by ts and after those known.
@@ -315,11 +359,13 @@ class Tally:
         if self.windows:
             known = self.entries.rename({"ts": "since"})
             entries = distinct.with_row_index("owner").join(known, on=self.keys, maintain_order="right")
-            entries = entries.filter(pl.col("since") <= pl.col("ts"))
-            owner, since, ts = (entries[name].to_numpy() for name in ("owner", "since", "ts"))
+            longest = max(self.windows.values()) * self.length
+            since = pl.col("since")
+            entries = entries.filter((since <= pl.col("ts")) & (since + longest > pl.col("ts")))
+            owner, opened, ts = (entries[name].to_numpy() for name in ("owner", "since", "ts"))
             for feature, window in self.windows.items():
                 counts, sums = (entries[name].to_numpy() for name in value_columns([feature]))
-                own = owner, since + window * self.length, counts, sums
+                own = owner, opened + window * self.length, counts, sums
                 found = found.with_columns(within(feature, own, ts, distinct.height))
         return asked.join(found, on=[*self.keys, "ts"], how="left", maintain_order="left").select(
             pl.col("known").fill_null(False), *value_columns(self.features)

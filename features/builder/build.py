@@ -4,15 +4,17 @@
     log ──► deltas of items, by bucket of users ──(shuffle)──► fold of items ──► item_aggregates
     log + item_aggregates ──► fold of users, by bucket ──► samples, state, user_aggregates
 
-Tasks write Parquet files; nothing is visible until the driver commits a partition, table by table, samples last.
+Tasks write Parquet files; nothing is visible until the driver commits the partitions, table by table, samples last.
+
+Plain Ray tasks, not a Ray Data plan: that cancels its tasks after a failure but does not wait for their end, so they
+would still write; it tells nothing before it ends; and its ``Datasink`` keeps all blocks of a task in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import polars as pl
@@ -32,10 +34,11 @@ from features.builder.states import (
     state_schema,
     user_aggregates_schema,
 )
-from features.delta.table import DataFile, Table, replace_partition, write_file
+from features.delta.paths import address
+from features.delta.table import DataFile, Table, replace_partitions, write_file
 from features.encoding import bucket_column
 from features.errors import CorankError
-from features.tasks import result_of
+from features.tasks import ended, result_of
 
 LAID_OUT = "laid_out"
 """Folder of the copies by (dt, bucket) of tables that their owner laid out otherwise."""
@@ -89,11 +92,12 @@ def build_partitions(
     impressions: Mapping[str, int],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, PartitionCounts]:
-    """Build and commit these partitions in Ray tasks, each in one atomic commit per table.
+    """Build these partitions in Ray tasks, and commit them together: one atomic commit per table.
 
-    A task holds one bucket, and the profiles and counts of all items; so memory is bounded by these times the tasks
-    that run at once (``settings.at_once``), whatever the size of the object store, which only ever holds the deltas of
-    items in these partitions.
+    A task holds the states of one bucket, the rows of a group of small partitions or of one that is larger, and the
+    profiles and counts of the items that its rows name; so memory is bounded by these times the tasks that run at once
+    (``settings.at_once``), whatever the size of the object store, which only ever holds the deltas of items in these
+    partitions.
 
     Args:
         partitions: consecutive, oldest first.
@@ -131,9 +135,10 @@ def _fold_all_items(
     shards = min(settings.buckets, SHARDS)
     buckets = [(settings, bucket, partitions, shards) for bucket in range(settings.buckets)]
     counted: list[list[Any]] = [[] for _ in buckets]
-    for done, (bucket, shares) in enumerate(_ended(_count_items, buckets, settings.at_once, shards), start=1):
-        counted[bucket] = shares
-        progress("buckets counted", done, settings.buckets)
+    with closing(ended(_count_items, buckets, settings.at_once, shards)) as tasks:
+        for done, (bucket, shares) in enumerate(tasks, start=1):
+            counted[bucket] = shares
+            progress("buckets counted", done, settings.buckets)
     calls = [
         (settings, shard, shards, partitions, earlier, *(own[shard] for own in counted)) for shard in range(shards)
     ]
@@ -168,8 +173,8 @@ def _laid_out(
         for role in roles:
             root = f"{settings.root}/{LAID_OUT}/{role}"
             schema = partitioned(list(_layout(settings.tables[role])))
-            for dt in slices[role]:
-                replace_partition(root, dt, files.get((role, dt), []), schema, settings.storage_options)
+            copied = {dt: files.get((role, dt), []) for dt in slices[role]}
+            replace_partitions(root, copied, schema, settings.storage_options)
             tables[role] = Table(role, root, {}, settings.storage_options)
         yield replace(settings, tables=tables)
     finally:
@@ -178,7 +183,7 @@ def _laid_out(
 
 def clear_copies(root: str) -> None:
     """Delete the copies of the user's tables that a build, or a killed one, left below the builder's tables."""
-    store, path = fs.FileSystem.from_uri(root) if "://" in root else (fs.LocalFileSystem(), root)
+    store, path = fs.FileSystem.from_uri(address(root)) if "://" in root else (fs.LocalFileSystem(), root)
     if store.get_file_info(f"{path}/{LAID_OUT}").type != fs.FileType.NotFound:
         store.delete_dir(f"{path}/{LAID_OUT}")
 
@@ -194,44 +199,20 @@ def _gathered(
     """Run tasks; what they wrote, by (table, partition), and what they counted."""
     files: Files = {}
     counts = {partition: PartitionCounts() for partition in partitions}
-    for done, (_, (written,)) in enumerate(_ended(function, calls, settings.at_once), start=1):
-        for one in result_of(written):
-            if one.file is not None:
-                files.setdefault((one.table, one.partition), []).append(one.file)
-            counts[one.partition] += one.counts
-        progress(what, done, len(calls))
+    with closing(ended(function, calls, settings.at_once)) as tasks:
+        for done, (_, (written,)) in enumerate(tasks, start=1):
+            for one in result_of(written):
+                if one.file is not None:
+                    files.setdefault((one.table, one.partition), []).append(one.file)
+                counts[one.partition] += one.counts
+            progress(what, done, len(calls))
     return files, counts
 
 
-def _ended(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], at_once: int | None, returns: int = 1
-) -> Iterator[tuple[int, list[Any]]]:
-    """Run a function in Ray tasks; the number of a call and the references to what it returned, as they end.
-
-    Plain tasks: the shuffle of a Ray Data plan alone takes five seconds on two cores, many times as long as the
-    build of a small partition, and makes Ray start its workers anew.
-    """
-    import ray
-
-    task = ray.remote(function).options(num_returns=returns)
-    waiting = iter(enumerate(calls))
-    running: dict[Any, tuple[int, list[Any]]] = {}
-    while True:
-        for number, call in islice(waiting, None if at_once is None else at_once - len(running)):
-            # with a single return value Ray gives the reference itself
-            references = task.remote(*call) if returns > 1 else [task.remote(*call)]
-            running[references[0]] = number, references
-        if not running:
-            return
-        (first, *_), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
-        yield running.pop(first)
-
-
 def _commit(settings: BuildSettings, table: str, schema: pa.Schema, partitions: Sequence[str], files: Files) -> None:
-    for partition in partitions:
-        # tasks end in any order; the reader's order of files must not hang on it
-        written = sorted(files.get((table, partition), []), key=lambda file: file.path)
-        replace_partition(settings.table_root(table), partition, written, schema, settings.storage_options)
+    # tasks end in any order; the reader's order of files must not hang on it
+    written = {one: sorted(files.get((table, one), []), key=lambda file: file.path) for one in partitions}
+    replace_partitions(settings.table_root(table), written, schema, settings.storage_options)
 
 
 def _check_counts(settings: BuildSettings, partition: str, count: PartitionCounts, impressions: int) -> None:

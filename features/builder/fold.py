@@ -1,17 +1,19 @@
-"""The fold of one bucket: partition by partition, log rows into sample rows and new states.
+"""The fold of one bucket: log rows of partition after partition into sample rows and new states.
 
 Data flow, inside one Ray task, in Polars:
 
-    states of d−1 + rows of d ──► timelines, counts ──► samples of d: timeline once, requests, candidates
-                                        └─────────────► states of d (only owners with a change)
+    states of d−1 + rows of d, … , e ──► timelines, counts ──► samples of d, … , e: timeline once, requests, candidates
+                                               └─────────────► states of d, … , e (only owners with a change)
 
-The states are carried in memory from partition to partition, so building many reads each log slice once. Items
-have rows in every bucket of users; their counts are folded first, by bucket of items (:func:`fold_items`).
+Small partitions are folded together, in one set of expressions whose rows are keyed by owner and partition; the states
+are carried in memory from one group of them to the next, so building many reads each log slice once. Items have rows in
+every bucket of users; their counts are folded first, by bucket of items (:func:`fold_items`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -28,94 +30,106 @@ from features.builder.aggregates import (
     summed,
     user_tallies,
 )
-from features.builder.log_rows import crossed, log_rows, new_events, profiles_of, with_feedback
-from features.builder.sample_rows import in_order, newest, sample_rows
+from features.builder.lists import parts_of
+from features.builder.log_rows import crossed, items_named, log_rows, new_events, profiles_of, with_feedback
+from features.builder.sample_rows import sample_rows
 from features.builder.states import (
+    CLOSE,
     EVENT_ID,
     ITEM_AGGREGATES,
     SAMPLES,
     STATE,
+    TOGETHER_BYTES,
     USER_AGGREGATES,
     BuildSettings,
     bucket_rows,
+    in_order,
     is_snapshot,
     item_aggregates_schema,
     load_state,
+    newest,
     restore_items,
     restore_users,
     state_rows,
-    to_arrow,
     unpartitioned,
     user_aggregates_schema,
 )
+from features.delta.table import together
 from features.encoding import bucket_column
+from features.schema import Sequence as BehaviourSequence
 from features.schema import partition_bounds
+
+TOGETHER_ITEMS = 200_000
+"""Changes of items' counts that are folded together."""
 
 
 def fold_bucket(
-    settings: BuildSettings, bucket: int, partitions: Iterable[str], earlier: Sequence[str]
+    settings: BuildSettings, bucket: int, partitions: Sequence[str], earlier: Sequence[str]
 ) -> Iterator[tuple[str, str, pa.Table, dict[str, int]]]:
-    """Rows of ``samples``, ``state`` and ``user_aggregates`` of one bucket, partition by partition.
+    """Rows of ``samples``, ``state`` and ``user_aggregates`` of one bucket in every partition.
 
     The table ``item_aggregates`` must hold the earlier partitions and these.
 
     Args:
+        partitions: oldest first.
         earlier: the partitions before, oldest first; their states precede these.
 
     Yields:
         (table, partition, rows without partition columns, counts).
     """
-    settings, partitions = settings.pinned(), list(partitions)
+    settings = settings.pinned()
     schema, grain = settings.schema, settings.grain
+    item_counts = settings.opened(ITEM_AGGREGATES)
+    named = items_named(settings, partitions, bucket)
     users = profiles_of(settings, "users", "user_id", schema.side("user"), bucket)
-    items = profiles_of(settings, "items", "item_id", schema.side("item"), None)
-    previous = earlier[-1] if earlier else None
-    state: dict[str, pl.DataFrame] = {}
+    items = profiles_of(settings, "items", "item_id", schema.side("item"), named)
     own, cross = user_tallies(schema, grain)
     counted = item_tally(schema, grain)
-    for index, partition in enumerate(partitions):
-        opening, close = partition_bounds(partition, grain)
-        if index == 0:
-            restore_users(settings, [own, *cross], bucket, earlier, opening)
-            restore_items(settings, counted, None, earlier, opening)
-        rows, counts = log_rows(settings, partition, bucket)
-        whole = is_snapshot(partition, previous, grain)
-        if index == 0:
+    opening = partition_bounds(partitions[0], grain)[0]
+    restore_users(settings, [own, *cross], bucket, earlier, opening)
+    restore_items(settings, counted, named, earlier, opening)
+    snapshots = _snapshots(settings, partitions, earlier)
+    state: dict[str, pl.DataFrame] = {}
+    for group in _together(settings, partitions):
+        closes = {partition_bounds(one, grain)[1]: one for one in group}
+        rows, counts = log_rows(settings, group, bucket)
+        if not state:
             touched = pl.concat([one.select("user_id") for one in rows.values()]).unique()
-            state = load_state(settings, bucket, earlier, None if whole or len(partitions) > 1 else touched)
+            state = load_state(settings, bucket, earlier, None if snapshots or len(partitions) > 1 else touched)
         new = {
-            # an event delivered again in a later partition counts once, as online
-            s.name: new_events(s, rows[s.events], items).join(
-                state[s.name], on=["user_id", EVENT_ID], how="anti", maintain_order="left"
-            )
+            s.name: _delivered_once(settings, s, new_events(s, rows[s.events], items), state[s.name], list(closes))
             for s in schema.sequences
         }
-        timelines = {name: in_order(pl.concat([state[name], new[name]])) for name in new}
-        shown = with_feedback(settings, rows["impressions"], partition)
-        samples = sample_rows(settings, shown, timelines, users, items, own, cross, counted)
-        sizes = candidate_counts(samples)
-        yield (
-            SAMPLES,
-            partition,
-            samples,
-            {
-                **counts,
-                "candidates": sizes["candidates"],
-                "requests": sizes["requests"],
-                "users": sizes["rows"],
-                "timeline_events": sizes["events"],
-                "events": sum(events.height for events in new.values()),
-            },
-        )
-        state = {s.name: newest(timelines[s.name], s.length, close - settings.log_delay) for s in schema.sequences}
-        yield STATE, partition, state_rows(settings, state, state if whole else new, close), {}
-        yield USER_AGGREGATES, partition, _advance_users(settings, own, cross, rows, items, partition, whole), {}
-        for tally in (own, *cross):
-            tally.forget_before(close)
-        of_items = bucket_rows(settings.table(ITEM_AGGREGATES), item_aggregates_schema(schema), None, partition)
-        counted.load(of_items, since=settings.known_at(partition))
-        counted.forget_before(close)
-        previous = partition
+        timelines = {name: in_order(pl.concat([state[name], new[name].drop(CLOSE)])) for name in new}
+        shown = with_feedback(settings, rows["impressions"], group)
+        states = _advance_users(settings, own, cross, rows, items, group, snapshots)
+        of_items = bucket_rows(item_counts, item_aggregates_schema(schema), None, group, named)
+        counted.load(of_items.sort("ts", maintain_order=True), since=settings.known_at(group[0]))
+        happened = dict(_owners_of(new).group_by(CLOSE).len().iter_rows())
+        for close, samples in sample_rows(settings, shown, list(closes), timelines, users, items, own, cross, counted):
+            sizes = candidate_counts(samples)
+            yield (
+                SAMPLES,
+                closes[close],
+                samples,
+                {
+                    **counts[closes[close]],
+                    "candidates": sizes["candidates"],
+                    "requests": sizes["requests"],
+                    "users": sizes["rows"],
+                    "timeline_events": sizes["events"],
+                    "events": happened.get(close, 0),
+                },
+            )
+        owners = _owners(state, new, [close for close, one in closes.items() if one in snapshots])
+        for close, part in state_rows(settings, timelines, owners, list(closes)):
+            yield STATE, closes[close], part, {}
+        for partition, part in states:
+            yield USER_AGGREGATES, partition, part, {}
+        last = max(closes)
+        state = {s.name: newest(timelines[s.name], s.length, last - settings.log_delay) for s in schema.sequences}
+        for tally in (own, *cross, counted):
+            tally.forget_before(last)
 
 
 def rows_after(settings: BuildSettings, earlier: Sequence[str], impressions: pl.DataFrame) -> pa.Table:
@@ -130,18 +144,86 @@ def rows_after(settings: BuildSettings, earlier: Sequence[str], impressions: pl.
     schema = settings.schema
     rows = [unpartitioned(sample_schema(schema)).empty_table()]
     moment = int(impressions.select(pl.col("ts").min()).item())
-    items = profiles_of(settings, "items", "item_id", schema.side("item"), None)
+    named = impressions.select(pl.col("item_id").cast(pl.String)).drop_nulls().unique()
+    items = profiles_of(settings, "items", "item_id", schema.side("item"), named)
     counted = item_tally(schema, settings.grain)
-    restore_items(settings, counted, None, earlier, moment)
-    marked = impressions.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
+    restore_items(settings, counted, named, earlier, moment)
+    marked = impressions.with_columns(
+        bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"), pl.lit(0, pl.Int64).alias(CLOSE)
+    )
     for (bucket,), part in marked.partition_by("bucket", as_dict=True, include_key=False).items():
         own, cross = user_tallies(schema, settings.grain)
         restore_users(settings, [own, *cross], bucket, earlier, moment)
-        users = profiles_of(settings, "users", "user_id", schema.side("user"), bucket)
+        users = profiles_of(settings, "users", "user_id", schema.side("user"), int(bucket))
         state = load_state(settings, bucket, earlier, part.select("user_id").unique())
         timelines = {name: in_order(events) for name, events in state.items()}
-        rows.append(sample_rows(settings, part, timelines, users, items, own, cross, counted))
+        rows += [one for _, one in sample_rows(settings, part, [0], timelines, users, items, own, cross, counted)]
     return pa.concat_tables(rows)
+
+
+def _together(settings: BuildSettings, partitions: Sequence[str]) -> list[list[str]]:
+    """The partitions in groups that are folded together, by what a bucket reads of the logs."""
+    sizes = dict.fromkeys(partitions, 0)
+    for role in settings.schema.logs:
+        for partition, size in settings.tables[role].sizes(partitions).items():
+            sizes[partition] += size
+    return together(sizes, TOGETHER_BYTES * settings.buckets, len(partitions))
+
+
+def _snapshots(settings: BuildSettings, partitions: Sequence[str], earlier: Sequence[str]) -> set[str]:
+    """Those of the partitions in which the state tables hold everyone."""
+    previous = [earlier[-1] if earlier else None, *partitions]
+    return {one for one, before in zip(partitions, previous, strict=False) if is_snapshot(one, before, settings.grain)}
+
+
+def _delivered_once(
+    settings: BuildSettings,
+    sequence: BehaviourSequence,
+    new: pl.DataFrame,
+    state: pl.DataFrame,
+    closes: Sequence[int],
+) -> pl.DataFrame:
+    """The events that the state before their partition does not hold: delivered again in a later partition an event
+    counts once, as online.
+
+    Args:
+        new: events of the partitions with these closes, each once in its partition.
+        state: before the first of them.
+    """
+    key = ["user_id", EVENT_ID]
+    if len(closes) == 1:
+        return new.join(state, on=key, how="anti", maintain_order="left")
+    delivered = pl.concat([state.select(key), new.select(key)])
+    users = delivered.filter(pl.struct(key).is_duplicated()).select("user_id").unique()
+    if users.is_empty():
+        return new
+    # what a state holds hangs on what came before it: of these users, partition by partition
+    held, kept = state.join(users, on="user_id", how="semi"), [new.join(users, on="user_id", how="anti")]
+    again = new.join(users, on="user_id", how="semi", maintain_order="left")
+    for close in closes:
+        first = again.filter(pl.col(CLOSE) == close).join(held, on=key, how="anti", maintain_order="left")
+        kept.append(first)
+        held = newest(in_order(pl.concat([held, first.drop(CLOSE)])), sequence.length, close - settings.log_delay)
+    return pl.concat(kept)
+
+
+def _owners(
+    state: Mapping[str, pl.DataFrame], new: Mapping[str, pl.DataFrame], snapshots: Sequence[int]
+) -> pl.DataFrame:
+    """Who has a row in the state table (user_id, ``CLOSE``): with new events; in a snapshot, with any so far."""
+    changed = _owners_of(new)
+    before = [events.select("user_id", pl.lit(0, pl.Int64).alias(CLOSE)) for events in state.values()]
+    since = pl.concat([changed, *before]).group_by("user_id").agg(pl.col(CLOSE).min())
+    everyone = [
+        since.filter(pl.col(CLOSE) <= close).with_columns(pl.lit(close, pl.Int64).alias(CLOSE)) for close in snapshots
+    ]
+    return pl.concat([changed, *everyone]).unique()
+
+
+def _owners_of(events: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """user_id and ``CLOSE`` of the events of all sequences."""
+    none = pl.DataFrame(schema={"user_id": pl.String, CLOSE: pl.Int64})
+    return pl.concat([none, *[one.select("user_id", CLOSE) for one in events.values()]])
 
 
 def _advance_users(
@@ -150,57 +232,76 @@ def _advance_users(
     cross: Sequence[Tally],
     rows: Mapping[str, pl.DataFrame],
     items: pl.DataFrame,
-    partition: str,
-    whole: bool,
-) -> pa.Table:
-    """Fold the partition into the user's tallies; rows of ``user_aggregates``, of all users if ``whole``."""
-    ts = settings.known_at(partition)
-    changed = [own.advance(deltas(own.features, own.keys, rows), ts)]
+    partitions: Sequence[str],
+    snapshots: Collection[str],
+) -> Iterator[tuple[str, pa.Table]]:
+    """Fold partitions into the user's tallies; rows of ``user_aggregates``, of all users in a snapshot."""
+    known = pl.col(CLOSE) + settings.aggregates_delay
+    changed = [own.advance(deltas(own.features, own.keys, rows, known))]
     for tally in cross:
         (feature,) = tally.features
         aggregate = aggregate_of(feature)
         counted = crossed(rows[aggregate.of], items, str(aggregate.key))
-        changed.append(tally.advance(deltas(tally.features, tally.keys, {aggregate.of: counted}), ts).select("user_id"))
-    users = own.current().select("user_id") if whole else pl.concat(changed).unique()
-    states = own.states(users, ts)
-    for tally in cross:
-        states = states.join(tally.states(users, ts).drop("ts"), on="user_id", how="left")
-    arrow = unpartitioned(user_aggregates_schema(settings.schema))
-    return to_arrow(states.select(arrow.names).sort("user_id"), arrow)
+        added = tally.advance(deltas(tally.features, tally.keys, {aggregate.of: counted}, known))
+        changed.append(added.select("user_id", "ts"))
+    changed += [own.everyone(settings.known_at(one)) for one in partitions if one in snapshots]
+    owners = pl.concat(changed).unique()
+    return _counts(settings, [own, *cross], owners, partitions, user_aggregates_schema(settings.schema))
 
 
-def item_deltas(settings: BuildSettings, bucket: int, partitions: Iterable[str]) -> Iterator[pl.DataFrame]:
-    """What one bucket of users adds to the items' counts, per partition: dt, bucket (of the item), and deltas."""
+def _counts(
+    settings: BuildSettings,
+    tallies: Sequence[Tally],
+    owners: pl.DataFrame,
+    partitions: Sequence[str],
+    schema: pa.Schema,
+) -> Iterator[tuple[str, pa.Table]]:
+    """Rows of a table of counts, partition by partition.
+
+    Args:
+        tallies: of the owners themselves, then those by key.
+        owners: who has a row, and when it becomes known: user_id or item_id, and ts.
+        schema: of the table.
+    """
+    arrow, known = unpartitioned(schema), {settings.known_at(one): one for one in partitions}
+    rows = tallies[0].totals_at(owners.sort("ts", arrow.names[0]))
+    spans = [one for tally in tallies for one in tally.spans()]
+    for ts, first, last in parts_of(rows["ts"], list(known)):
+        part = rows[first:last]
+        columns: dict[str, Any] = {one.name: one.to_arrow() for one in part}
+        for one in spans:
+            columns |= one.at(part[arrow.names[0]], ts)
+        yield known[ts], pa.table({name: columns[name] for name in arrow.names}).cast(arrow)
+
+
+def item_deltas(settings: BuildSettings, bucket: int, partitions: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """What one bucket of users adds to the items' counts: bucket (of the item), and deltas."""
     features, settings = settings.schema.aggregates("item"), settings.pinned()
-    for partition in partitions:
-        rows, _ = log_rows(settings, partition, bucket)
+    for group in _together(settings, partitions):
+        rows, _ = log_rows(settings, group, bucket)
         sources = {role: one.drop_nulls("item_id") for role, one in rows.items() if "item_id" in one.columns}
-        yield deltas(features, ["item_id"], sources).with_columns(
-            pl.lit(partition).alias("dt"),
-            bucket_column(pl.col("item_id"), settings.buckets).alias("bucket"),
+        yield deltas(features, ["item_id"], sources, pl.col(CLOSE) + settings.aggregates_delay).with_columns(
+            bucket_column(pl.col("item_id"), settings.buckets).alias("bucket")
         )
 
 
 def fold_items(
-    settings: BuildSettings, bucket: int, parts: pl.DataFrame, partitions: Iterable[str], earlier: Sequence[str]
+    settings: BuildSettings, bucket: int, parts: pl.DataFrame, partitions: Sequence[str], earlier: Sequence[str]
 ) -> Iterator[tuple[str, pa.Table]]:
     """Rows of ``item_aggregates`` of one bucket of items, partition by partition.
 
     Args:
         parts: :func:`item_deltas` of all buckets of users for this bucket of items.
     """
-    tally = item_tally(settings.schema, settings.grain)
-    arrow = unpartitioned(item_aggregates_schema(settings.schema))
-    previous = earlier[-1] if earlier else None
-    for index, partition in enumerate(partitions):
-        opening, close = partition_bounds(partition, settings.grain)
-        if index == 0:
-            restore_items(settings, tally, bucket, earlier, opening)
-        of_partition = parts.filter(pl.col("dt") == partition).drop("dt", "bucket")
-        ts = settings.known_at(partition)
-        changed = tally.advance(summed([of_partition], tally.keys, tally.features), ts)
-        if is_snapshot(partition, previous, settings.grain):
-            changed = tally.current().select("item_id")
-        yield partition, to_arrow(tally.states(changed, ts).select(arrow.names).sort("item_id"), arrow)
-        tally.forget_before(close)
-        previous = partition
+    tally, grain = item_tally(settings.schema, settings.grain), settings.grain
+    restore_items(settings, tally, bucket, earlier, partition_bounds(partitions[0], grain)[0])
+    snapshots = _snapshots(settings, partitions, earlier)
+    known = {one: settings.known_at(one) for one in partitions}
+    sizes = dict(parts.group_by("ts").len().iter_rows())
+    for group in together({one: sizes.get(ts, 0) for one, ts in known.items()}, TOGETHER_ITEMS, len(partitions)):
+        own = parts.filter(pl.col("ts").is_between(known[group[0]], known[group[-1]])).drop("bucket")
+        changed = [tally.advance(summed([own], tally.keys, tally.features))]
+        changed += [tally.everyone(known[one]) for one in group if one in snapshots]
+        layout = item_aggregates_schema(settings.schema)
+        yield from _counts(settings, [tally], pl.concat(changed).unique(), group, layout)
+        tally.forget_before(partition_bounds(group[-1], grain)[1])

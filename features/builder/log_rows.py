@@ -14,48 +14,74 @@ from features.builder.aggregates import (
     KEY,
     cross_column,
 )
-from features.builder.states import EVENT_ID, BuildSettings
+from features.builder.states import CLOSE, EVENT_ID, BuildSettings
 from features.encoding import encode, hash_ids
 from features.errors import DataGateError
 from features.schema import FEEDBACK, OTHER_UNITS, Feature, FieldSpec, Grain, Schema, partition_bounds
 from features.schema import Sequence as BehaviourSequence
-from features.validation import distinct_events, quarantine
+from features.validation import bounds_of, distinct_events, quarantine
 
 FEEDBACK_ROWS = 1_000_000
 """Rows of feedback that are looked at together."""
 
 
-def log_rows(settings: BuildSettings, partition: str, bucket: int) -> tuple[dict[str, pl.DataFrame], dict[str, int]]:
-    """One bucket's rows of every log in a partition, keys as text, and how many impressions there were.
+def log_rows(
+    settings: BuildSettings, partitions: Sequence[str], bucket: int
+) -> tuple[dict[str, pl.DataFrame], dict[str, dict[str, int]]]:
+    """One bucket's rows of every log in some partitions, and how many impressions there were in each.
 
-    Of impressions only the good ones; of events each once.
+    Of impressions only the good ones; of events each once in a partition. Keys are text, and ``CLOSE`` tells the
+    partition.
     """
-    raw = {role: settings.tables[role].slice([partition], bucket, settings.buckets) for role in settings.schema.logs}
-    good, rejected = quarantine(raw["impressions"], settings.schema, partition, settings.grain, settings.now)
-    counts = {"impressions": raw["impressions"].height, "quarantined": rejected.height}
+    raw = {role: settings.tables[role].slice(partitions, bucket, settings.buckets) for role in settings.schema.logs}
+    raw = {role: rows.with_columns(pl.col("dt").cast(pl.String)) for role, rows in raw.items()}
+    good, rejected = quarantine(raw["impressions"], settings.schema, partitions, settings.grain, settings.now)
+    impressions, quarantined = (
+        dict(rows.group_by("dt").agg(pl.len()).iter_rows()) for rows in (raw["impressions"], rejected)
+    )
+    counts = {
+        one: {"impressions": impressions.get(one, 0), "quarantined": quarantined.get(one, 0)} for one in partitions
+    }
     raw = {role: good if role == "impressions" else distinct_events(rows) for role, rows in raw.items()}
-    keys = ("request_id", "user_id", "item_id")
+    keys, (_, close) = ("request_id", "user_id", "item_id"), bounds_of(partitions, settings.grain)
     return {
-        role: rows.with_columns(pl.col(key).cast(pl.String) for key in keys if key in rows.columns)
+        role: rows.with_columns(
+            close.alias(CLOSE), *[pl.col(key).cast(pl.String) for key in keys if key in rows.columns]
+        )
         for role, rows in raw.items()
     }, counts
 
 
-def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition: str) -> pl.DataFrame:
+def items_named(settings: BuildSettings, partitions: Sequence[str], bucket: int) -> pl.DataFrame:
+    """The items (item_id as text, each once) that a bucket's rows of the logs in some partitions name."""
+    found = []
+    for role in settings.schema.logs:
+        table = settings.tables[role]
+        rows = table.scan(partitions)
+        if "item_id" in rows.collect_schema():
+            own = rows.filter(table.in_bucket(bucket, settings.buckets))
+            found.append(table.collect(own.select(pl.col("item_id").cast(pl.String).drop_nulls().unique()), partitions))
+    return pl.concat(found).unique()
+
+
+def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partitions: Sequence[str]) -> pl.DataFrame:
     """Impressions with the labels that came later, as columns named like their tasks.
 
     A label is the value of the newest row of ``feedback`` within the attribution window, 0 without one, and null
-    (masked) for the whole partition until the window of its last moment has passed.
+    (masked) for a whole partition until the window of its last moment has passed.
+
+    Args:
+        partitions: of the impressions, oldest first.
     """
     tasks = settings.schema.delayed_tasks
     if not tasks:
         return impressions
-    opening, close = partition_bounds(partition, settings.grain)
+    opening, close = (partition_bounds(partitions[one], settings.grain)[one] for one in (0, -1))
     table = settings.tables[FEEDBACK]
     window = settings.schema.attribution_window
     parts = feedback_partitions(table.partitions(), opening, close + window, settings.grain)
     keys = ["request_id", "item_id"]
-    own = impressions.select(*[pl.col(key).cast(pl.String) for key in keys], pl.col("ts").alias("shown"))
+    own = impressions.select(*[pl.col(key).cast(pl.String) for key in keys], pl.col("ts").alias("shown"), CLOSE)
     given = table.scan(parts).select(
         *[pl.col(key).cast(pl.String) for key in keys],
         pl.col("label").cast(pl.String),
@@ -70,17 +96,20 @@ def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partition:
     rows = pl.concat([given.clear().collect().join(own, on=keys, how="inner"), *found])
     labels = []
     for task in tasks:
-        last = pl.col("shown") + (task.attribution_window or 0)
+        span = task.attribution_window or 0
         newest = (
-            rows.filter((pl.col("label") == task.name) & pl.col("ts").is_between("shown", last))
+            rows.filter((pl.col("label") == task.name) & pl.col("ts").is_between("shown", pl.col("shown") + span))
             .drop_nulls("value")
             .sort("ts", "value")
-            .unique(keys, keep="last")
-            .select(*keys, (pl.col("value") > 0).cast(pl.Int8).alias(task.name))
+            .unique([*keys, CLOSE], keep="last")
+            .select(*keys, CLOSE, (pl.col("value") > 0).cast(pl.Int8).alias(task.name))
         )
-        label = own.join(newest, on=keys, how="left", maintain_order="left")[task.name].fill_null(0)
-        is_known = close + (task.attribution_window or 0) <= settings.now
-        labels.append(label if is_known else pl.repeat(None, len(own), dtype=pl.Int8, eager=True).alias(task.name))
+        given_label = pl.col(task.name).fill_null(0)
+        labels.append(
+            own.join(newest, on=[*keys, CLOSE], how="left", maintain_order="left")
+            .select(pl.when(pl.col(CLOSE) + span <= settings.now).then(given_label).alias(task.name))
+            .to_series()
+        )
     return impressions.with_columns(labels)
 
 
@@ -127,20 +156,26 @@ def feedback_partitions(partitions: Iterable[str], low: int, high: int, grain: G
 
 
 def profiles_of(
-    settings: BuildSettings, role: str, key: str, features: Sequence[Feature], bucket: int | None
+    settings: BuildSettings, role: str, key: str, features: Sequence[Feature], owners: int | pl.DataFrame
 ) -> pl.DataFrame:
     """Profile snapshots ordered by updated_at: key, updated_at, known, a code per feature.
 
     Those of items also have the keys to cross, as text, and the side information of events. Where there is no such
     table, nobody has a profile.
+
+    Args:
+        owners: whose: those of a bucket, or those named as text in the column ``key``.
     """
     table = settings.tables.get(role)
     if table is None:
         frame = pl.DataFrame(schema={key: pl.String, "updated_at": pl.Int64})
-    elif bucket is None:
-        frame = table.collect(table.scan())
+    elif isinstance(owners, int):
+        frame = table.slice(None, owners, settings.buckets)
     else:
-        frame = table.slice(None, bucket, settings.buckets)
+        wanted = pl.col(key).cast(pl.String)
+        frame = table.collect(
+            table.scan().join(owners.lazy(), left_on=wanted, right_on=key, how="semi", maintain_order="left")
+        )
     texts = []
     for column in settings.schema.cross_keys if role == "items" else ():
         kind = pl.List(pl.String) if isinstance(frame.schema[column], pl.List) else pl.String
@@ -157,7 +192,7 @@ def profiles_of(
 
 
 def new_events(sequence: BehaviourSequence, events: pl.DataFrame, items: pl.DataFrame) -> pl.DataFrame:
-    """Encoded events of one partition, ordered by (user, ts, event_id).
+    """Encoded events, ordered by (user, ts, event_id), with ``CLOSE`` where they have it.
 
     Args:
         items: profiles with the columns of :func:`joined_fields`.
@@ -170,6 +205,7 @@ def new_events(sequence: BehaviourSequence, events: pl.DataFrame, items: pl.Data
         "ts",
         *[encode(one, pl.col(one.source)).alias(one.name) for one in sequence.own],
         hash_ids(pl.col("event_id")).alias(EVENT_ID),
+        *[name for name in (CLOSE,) if name in events.columns],
     )
     if not sequence.joined:
         return coded
@@ -177,7 +213,8 @@ def new_events(sequence: BehaviourSequence, events: pl.DataFrame, items: pl.Data
     known = join_as_of(events.select("item_id", "ts"), items.select("item_id", "updated_at", *names), "item_id")
     unknown = [pl.col(timeline_column(sequence, one)).fill_null(0) for one in sequence.joined if one.kind != "number"]
     joined = known.with_columns(unknown).select(pl.col(column).alias(name) for column, name in names.items())
-    return coded.hstack(joined).select("user_id", "ts", *[one.name for one in sequence.fields], EVENT_ID)
+    marks = [name for name in (EVENT_ID, CLOSE) if name in coded.columns]
+    return coded.hstack(joined).select("user_id", "ts", *[one.name for one in sequence.fields], *marks)
 
 
 def joined_fields(schema: Schema) -> dict[str, FieldSpec]:

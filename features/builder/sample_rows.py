@@ -1,9 +1,10 @@
-"""Sample rows of one bucket and partition: a user's timelines once, its requests, their candidates (DESIGN §2)."""
+"""Sample rows of one bucket: a user's timelines once, its requests, their candidates (DESIGN §2)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -23,34 +24,89 @@ from features.builder.aggregates import (
     sum_column,
     value_columns,
 )
+from features.builder.lists import parts_of
 from features.builder.log_rows import join_as_of
-from features.builder.states import BuildSettings, timeline_lists, to_arrow, unpartitioned
+from features.builder.states import (
+    CLOSE,
+    BuildSettings,
+    count_before,
+    first_event,
+    lists_of,
+    unpartitioned,
+)
 from features.encoding import encode, hash_ids
 from features.schema import Feature, Task
-
-POSITION, START, STOP = "__position", "__start", "__stop"
-"""Of an event in its user's timeline, and of the timeline's part that the requests see; no field has these names."""
 
 
 def sample_rows(
     settings: BuildSettings,
     impressions: pl.DataFrame,
+    closes: Sequence[int],
     timelines: Mapping[str, pl.DataFrame],
     users: pl.DataFrame,
     items: pl.DataFrame,
     own: Tally,
     cross: Sequence[Tally],
     counted: Tally,
-) -> pa.Table:
-    """Rows of the sample table for one bucket and partition, ordered by user."""
+) -> Iterator[tuple[int, pa.Table]]:
+    """Rows of the sample table for one bucket and some partitions: (close, rows ordered by user).
+
+    Args:
+        impressions: of the partitions with these closes, in the column ``CLOSE``.
+        timelines: per sequence the events, in order, that these requests may see.
+    """
     schema = settings.schema
     arrow = unpartitioned(sample_schema(schema))
     if impressions.is_empty():
-        return arrow.empty_table()
+        yield from ((close, arrow.empty_table()) for close in closes)
+        return
+    requests = _requests(settings, impressions, users, items, own, cross, counted)
+    moments = requests.select("user_id", before=pl.col("ts") - settings.log_delay)
+    rows = requests.select(CLOSE, "user_id").unique(maintain_order=True)
+    seen: dict[str, tuple[pl.DataFrame, np.ndarray, np.ndarray]] = {}
+    for sequence in schema.sequences:
+        end, window = pl.col(end_column(sequence)), [CLOSE, "user_id"]
+        events = timelines[sequence.name].join(rows, on="user_id", how="semi", maintain_order="left")
+        requests = requests.with_columns(pl.Series(end_column(sequence), count_before(events, moments)))
+        start = (end.min() - sequence.length).clip(0)
+        spans = requests.group_by(window, maintain_order=True).agg(start.alias("start"), end.max().alias("stop"))
+        requests = requests.with_columns((end - start.over(window)).cast(pl.Int32))
+        opening = first_event(events, spans)
+        seen[sequence.name] = events, opening + spans["start"].to_numpy(), opening + spans["stop"].to_numpy()
+    request = pl.struct(
+        "request_id",
+        "ts",
+        pl.col("known").alias("user_known"),
+        *[end_column(sequence) for sequence in schema.sequences],
+        *[feature_column(feature) for feature in schema.user_side],
+        "candidates",
+    )
+    nested = requests.group_by(CLOSE, "user_id", maintain_order=True).agg(request.alias("requests"))
+    for close, first, last in parts_of(nested[CLOSE], closes):
+        part = nested[first:last].drop(CLOSE).to_arrow(compat_level=pl.CompatLevel.oldest())
+        columns = {name: part[name] for name in part.column_names}
+        for sequence in schema.sequences:
+            events, start_row, stop_row = seen[sequence.name]
+            columns |= lists_of(sequence, events, start_row[first:last], stop_row[first:last], event_ids=False)
+        yield close, pa.table({name: columns[name] for name in arrow.names}).cast(arrow)
+
+
+def _requests(
+    settings: BuildSettings,
+    impressions: pl.DataFrame,
+    users: pl.DataFrame,
+    items: pl.DataFrame,
+    own: Tally,
+    cross: Sequence[Tally],
+    counted: Tally,
+) -> pl.DataFrame:
+    """One row per request, ordered by partition, user and time, with all but what it sees of timelines."""
+    schema = settings.schema
     weight = pl.col("weight").cast(pl.Float32).fill_null(1.0) if "weight" in impressions.columns else pl.lit(1.0)
     position = pl.col("position") if "position" in impressions.columns else pl.lit(0)
     # only what is needed, coded at once: no column of the user's own meets a name used here
     candidates = impressions.select(
+        CLOSE,
         "request_id",
         "user_id",
         "item_id",
@@ -59,7 +115,7 @@ def sample_rows(
         weight.cast(pl.Float32).alias("weight"),
         *[_label(task, impressions.columns).alias(label_column(task)) for task in schema.tasks],
         *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in schema.side("context")],
-    ).sort("user_id", "ts", "request_id", "position", "item_id")
+    ).sort(CLOSE, "user_id", "ts", "request_id", "position", "item_id")
     candidates = _as_known(candidates, items, "item_id", schema.side("item"), counted)
     for tally in cross:
         candidates = candidates.with_columns(_crossed_values(candidates, tally))
@@ -71,39 +127,10 @@ def sample_rows(
         "weight",
     )
     context = [pl.col(feature_column(feature)).first() for feature in schema.side("context")]
-    requests = candidates.group_by("user_id", "ts", "request_id", maintain_order=True).agg(
+    requests = candidates.group_by(CLOSE, "user_id", "ts", "request_id", maintain_order=True).agg(
         candidate.alias("candidates"), *context
     )
-    requests = _as_known(requests, users, "user_id", schema.side("user"), own)
-    moments = requests.select("user_id", before=pl.col("ts") - settings.log_delay)
-    rows = requests.select("user_id").unique(maintain_order=True)
-    for sequence in schema.sequences:
-        end = end_column(sequence)
-        events = timelines[sequence.name].join(rows, on="user_id", how="semi", maintain_order="left")
-        requests = requests.with_columns(_count_before(events, moments).alias(end))
-        window = requests.group_by("user_id", maintain_order=True).agg(
-            (pl.col(end).min() - sequence.length).clip(0).alias(START), pl.col(end).max().alias(STOP)
-        )
-        requests = requests.join(window, on="user_id", maintain_order="left").with_columns(
-            (pl.col(end) - pl.col(START)).cast(pl.Int32).alias(end)
-        )
-        requests = requests.drop(START, STOP)
-        seen = events.join(window, on="user_id", maintain_order="left").filter(
-            pl.col(POSITION).is_between(START, STOP, closed="left")
-        )
-        lists = seen.group_by("user_id", maintain_order=True).agg(timeline_lists(sequence))
-        rows = rows.join(lists, on="user_id", how="left", maintain_order="left")
-    request = pl.struct(
-        "request_id",
-        "ts",
-        pl.col("known").alias("user_known"),
-        *[end_column(sequence) for sequence in schema.sequences],
-        *[feature_column(feature) for feature in schema.user_side],
-        "candidates",
-    )
-    nested = requests.group_by("user_id", maintain_order=True).agg(request.alias("requests"))
-    rows = rows.join(nested, on="user_id", maintain_order="left")
-    return to_arrow(rows.select(arrow.names), arrow)
+    return _as_known(requests, users, "user_id", schema.side("user"), own)
 
 
 def _label(task: Task, columns: Sequence[str]) -> pl.Expr:
@@ -151,33 +178,3 @@ def _crossed_values(candidates: pl.DataFrame, tally: Tally) -> pl.Series:
     per_candidate = counts.group_by("candidate", maintain_order=True).agg(pl.col(value_columns(tally.features)).sum())
     value = aggregate_value(feature, pl.col(count_column(feature)), pl.col(sum_column(feature)))
     return per_candidate.select(value.alias(feature_column(feature))).to_series()
-
-
-def in_order(events: pl.DataFrame) -> pl.DataFrame:
-    """Events grouped by user in time order with their ``POSITION`` in the user's timeline.
-
-    The sort is stable and older partitions come first, so ties keep the order of (ts, event_id).
-    """
-    ordered = events.sort("user_id", "ts", maintain_order=True)
-    return ordered.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).over("user_id").alias(POSITION))
-
-
-def _count_before(events: pl.DataFrame, moments: pl.DataFrame) -> pl.Series:
-    """For every row (user_id, before) of ``moments`` the user's events with ``ts < before``."""
-    # both are ordered by time within every user, which is all that the join needs
-    found = moments.join_asof(
-        events.select("user_id", "ts", pl.col(POSITION) + 1),
-        left_on="before",
-        right_on="ts",
-        by="user_id",
-        strategy="backward",
-        check_sortedness=False,
-        allow_exact_matches=False,
-    )
-    return found[POSITION].fill_null(0).cast(pl.Int64)
-
-
-def newest(events: pl.DataFrame, length: int, visible_until: int) -> pl.DataFrame:
-    """The last L events before a moment and all after it: what any later request can see."""
-    visible = (pl.col("ts") < visible_until).cast(pl.Int64).sum().over("user_id")
-    return events.filter(pl.col(POSITION) >= visible - length).drop(POSITION)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -19,7 +20,8 @@ from features.batch import (
     timeline_column,
 )
 from features.builder.aggregates import Tally, state_fields
-from features.delta.table import Table
+from features.builder.lists import list_columns, parts_of, ranges
+from features.delta.table import Table, together
 from features.schema import Grain, Schema, partition_bounds, partition_number
 from features.schema import Sequence as BehaviourSequence
 
@@ -31,8 +33,12 @@ LAYOUT = 2
 SNAPSHOT_EVERY = 16
 """A state table holds all its owners in one of so many partitions, so that reading it never goes back further."""
 
-EVENT_ID = "__event_id"
-"""Hashed ids of events while a bucket is folded; no field of the user's own has this name."""
+TOGETHER_BYTES = 4 << 20
+"""Of a bucket's files: partitions up to this size are read and folded together, which saves them a query each."""
+
+EVENT_ID, CLOSE, POSITION = "__event_id", "__close", "__position"
+"""While a bucket is folded: the hashed id of an event, the close of a row's partition (microseconds UTC) and an event's
+place in its user's timeline; no field of the user's own has these names."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,11 @@ class BuildSettings:
     def table(self, table: str) -> Table:
         """One of the builder's own tables."""
         return Table(table, self.table_root(table), {}, self.storage_options)
+
+    def opened(self, table: str) -> Table:
+        """The same, opened once where there is one; for a task that reads it many times."""
+        stored = self.table(table)
+        return stored.pinned() if stored.exists() else stored
 
     def pinned(self) -> BuildSettings:
         """For one task: every log opened once, at the version it has now."""
@@ -135,40 +146,90 @@ def _timeline_types(sequence: BehaviourSequence) -> Iterator[tuple[Any, pa.DataT
         yield event_field, code_type(event_field)
 
 
-def timeline_lists(sequence: BehaviourSequence) -> list[pl.Expr]:
-    """A user's events as the list columns of a timeline."""
-    return [
-        pl.col("ts").alias(timeline_column(sequence, None)),
-        *[pl.col(event_field.name).alias(timeline_column(sequence, event_field)) for event_field in sequence.fields],
-    ]
+def lists_of(
+    sequence: BehaviourSequence, events: pl.DataFrame, start: np.ndarray, stop: np.ndarray, event_ids: bool
+) -> dict[str, pa.ListArray]:
+    """Parts of timelines as list columns, one row per part.
+
+    Args:
+        start, stop: the part's first event and the one after its last, as rows of ``events``.
+        event_ids: with the column of hashed event ids.
+    """
+    names = {"ts": timeline_column(sequence, None)}
+    names |= {one.name: timeline_column(sequence, one) for one in sequence.fields}
+    names |= {EVENT_ID: event_id_column(sequence)} if event_ids else {}
+    return list_columns(events.select(list(names)).rename(names), ranges(start, stop), stop - start)
 
 
 def state_rows(
-    settings: BuildSettings, state: Mapping[str, pl.DataFrame], owners: Mapping[str, pl.DataFrame], close: int
-) -> pa.Table:
-    """State of the users with a row in ``owners``, ordered by user."""
+    settings: BuildSettings,
+    timelines: Mapping[str, pl.DataFrame],
+    owners: pl.DataFrame,
+    closes: Sequence[int],
+) -> Iterator[tuple[int, pa.Table]]:
+    """States of users as of the closes of partitions: (close, rows ordered by user).
+
+    Args:
+        timelines: per sequence the events, in order (:func:`in_order`), of the state before and all these partitions.
+        owners: user_id and ``CLOSE``, each once.
+    """
     schema = settings.schema
     arrow = unpartitioned(state_schema(schema))
-    if not owners:
-        return arrow.empty_table()
-    rows = pl.concat([events.select("user_id") for events in owners.values()]).unique().sort("user_id")
-    rows = rows.with_columns(pl.lit(close, pl.Int64).alias("ts"))
+    owners = owners.sort(CLOSE, "user_id")
+    spans = {}
     for sequence in schema.sequences:
-        event_ids = pl.col(EVENT_ID).alias(event_id_column(sequence))
-        lists = state[sequence.name].group_by("user_id", maintain_order=True).agg(*timeline_lists(sequence), event_ids)
-        rows = rows.join(lists, on="user_id", how="left", maintain_order="left")
-    return to_arrow(rows.select(arrow.names), arrow)
+        events = timelines[sequence.name]
+        stop = count_before(events, owners.select("user_id", before=CLOSE))
+        visible = count_before(events, owners.select("user_id", before=pl.col(CLOSE) - settings.log_delay))
+        opening = first_event(events, owners)
+        spans[sequence.name] = opening + np.maximum(visible - sequence.length, 0), opening + stop
+    for close, first, last in parts_of(owners[CLOSE], closes):
+        columns: dict[str, Any] = {
+            "user_id": owners["user_id"][first:last].to_arrow(),
+            "ts": pa.repeat(close, last - first),
+        }
+        for sequence in schema.sequences:
+            start, stop = (ends[first:last] for ends in spans[sequence.name])
+            columns |= lists_of(sequence, timelines[sequence.name], start, stop, event_ids=True)
+        yield close, pa.table({name: columns[name] for name in arrow.names}).cast(arrow)
 
 
-def to_arrow(rows: pl.DataFrame, schema: pa.Schema) -> pa.Table:
-    """Cast to the table's Arrow types; who has nothing has an empty list, never null."""
-    lists = [
-        pl.col(column.name).fill_null(pl.lit([], dtype=rows.schema[column.name]))
-        for column in schema
-        if pa.types.is_list(column.type)
-    ]
-    table = rows.with_columns(lists).to_arrow(compat_level=pl.CompatLevel.oldest())
-    return table.cast(schema)
+def in_order(events: pl.DataFrame) -> pl.DataFrame:
+    """Events grouped by user in time order with their ``POSITION`` in the user's timeline.
+
+    The sort is stable and older partitions come first, so ties keep the order of (ts, event_id).
+    """
+    ordered = events.sort("user_id", "ts", maintain_order=True)
+    return ordered.with_columns(pl.int_range(pl.len(), dtype=pl.Int64).over("user_id").alias(POSITION))
+
+
+def first_event(events: pl.DataFrame, users: pl.DataFrame) -> np.ndarray:
+    """For every row (user_id) of ``users`` the row of ``events`` at which the user's timeline begins; 0 without one."""
+    rows = events.select("user_id", POSITION).with_row_index("row")
+    firsts = rows.filter(pl.col(POSITION) == 0).select("user_id", pl.col("row").cast(pl.Int64))
+    found = users.select("user_id").join(firsts, on="user_id", how="left", maintain_order="left")
+    return found["row"].fill_null(0).to_numpy()
+
+
+def count_before(events: pl.DataFrame, moments: pl.DataFrame) -> np.ndarray:
+    """For every row (user_id, before) of ``moments`` the user's events with ``ts < before``."""
+    # both are ordered by time within every user, which is all that the join needs
+    found = moments.join_asof(
+        events.select("user_id", "ts", pl.col(POSITION) + 1),
+        left_on="before",
+        right_on="ts",
+        by="user_id",
+        strategy="backward",
+        check_sortedness=False,
+        allow_exact_matches=False,
+    )
+    return found[POSITION].fill_null(0).cast(pl.Int64).to_numpy()
+
+
+def newest(events: pl.DataFrame, length: int, visible_until: int) -> pl.DataFrame:
+    """The last L events before a moment and all after it: what any later request can see."""
+    visible = (pl.col("ts") < visible_until).cast(pl.Int64).sum().over("user_id")
+    return events.filter(pl.col(POSITION) >= visible - length).drop(POSITION)
 
 
 def load_state(
@@ -201,11 +262,20 @@ def restore_users(
 
 
 def restore_items(
-    settings: BuildSettings, counted: Tally, bucket: int | None, earlier: Sequence[str], opening: int
+    settings: BuildSettings,
+    counted: Tally,
+    items: int | pl.DataFrame,
+    earlier: Sequence[str],
+    opening: int,
 ) -> None:
-    """The counts of a bucket's items, or all, that a request from ``opening`` on can read."""
+    """The counts of some items that a request from ``opening`` on can read.
+
+    Args:
+        items: those of a bucket, or those named in a column ``item_id``.
+    """
     layout = item_aggregates_schema(settings.schema)
-    counted.load(newest_rows(settings, ITEM_AGGREGATES, layout, bucket, earlier, opening))
+    bucket, owners = (items, None) if isinstance(items, int) else (None, items)
+    counted.load(newest_rows(settings, ITEM_AGGREGATES, layout, bucket, earlier, opening, owners))
     counted.forget_before(opening)
 
 
@@ -220,39 +290,46 @@ def newest_rows(
 ) -> pl.DataFrame:
     """The newest row of every owner in one of the builder's tables, ordered by ts.
 
-    Partitions are read newest first, only until everyone is found.
-
     Args:
         schema: of the table; its first column names the owner.
         bucket: None: all.
         known_by: the newest row with ts up to this moment (microseconds UTC), and all after it.
         owners: with one column, the owners that are wanted; default: all.
     """
-    owner = schema.names[0]
+    owner, stored = schema.names[0], settings.opened(table)
+    partitions = since_snapshot(settings, earlier, known_by)
+    # which rows they are first, so that no list of an older one is held
+    every = bucket_rows(stored, schema, bucket, partitions, owners, [owner, "ts"])
+    is_old = pl.lit(True) if known_by is None else pl.col("ts") <= known_by
+    newest_old = every.filter(is_old).group_by(owner).agg(pl.col("ts").max())
+    wanted = pl.concat([newest_old, every.filter(~is_old)])
+    shares = settings.buckets if bucket is not None else 1
+    groups = together(stored.sizes(partitions), TOGETHER_BYTES * shares, len(partitions)) if stored.exists() else []
+    found = [bucket_rows(stored, schema, bucket, group, wanted) for group in groups]
     empty = pl.DataFrame(pl.from_arrow(schema.empty_table()))
-    found, done, missing = [empty], empty.select(owner), owners
-    stored = settings.table(table)
-    stored = stored.pinned() if stored.exists() else stored
-    for partition in reversed(since_snapshot(settings, earlier, known_by)):
-        if missing is not None and missing.is_empty():
-            break
-        rows = bucket_rows(stored, schema, bucket, partition)
-        if missing is not None:
-            rows = rows.join(missing, on=owner, how="semi", maintain_order="left")
-        rows = rows.join(done, on=owner, how="anti", maintain_order="left")
-        found.append(rows)
-        known = rows.select(owner) if known_by is None else rows.filter(pl.col("ts") <= known_by).select(owner)
-        done = pl.concat([done, known])
-        if missing is not None:
-            missing = missing.join(known, on=owner, how="anti")
-    return pl.concat(found[::-1])
+    return pl.concat([empty, *found]).sort("ts", maintain_order=True)
 
 
-def bucket_rows(table: Table, schema: pa.Schema, bucket: int | None, partition: str) -> pl.DataFrame:
-    """Rows of one of the builder's tables in a partition, of one bucket or all."""
-    if not table.exists():
-        return pl.DataFrame(pl.from_arrow(schema.empty_table()))
-    rows = table.scan([partition])
+def bucket_rows(
+    table: Table,
+    schema: pa.Schema,
+    bucket: int | None,
+    partitions: Sequence[str],
+    wanted: pl.DataFrame | None = None,
+    columns: Sequence[str] | None = None,
+) -> pl.DataFrame:
+    """Rows of one of the builder's tables in some partitions, of one bucket or all.
+
+    Args:
+        wanted: only the rows that have these values in the columns that it has.
+        columns: default: all.
+    """
+    names = list(columns or schema.names)
+    if not partitions or not table.exists():
+        return pl.DataFrame(pl.from_arrow(schema.empty_table())).select(names)
+    rows = table.scan(partitions)
     if bucket is not None:
         rows = rows.filter(pl.col("bucket") == str(bucket))
-    return table.collect(rows.select(schema.names), [partition])
+    if wanted is not None:
+        rows = rows.join(wanted.lazy(), on=wanted.columns, how="semi", maintain_order="left")
+    return table.collect(rows.select(names), partitions)

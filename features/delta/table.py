@@ -25,6 +25,7 @@ from pyarrow import fs
 
 from features.delta.columns import partition_column, read, read_type, row_text
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
+from features.delta.paths import address
 from features.encoding import bucket_column
 from features.errors import CorankError, UnreadableError
 from features.schema import Grain, partition_bounds, partition_of
@@ -101,7 +102,7 @@ class Table:
         return replace(self, version=version, opened=None)
 
     def exists(self) -> bool:
-        return self.opened is not None or DeltaTable.is_deltatable(self.uri, dict(self.storage_options))
+        return self.opened is not None or DeltaTable.is_deltatable(address(self.uri), dict(self.storage_options))
 
     def delta(self) -> DeltaTable:
         """The table at its version.
@@ -118,7 +119,7 @@ class Table:
                 "Correct `tables` in the config, or write the table (`corank import --help`)."
             )
         try:
-            table = LocalPaths(self.uri, version=self.version, storage_options=dict(self.storage_options))
+            table = LocalPaths(address(self.uri), version=self.version, storage_options=dict(self.storage_options))
             unread = _unread_features(table)
         except DeltaProtocolError as error:
             unread = _first_line(error)
@@ -281,6 +282,16 @@ class Table:
         """Bytes of the version's files."""
         return int(pc.sum(pa.table(self.delta().get_add_actions(flatten=True))["size_bytes"]).as_py() or 0)
 
+    def sizes(self, partitions: Sequence[str]) -> dict[str, int]:
+        """Bytes of these partitions in the version's files; of a file with rows of several, each has an equal share."""
+        sizes = dict.fromkeys(partitions, 0)
+        extents = self._extents() if self.is_cut else {}
+        for path, size, own in self._files(None):
+            within = self._within(partitions, extents[path]) if self.is_cut else [own] if own in sizes else []
+            for partition in within:
+                sizes[partition] += size // len(within)
+        return sizes
+
     def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
         """Look at every file's size and footer, which costs little and finds nearly all damage.
 
@@ -295,7 +306,7 @@ class Table:
         schema = pa.schema(delta.schema().to_arrow())
         types = {column.name: type_name(column.type) for column in schema}
         files = self._files(None if partitions is None else list(partitions))
-        store = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
+        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
         with ThreadPoolExecutor(16) as pool:
             problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
             broken = [(path, day, problem) for (path, _, day), problem in zip(files, problems, strict=True) if problem]
@@ -334,14 +345,19 @@ class Table:
             UnreadableError: a file cannot be read; it is named.
         """
         partitions = None if partitions is None else list(partitions)
-        frame = self.scan(partitions)
+        rows = self.collect(self.scan(partitions).filter(self.in_bucket(bucket, buckets)), partitions)
         if self.is_bucketed():
-            rows = self.collect(frame.filter(pl.col("bucket").cast(pl.Int32) == bucket).drop("bucket"), partitions)
+            rows = rows.drop("bucket")
             users = rows.select(pl.col("user_id").unique())
             if not users.select((bucket_column(pl.col("user_id"), buckets) == bucket).all()).item():
                 raise self._other_buckets(buckets)
-            return rows
-        return self.collect(frame, partitions).filter(bucket_column(pl.col("user_id"), buckets) == bucket)
+        return rows
+
+    def in_bucket(self, bucket: int, buckets: int) -> pl.Expr:
+        """True on the rows of one bucket of :meth:`scan`."""
+        if self.is_bucketed():
+            return pl.col("bucket").cast(pl.Int32) == bucket
+        return bucket_column(pl.col("user_id"), buckets) == bucket
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
         """Per partition what its content is identified by (:mod:`features.delta.fingerprints`).
@@ -350,7 +366,7 @@ class Table:
             cache: what an earlier call left there; only later commits are read then.
         """
         delta = self.delta()
-        store = fs.PyFileSystem(DeltaStorageHandler(self.uri, options=dict(self.storage_options)))
+        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
         present = self.partitions() or [WHOLE_TABLE]
         files: dict[str, list[str]] = {partition: [] for partition in present}
         if self.is_cut and "ts" in self._names(delta):
@@ -632,7 +648,7 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     path = f"{directory}/part-{uuid.uuid4().hex}.parquet"
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
-    store = fs.PyFileSystem(DeltaStorageHandler(root, options=dict(options)))
+    store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
     leaves = _leaves(rows.schema)
     times = [
         path
@@ -675,12 +691,33 @@ def _leaves(schema: pa.Schema) -> list[tuple[str, str, pa.DataType]]:
     return [(column.name, *leaf) for column in schema for leaf in below(column.name, column.type)]
 
 
+def together(sizes: Mapping[str, int], limit: int, most: int) -> list[list[str]]:
+    """Consecutive partitions in groups of at most so many and this size altogether, or of one that is larger."""
+    groups: list[list[str]] = []
+    room = 0
+    for partition, size in sizes.items():
+        if not groups or size > room or len(groups[-1]) == most:
+            groups.append([])
+            room = limit
+        groups[-1].append(partition)
+        room -= size
+    return groups
+
+
 def replace_partition(
     root: str, partition: str, files: Iterable[DataFile], schema: pa.Schema, options: Mapping[str, str]
 ) -> int:
-    """Make exactly these files the content of partition ``dt``, in one commit. Idempotent.
+    """Make exactly these files the content of partition ``dt``, in one commit (:func:`replace_partitions`)."""
+    return replace_partitions(root, {partition: files}, schema, options)
+
+
+def replace_partitions(
+    root: str, files: Mapping[str, Iterable[DataFile]], schema: pa.Schema, options: Mapping[str, str]
+) -> int:
+    """Make exactly these files the content of their partitions ``dt``, all in one commit. Idempotent.
 
     Args:
+        files: by partition; one without any is emptied.
         schema: of the whole table, partition columns (``dt``, ``bucket``) included.
 
     Returns:
@@ -689,17 +726,19 @@ def replace_partition(
     Raises:
         CorankError: another writer came first; nothing is replaced.
     """
-    options = dict(options)
-    if DeltaTable.is_deltatable(root, options):
-        table = DeltaTable(root, storage_options=options)
+    options, uri = dict(options), address(root)
+    if DeltaTable.is_deltatable(uri, options):
+        table = DeltaTable(uri, storage_options=options)
     else:
         if "://" not in root:
             Path(root).mkdir(parents=True, exist_ok=True)
         table = DeltaTable.create(
-            root, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
+            uri, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
         )
     actions: list[AddAction | RemoveAction] = [
-        AddAction(file.path, file.size, file.partition, 0, True, file.statistics) for file in files
+        AddAction(file.path, file.size, file.partition, 0, True, file.statistics)
+        for own in files.values()
+        for file in own
     ]
     with committing(root):
         table.create_write_transaction(
@@ -707,11 +746,11 @@ def replace_partition(
             mode="overwrite",
             schema=Schema.from_arrow(schema),
             partition_by=["dt", "bucket"],
-            partition_filters=[("dt", "=", partition)],
-            commit_properties=CommitProperties(custom_metadata={"corank.partition": partition}),
+            partition_filters=[("dt", "in", list(files))],
+            commit_properties=CommitProperties(custom_metadata={"corank.partitions": ",".join(files)}),
             post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
         )
-    return DeltaTable(root, storage_options=options).version()
+    return DeltaTable(uri, storage_options=options).version()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
 from features.batch import code_type, end_column, feature_column, label_column, timeline_column
+from features.delta.paths import address
 from features.errors import ConfigError, CorankError
 from features.samples.source import SampleSource
 from features.schema import FieldSpec, Schema, Sequence
@@ -333,5 +334,5 @@ def partition_of_file(file: str) -> str:
 
 def parquet_bytes(source: SampleSource, file: str) -> int:
     """Size of a file of the sample table."""
-    store = fs.PyFileSystem(DeltaStorageHandler(source.root, options=dict(source.storage_options)))
+    store = fs.PyFileSystem(DeltaStorageHandler(address(source.root), options=dict(source.storage_options)))
     return int(store.get_file_info(file).size)

@@ -15,6 +15,7 @@ from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
 from features.batch import between, concatenate, cut, sample_schema
+from features.delta.paths import address
 from features.errors import CorankError
 from features.schema import Schema
 
@@ -51,7 +52,7 @@ class SampleSource:
 
     def _files(self) -> list[tuple[str, str, str, int]]:
         """dt, bucket, path and bytes."""
-        table = DeltaTable(self.root, storage_options=dict(self.storage_options))
+        table = DeltaTable(address(self.root), storage_options=dict(self.storage_options))
         actions = pa.table(table.get_add_actions(flatten=True))
         columns = (actions[name].to_pylist() for name in ("partition.dt", "partition.bucket", "path", "size_bytes"))
         return sorted(row for row in zip(*columns, strict=True) if row[0] in self.partitions)
@@ -62,7 +63,7 @@ class SampleSource:
         Raises:
             CorankError: the file cannot be read; it is named.
         """
-        store = fs.PyFileSystem(DeltaStorageHandler(self.root, options=dict(self.storage_options)))
+        store = fs.PyFileSystem(DeltaStorageHandler(address(self.root), options=dict(self.storage_options)))
         full = sample_schema(self.schema)
         columns = [name for name in full.names if name not in ("dt", "bucket")]
         try:

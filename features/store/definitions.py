@@ -23,8 +23,8 @@ from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 from features.batch import event_id_column, timeline_column
 from features.builder.aggregates import key_column, state_columns, state_fields
 from features.delta.table import Table
+from features.digest import digest
 from features.errors import ConfigError
-from features.records import digest
 from features.schema import EventField, Feature, Schema
 from features.schema import Sequence as BehaviourSequence
 from features.store.delta import DeltaSource

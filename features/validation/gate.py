@@ -1,14 +1,15 @@
 """Great Expectations judges every partition of the log before anything is built from it.
 
 Polars computes one row of metrics per table and partition; GX judges that row, so that tables of any size
-pass through the same small frame, and its Data Docs show every verdict.
+pass through the same small frame, and its Data Docs show every verdict. A verdict costs GX as much as reading a few
+hundred thousand rows does, so small partitions are read and judged together, and one by one where they do not pass.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
-from features.delta.table import Table, replace_partition, write_file
+from features.delta.table import Table, replace_partition, replace_partitions, together, write_file
 from features.errors import ConfigError, UnreadableError
 from features.schema import SECOND, Grain, Schema, partition_bounds
-from features.validation.layout import joins, layout_checks, roles
+from features.validation.layout import columns_read, joins, layout_checks, roles
 from features.validation.rules import (
+    EVENT_KEY,
+    KEYS,
     PROFILE_KEYS,
     Finding,
     Rule,
@@ -37,6 +40,9 @@ QUARANTINE_SCHEMA = pa.schema(
 )
 ROWS = "_rows"
 """Metric that every suite's row of metrics has: the number of rows it was computed over."""
+
+TOGETHER_BYTES, TOGETHER_PARTITIONS = 16 << 20, 64
+"""Of the log's files; partitions up to these limits are read and judged together."""
 
 JOINED_PARTITIONS = 8
 """Newest partitions of a log whose ids are looked for in another table."""
@@ -76,31 +82,32 @@ class Gate:
         self.definitions: dict[str, Any] = {}
 
     def judge(
-        self, suite: str, run: str, moment: int, metrics: Mapping[str, float], rules: Sequence[Rule]
-    ) -> list[tuple[Rule, float]]:
-        """The rules whose expectation failed, with the observed value.
+        self, suite: str, run: str, moment: int, metrics: Sequence[Mapping[str, float]], rules: Sequence[Rule]
+    ) -> list[Rule]:
+        """The rules whose expectation failed.
 
         Args:
             run, moment: name and time (microseconds UTC) of the result in the Data Docs. They are those of the
                 data, not of the clock, so that judging again replaces the earlier result.
-            metrics: one value per rule.
+            metrics: one value per rule; of several partitions the worst one counts.
         """
         import pandas as pd
 
         if suite not in self.definitions:
             self.definitions[suite] = self._define(suite, rules)
         result = self.definitions[suite].run(
-            batch_parameters={"dataframe": pd.DataFrame([metrics])},
+            batch_parameters={"dataframe": pd.DataFrame(metrics)},
             run_id=self.gx.RunIdentifier(run_name=run, run_time=datetime.fromtimestamp(moment / SECOND, UTC)),
         )
         failed = {one.expectation_config.kwargs["column"] for one in result.results if not one.success}
-        return [(rule, metrics[rule.name]) for rule in rules if rule.name in failed]
+        return [rule for rule in rules if rule.name in failed]
 
     def _define(self, name: str, rules: Sequence[Rule]) -> Any:
         """The suite; the rules' names and limits are the same for all partitions of a table."""
-        # of one row the maximum is the value; it costs GX a third of ExpectColumnValuesToBeBetween
+        # these cost GX a third of ExpectColumnValuesToBeBetween
+        most, least = self.gx.expectations.ExpectColumnMaxToBeBetween, self.gx.expectations.ExpectColumnMinToBeBetween
         expectations = [
-            self.gx.expectations.ExpectColumnMaxToBeBetween(
+            (most if rule.lowest is None else least)(
                 column=rule.name,
                 min_value=rule.lowest,
                 max_value=rule.highest,
@@ -159,22 +166,35 @@ def validate_partitions(
     for role in PROFILE_KEYS:
         if role in readable:
             own = profile_rules(role, schema, rules)
-            rows, failed = _judge(gate, readable[role], "", newest, own)
-            profile_rows[role] = rows
-            said += [finding for _, finding in failed]
-            broken += [finding for rule, finding in failed if rule.gate]
-            checks += len(own)
+            verdict = _judge(gate, readable[role], "", newest, own)
+            profile_rows[role] = verdict.rows
+            said += verdict.findings
+            broken += verdict.failures
+            checks += verdict.checks
     if not broken:
         strangers, count = _judge_joins(gate, readable, schema, partitions, rules, newest)
         said, broken, checks = said + strangers, broken + strangers, checks + count
     shared = PartitionValidation("", profile_rows, 0, checks, tuple(said), tuple(broken))
+    logs = {role: table.pinned() for role, table in readable.items() if role not in PROFILE_KEYS}
+    sizes = dict.fromkeys(partitions, 0)
+    for table in logs.values():
+        for partition, size in table.sizes(partitions).items():
+            sizes[partition] += size
     results = []
-    events = {role: table for role, table in readable.items() if role != "impressions"}
-    for partition in partitions:
-        own_tables = events if partition in histories else readable
-        result = _validate_partition(gate, own_tables, schema, partition, grain, rules, quarantine_root, now, shared)
-        progress(result)
-        results.append(result)
+    for group in together(sizes, TOGETHER_BYTES, TOGETHER_PARTITIONS):
+        judged = {
+            role: _judge_partitions(gate, table, schema, _rules_of(role, schema, shown, grain, rules, now), grain)
+            for role, table in logs.items()
+            if (shown := [one for one in group if role != "impressions" or one not in histories])
+        }
+        for partition in group:
+            verdicts = {role: of[partition] for role, of in judged.items() if partition in of}
+            result = _validation_of(partition, verdicts, shared)
+            if "impressions" in verdicts and verdicts["impressions"].sets_aside:
+                result = _set_aside(result, logs["impressions"], schema, grain, now, quarantine_root)
+            progress(result)
+            results.append(result)
+    _clear_quarantine([result.partition for result in results if not result.quarantined], quarantine_root)
     return results, gate.build_docs()
 
 
@@ -189,8 +209,8 @@ def _judge_layouts(
         layout = layout_checks(role, tables.get(role), schema)
         rules = [Rule(name, pl.lit(broken), message) for name, (broken, message) in layout.items()]
         metrics = {name: float(broken) for name, (broken, _) in layout.items()}
-        failed = gate.judge(f"{role} layout", f"{role} layout", moment, metrics, rules)
-        findings += [Finding(role, "", rule.name, int(value), 0, rule.text) for rule, value in failed]
+        failed = gate.judge(f"{role} layout", f"{role} layout", moment, [metrics], rules)
+        findings += [Finding(role, "", rule.name, 1, 0, rule.text) for rule in failed]
         checks += len(rules)
         if not failed:
             readable[role] = tables[role]
@@ -231,8 +251,8 @@ def _judge_joins(
     if not checked:
         return [], 0
     metrics = {rule.name: share for rule, share, _ in checked}
-    failed = gate.judge("joins", "joins", moment, metrics, [rule for rule, _, _ in checked])
-    broken = {rule.name for rule, _ in failed}
+    failed = gate.judge("joins", "joins", moment, [metrics], [rule for rule, _, _ in checked])
+    broken = {rule.name for rule in failed}
     return [
         Finding(role, "", rule.name, 0, 0, f"table {role} {rule.text}")
         for rule, _, role in checked
@@ -247,79 +267,123 @@ def _some_ids(table: Table, key: str, partitions: Sequence[str]) -> pl.Series:
     return table.collect(ids, own).to_series()
 
 
-def _validate_partition(
-    gate: Gate,
-    tables: Mapping[str, Table],
-    schema: Schema,
-    partition: str,
-    grain: Grain,
-    rules: ValidationRules,
-    quarantine_root: str,
-    now: int,
-    shared: PartitionValidation,
-) -> PartitionValidation:
-    """Judge one partition, on top of the verdicts on layouts and profiles that all partitions share."""
-    findings, failures = list(shared.findings), list(shared.failures)
-    rows, checks, quarantined = dict(shared.rows), shared.checks, 0
-    for role, table in tables.items():
-        if role in PROFILE_KEYS:
-            continue
-        impressions = role == "impressions"
-        own = (
-            impression_rules(schema, partition, grain, rules, now)
-            if impressions
-            else event_rules(role, schema, partition, grain, rules, now)
-        )
-        moment = partition_bounds(partition, grain)[0]
-        rows[role], failed = _judge(gate, table, partition, moment, own)
-        findings += [finding for _, finding in failed]
-        broken = [rule for rule, _ in failed if rule.sets_aside]
-        overfull = any(rule.name == "quarantined_share" for rule, _ in failed)
+@dataclass(frozen=True)
+class _Verdict:
+    """On a table's partition: its rows, how many rules were looked at, and what was found by those that it broke."""
+
+    rows: int
+    checks: int
+    failed: tuple[tuple[Rule, Finding], ...] = ()
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for _, finding in self.failed]
+
+    @property
+    def sets_aside(self) -> bool:
+        return any(rule.sets_aside for rule, _ in self.failed)
+
+    @property
+    def failures(self) -> list[Finding]:
+        """The findings that stop the partition."""
+        broken = [rule for rule, _ in self.failed if rule.sets_aside]
+        overfull = any(rule.name == "quarantined_share" for rule, _ in self.failed)
         # beyond the limit the single row rules say what is wrong; of one alone the share says nothing more
-        failures += [
+        return [
             finding
-            for rule, finding in failed
+            for rule, finding in self.failed
             if (rule.gate and not (rule.name == "quarantined_share" and len(broken) == 1))
             or (rule.sets_aside and overfull)
         ]
-        checks += len(own)
-        if impressions and UNREADABLE not in [rule for rule, _ in failed]:
-            try:
-                rejected = _rejected(table, schema, partition, grain, now) if broken else None
-            except UnreadableError as error:  # a damaged page of a column that no rule reads
-                failures.append(_unreadable(role, partition, error))
-                findings.append(failures[-1])
-            else:
-                quarantined = _write_quarantine(rejected, partition, quarantine_root)
-    return PartitionValidation(partition, rows, quarantined, checks, tuple(findings), tuple(failures))
 
 
-def _judge(
-    gate: Gate, table: Table, partition: str, moment: int, rules: Sequence[Rule]
-) -> tuple[int, list[tuple[Rule, Finding]]]:
-    """The number of rows, and the rules that a table's partition broke (``""``: the whole table's).
+def _rules_of(
+    role: str, schema: Schema, partitions: Sequence[str], grain: Grain, rules: ValidationRules, now: int
+) -> dict[str, list[Rule]]:
+    """The rules of a log's partitions."""
+    if role == "impressions":
+        return {one: impression_rules(schema, one, grain, rules, now) for one in partitions}
+    return {one: event_rules(role, schema, one, grain, rules, now) for one in partitions}
+
+
+def _validation_of(
+    partition: str, verdicts: Mapping[str, _Verdict], shared: PartitionValidation
+) -> PartitionValidation:
+    """The verdicts on one partition of every log, on top of those on layouts and profiles that all share."""
+    return PartitionValidation(
+        partition,
+        shared.rows | {role: verdict.rows for role, verdict in verdicts.items()},
+        0,
+        shared.checks + sum(verdict.checks for verdict in verdicts.values()),
+        (*shared.findings, *(finding for verdict in verdicts.values() for finding in verdict.findings)),
+        (*shared.failures, *(finding for verdict in verdicts.values() for finding in verdict.failures)),
+    )
+
+
+def _judge_partitions(
+    gate: Gate, table: Table, schema: Schema, rules_of: Mapping[str, Sequence[Rule]], grain: Grain
+) -> dict[str, _Verdict]:
+    """The verdicts on some partitions of a log: read together, and judged together where all pass."""
+    moments = {partition: partition_bounds(partition, grain)[0] for partition in rules_of}
+    metrics = _metrics_of(table, schema, rules_of) if len(rules_of) > 1 else None
+    if metrics is not None:
+        first, *_, last = rules_of
+        run = f"{table.name} {first} … {last}"
+        if not gate.judge(table.name, run, moments[first], list(metrics.values()), [UNREADABLE, *rules_of[first]]):
+            return {one: _Verdict(int(own[ROWS]), len(rules_of[one])) for one, own in metrics.items()}
+    return {one: _judge(gate, table, one, moments[one], rules) for one, rules in rules_of.items()}
+
+
+def _metrics_of(
+    table: Table, schema: Schema, rules_of: Mapping[str, Sequence[Rule]]
+) -> dict[str, dict[str, float]] | None:
+    """The metrics of some partitions of a log, which are read together; None where a file of theirs is damaged."""
+    frame = table.scan(rules_of)
+    wanted = columns_read(table.name, schema) | {*KEYS, *EVENT_KEY, "dt"}
+    try:
+        table.check_files(rules_of)
+        rows = table.collect(frame.select(one for one in frame.collect_schema() if one in wanted), rules_of)
+    except UnreadableError:
+        return None
+    parts = rows.with_columns(pl.col("dt").cast(pl.String)).partition_by("dt", as_dict=True)
+    return {
+        one: parts.get((one,), rows.clear()).select(_metrics([UNREADABLE, *rules])).row(0, named=True)
+        for one, rules in rules_of.items()
+    }
+
+
+def _metrics(rules: Sequence[Rule]) -> list[pl.Expr]:
+    return [pl.len().alias(ROWS), *[rule.metric.fill_null(0).cast(pl.Float64).alias(rule.name) for rule in rules]]
+
+
+def _judge(gate: Gate, table: Table, partition: str, moment: int, rules: Sequence[Rule]) -> _Verdict:
+    """The verdict on a table's partition (``""``: on the whole table).
 
     Of a table that cannot be read nothing else is known.
     """
     partitions, run = ([partition], f"{table.name} {partition}") if partition else (None, table.name)
-    rules = [UNREADABLE, *rules]
+    checks, rules = len(rules), [UNREADABLE, *rules]
     frame = table.scan(partitions)
     try:
         table.check_files(partitions)
         # only the columns of the rules are read
-        metrics = [rule.metric.fill_null(0).cast(pl.Float64).alias(rule.name) for rule in rules]
-        values = table.collect(frame.select(pl.len().alias(ROWS), *metrics), partitions).row(0, named=True)
-        rows = int(values.pop(ROWS))
-        failed = gate.judge(table.name, run, moment, values, rules)
-        shown = [rule.example.alias(rule.name) for rule, _ in failed if rule.example is not None]
+        values = table.collect(frame.select(_metrics(rules)), partitions).row(0, named=True)
+        failed = gate.judge(table.name, run, moment, [values], rules)
+        shown = [rule.example.alias(rule.name) for rule in failed if rule.example is not None]
         examples = table.collect(frame.select(*shown), partitions).to_dicts()[0] if shown else {}
     except UnreadableError as error:
-        values = {rule.name: float("nan") for rule in rules} | {UNREADABLE.name: 1.0}
-        gate.judge(table.name, run, moment, values, rules)
-        return 0, [(UNREADABLE, _unreadable(table.name, partition, error))]
-    return rows, [
-        (rule, rule.finding(table.name, partition, value, rows, examples.get(rule.name))) for rule, value in failed
-    ]
+        unknown = {rule.name: float("nan") for rule in rules} | {UNREADABLE.name: 1.0}
+        gate.judge(table.name, run, moment, [unknown], rules)
+        return _Verdict(0, checks, ((UNREADABLE, _unreadable(table.name, partition, error)),))
+    rows = int(values[ROWS])
+    return _Verdict(
+        rows,
+        checks,
+        tuple(
+            (rule, rule.finding(table.name, partition, values[rule.name], rows, examples.get(rule.name)))
+            for rule in failed
+        ),
+    )
 
 
 def _unreadable(table: str, partition: str, error: UnreadableError) -> Finding:
@@ -334,7 +398,7 @@ def _rejected(impressions: Table, schema: Schema, partition: str, grain: Grain, 
     )
     rejected = (
         impressions.scan([partition])
-        .with_columns(first_broken(schema, partition, grain, now))
+        .with_columns(first_broken(schema, [partition], grain, now))
         .filter(pl.col("rule").is_not_null())
         .select(
             "rule",
@@ -345,15 +409,27 @@ def _rejected(impressions: Table, schema: Schema, partition: str, grain: Grain, 
     return impressions.collect(rejected, [partition])
 
 
-def _write_quarantine(rejected: pl.DataFrame | None, partition: str, root: str) -> int:
-    """Write the bad rows of a partition, or clear an earlier validation's, in one commit; returns their number."""
-    if rejected is None:
-        table = Table("quarantine", root)
-        if table.exists() and partition in table.partitions():
-            replace_partition(root, partition, [], QUARANTINE_SCHEMA, {})
-        return 0
+def _set_aside(
+    result: PartitionValidation, impressions: Table, schema: Schema, grain: Grain, now: int, root: str
+) -> PartitionValidation:
+    """Write the bad rows of a partition into the table ``quarantine``; returns the result with their number."""
+    partition = result.partition
+    try:
+        rejected = _rejected(impressions, schema, partition, grain, now)
+    except UnreadableError as error:  # a damaged page of a column that no rule reads
+        finding = _unreadable(impressions.name, partition, error)
+        return replace(result, findings=(*result.findings, finding), failures=(*result.failures, finding))
     layout = pa.schema([column for column in QUARANTINE_SCHEMA if column.name not in ("dt", "bucket")])
     rows = rejected.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(layout)
     file = write_file(root, rows, {"dt": partition, "bucket": "0"}, {})
     replace_partition(root, partition, [file], QUARANTINE_SCHEMA, {})
-    return rejected.height
+    return replace(result, quarantined=rejected.height)
+
+
+def _clear_quarantine(partitions: Sequence[str], root: str) -> None:
+    """Empty these partitions, whose rows an earlier validation set aside, in one commit."""
+    table = Table("quarantine", root)
+    stored = set(table.partitions()) if table.exists() else set()
+    emptied = [one for one in partitions if one in stored]
+    if emptied:
+        replace_partitions(root, dict.fromkeys(emptied, ()), QUARANTINE_SCHEMA, {})

@@ -20,6 +20,8 @@ from pydantic import Field
 
 from features.schema import OTHER_UNITS, SECOND, Declaration, Feature, FieldSpec, Grain, Schema, partition_bounds
 
+PARTITION = "{partition}"
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 PROFILE_KEYS = {"users": "user_id", "items": "item_id"}
@@ -66,7 +68,8 @@ class Rule:
 
     Attributes:
         metric: aggregate over the rows of the table's partition.
-        text: completes ``subject``, which may name the metric as ``count`` or ``value`` and the partition's ``rows``.
+        text: completes ``subject``, which may name the metric as ``count`` or ``value`` and the partition's ``rows``;
+            in it ``PARTITION`` stands for the partition's name.
         share: the metric is a share of the rows; it is reported as their number.
         gate: a failure stops the partition.
         sets_aside: the rows go into quarantine, and beyond its limit the failure stops the partition, too.
@@ -88,15 +91,26 @@ class Rule:
         """What a user reads when GX says that this rule failed."""
         count = round(value * rows) if self.share else int(value)
         where = f"table {table}, partition {partition}" if partition else f"table {table}"
-        message = f"{where}: {self.subject.format(count=count, rows=rows, value=value)} {self.text}"
+        text = self.text.replace(PARTITION, partition)
+        message = f"{where}: {self.subject.format(count=count, rows=rows, value=value)} {text}"
         if example is not None:
             message += f" (for example {example})"
         return Finding(table, partition, self.name, count, rows, message)
 
 
-def row_rules(schema: Schema, partition: str, grain: Grain, now: int) -> dict[str, tuple[pl.Expr, str]]:
-    """Row rules of impressions: name → (True on bad rows, text). ``now``: microseconds UTC."""
-    start, close = partition_bounds(partition, grain)
+def bounds_of(partitions: Sequence[str], grain: Grain) -> tuple[pl.Expr, pl.Expr]:
+    """Opening and close of a row's partition, microseconds UTC. Rows of several partitions tell theirs by ``dt``."""
+    openings, closes = ([partition_bounds(one, grain)[end] for one in partitions] for end in (0, 1))
+    if len(partitions) == 1:
+        return pl.lit(openings[0]), pl.lit(closes[0])
+    dt = pl.col("dt").cast(pl.String)
+    opening, close = (dt.replace_strict(partitions, ends, return_dtype=pl.Int64) for ends in (openings, closes))
+    return opening, close
+
+
+def row_rules(schema: Schema, partitions: Sequence[str], grain: Grain, now: int) -> dict[str, tuple[pl.Expr, str]]:
+    """Row rules of impressions in these partitions: name → (True on bad rows, text). ``now``: microseconds UTC."""
+    start, close = bounds_of(partitions, grain)
     rules: dict[str, tuple[pl.Expr, str]] = {}
     for column in KEYS:
         rules[f"null_{column}"] = (pl.col(column).is_null(), f"have no {column}")
@@ -108,36 +122,37 @@ def row_rules(schema: Schema, partition: str, grain: Grain, now: int) -> dict[st
         label = pl.col(task.source).cast(pl.Int64)
         bad = ~label.is_in([0, 1])
         rules[f"label_{task.name}"] = (bad.fill_null(False), f"have a label {task.source} outside {{0, 1}}")
-    rules |= _clock_rules(start, close, partition, now)
+    rules |= _clock_rules(start, close, now)
     weight = cs.by_name("weight", require_all=False)
     unfit = pl.any_horizontal(~is_finite(weight) | (weight < 0)).fill_null(False)
     rules["weight"] = (unfit, "have a weight that is negative or not finite")
     # with the user, so that a bucket of users never depends on the rows of another
-    repeated = ~pl.struct("user_id", "request_id", "item_id").is_first_distinct()
+    within = [start.alias("partition")] if len(partitions) > 1 else []
+    repeated = ~pl.struct("user_id", "request_id", "item_id", *within).is_first_distinct()
     rules["duplicate_candidate"] = (repeated, "repeat an item within its request")
     return rules
 
 
 def quarantine(
-    impressions: pl.DataFrame, schema: Schema, partition: str, grain: Grain, now: int
+    impressions: pl.DataFrame, schema: Schema, partitions: Sequence[str], grain: Grain, now: int
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Good rows, and bad rows with the first ``rule`` that each broke.
 
-    All rows of a user lie in one bucket, so buckets give the same result as the whole partition.
+    All rows of a user lie in one bucket, so buckets give the same result as the whole partitions.
     """
-    rule = impressions.select(first_broken(schema, partition, grain, now)).to_series()
+    rule = impressions.select(first_broken(schema, partitions, grain, now)).to_series()
     return impressions.filter(rule.is_null()), impressions.with_columns(rule).filter(rule.is_not_null())
 
 
-def first_broken(schema: Schema, partition: str, grain: Grain, now: int) -> pl.Expr:
+def first_broken(schema: Schema, partitions: Sequence[str], grain: Grain, now: int) -> pl.Expr:
     """Name of the first row rule that a row breaks, as ``rule``; null on good rows."""
-    rules = row_rules(schema, partition, grain, now)
+    rules = row_rules(schema, partitions, grain, now)
     return pl.coalesce(*[pl.when(bad).then(pl.lit(name)) for name, (bad, _) in rules.items()]).alias("rule")
 
 
-def any_broken(schema: Schema, partition: str, grain: Grain, now: int) -> pl.Expr:
+def any_broken(schema: Schema, partitions: Sequence[str], grain: Grain, now: int) -> pl.Expr:
     """True on rows that break any row rule."""
-    return pl.any_horizontal(*[bad for bad, _ in row_rules(schema, partition, grain, now).values()])
+    return pl.any_horizontal(*[bad for bad, _ in row_rules(schema, partitions, grain, now).values()])
 
 
 def is_negative(column: str) -> pl.Expr:
@@ -191,13 +206,13 @@ def value_rules(fields: Sequence[FieldSpec], rules: ValidationRules, counted: Co
     return found
 
 
-def _clock_rules(start: int, close: int, partition: str, now: int) -> dict[str, tuple[pl.Expr, str]]:
+def _clock_rules(start: pl.Expr, close: pl.Expr, now: int) -> dict[str, tuple[pl.Expr, str]]:
     """Row rules on ``ts``; each row breaks at most one but ``ts_future``, the wrong unit before all others."""
     ts = pl.col("ts")
     inside = ts.is_between(start, close, closed="left")
     spans = {
-        "seconds": (-(-start // SECOND), -(-close // SECOND)),
-        "milliseconds": (-(-start // 1_000), -(-close // 1_000)),
+        "seconds": (start // SECOND, close // SECOND),  # partitions begin at whole seconds
+        "milliseconds": (start // 1_000, close // 1_000),
         "nanoseconds": (start * 1_000, close * 1_000),
     }
     units = {unit: (ts.is_between(*span, closed="left") & ~inside).fill_null(False) for unit, span in spans.items()}
@@ -206,7 +221,7 @@ def _clock_rules(start: int, close: int, partition: str, now: int) -> dict[str, 
     future = ((ts > now) & right_unit).fill_null(False)
     return {
         **{f"ts_in_{unit}": (bad, _wrong_unit("ts", unit)) for unit, bad in units.items()},
-        "ts_outside": (outside, f"have a ts outside of the partition {partition}"),
+        "ts_outside": (outside, f"have a ts outside of the partition {PARTITION}"),
         "ts_future": (future, "have a ts in the future"),
     }
 
@@ -242,7 +257,7 @@ def _null_share_rules(features: Sequence[Feature], rules: ValidationRules) -> li
 
 def impression_rules(schema: Schema, partition: str, grain: Grain, rules: ValidationRules, now: int) -> list[Rule]:
     """Rules of one partition of the impressions: the row rules, and what stops the partition."""
-    own = row_rules(schema, partition, grain, now)
+    own = row_rules(schema, [partition], grain, now)
     # rows that are set aside make no second user or time (a repeated candidate has those of the first)
     good = ~pl.any_horizontal(*[bad for name, (bad, _) in own.items() if name != "duplicate_candidate"])
     owners = pl.max_horizontal(
@@ -272,7 +287,7 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
         ],
         Rule(
             "quarantined_share",
-            any_broken(schema, partition, grain, now).mean(),
+            any_broken(schema, [partition], grain, now).mean(),
             f"are to be set aside, more than validation.max_quarantined ({rules.max_quarantined:.2%}) allows; {remedy}",
             rules.max_quarantined,
             share=True,
@@ -286,7 +301,6 @@ def event_rules(
     role: str, schema: Schema, partition: str, grain: Grain, rules: ValidationRules, now: int
 ) -> list[Rule]:
     """Rules of one partition of a table of events. Exact repeats are tolerated: they count once."""
-    start, close = partition_bounds(partition, grain)
     read = sorted(columns_of_events(role, schema))
     keyed = _all_present(*EVENT_KEY)
     rows, versions, ids = (
@@ -321,7 +335,7 @@ def event_rules(
         ),
         *[
             Rule(name, bad.sum(), f"{text}; {REWRITE}", example=_example(name, bad))
-            for name, (bad, text) in _clock_rules(start, close, partition, now).items()
+            for name, (bad, text) in _clock_rules(*bounds_of([partition], grain), now).items()
         ],
         *value_rules(
             [field for sequence in schema.sequences if sequence.events == role for field in sequence.own],
@@ -346,14 +360,14 @@ def _summed(role: str, schema: Schema) -> list[str]:
 
 
 def distinct_events(events: pl.DataFrame) -> pl.DataFrame:
-    """Every event once, however often a log delivered it: the first by ts of each (user_id, event_id).
+    """Every event of a partition once, however often a log delivered it: the first by ts of each (user_id, event_id).
 
     All rows of a user lie in one bucket, so buckets give the same result as the whole partition.
 
     Args:
-        events: rows of one partition (or some buckets of it) with user_id, event_id and ts, in any order.
+        events: rows of partitions (or some buckets of them) with dt, user_id, event_id and ts, in any order.
     """
-    return events.sort("ts", maintain_order=True).unique(EVENT_KEY, keep="first", maintain_order=True)
+    return events.sort("ts", maintain_order=True).unique(["dt", *EVENT_KEY], keep="first", maintain_order=True)
 
 
 def columns_of_events(role: str, schema: Schema) -> set[str]:

@@ -28,6 +28,7 @@ import xxhash
 from deltalake import DeltaTable
 from numpy.typing import NDArray
 
+from features.delta.paths import address
 from features.delta.table import DataFile, replace_partition, write_file
 from features.encoding import bucket_column
 from features.errors import ConfigError, CorankError
@@ -109,11 +110,11 @@ class World:
 
     def user_first_day(self, user: Array) -> Array:
         """Day on which each user appears."""
-        return np.maximum(0, (user - self.users) // _new_per_day(self.users) + 1)
+        return np.asarray(np.maximum(0, (user - self.users) // _new_per_day(self.users) + 1))
 
     def item_first_day(self, item: Array) -> Array:
         """Day at whose opening each item appears."""
-        return np.maximum(0, (item - self.items) // _new_per_day(self.items) + 1)
+        return np.asarray(np.maximum(0, (item - self.items) // _new_per_day(self.items) + 1))
 
     def user_appears(self, user: Array) -> Array:
         """Microseconds: the first users at the start, later ones some time in the first half of their day."""
@@ -139,7 +140,7 @@ class World:
         by_country = self._normal("taste of country", np.arange(len(COUNTRIES)), LATENT)[self.country(user)]
         period, phase = (self._uniform("drift", user, 2) * [40, 2 * np.pi] + [20, 0]).T
         drift = np.sin(2 * np.pi * day / period + phase)[:, None] * self._normal("drift", user, LATENT)
-        return 0.35 * by_age + 0.35 * by_country + 0.8 * self._normal("taste", user, LATENT) + 0.4 * drift
+        return np.asarray(0.35 * by_age + 0.35 * by_country + 0.8 * self._normal("taste", user, LATENT) + 0.4 * drift)
 
     def category(self, item: Array) -> Array:
         """0 … CATEGORIES − 1; the first ones hold more items."""
@@ -163,11 +164,13 @@ class World:
 
     def price_changes(self, item: Array, day: int) -> Array:
         """Which items have another price than the day before, newly appeared ones included."""
-        return (self.item_first_day(item) == day) | (self._price_number(item, day) != self._price_number(item, day - 1))
+        return np.asarray(
+            (self.item_first_day(item) == day) | (self._price_number(item, day) != self._price_number(item, day - 1))
+        )
 
     def _price_number(self, item: Array, day: int) -> Array:
         period, offset = (self._uniform("price period", item, 2) * [25, 30] + [5, 0]).T
-        return ((day - self.item_first_day(item) + offset) // period - offset // period).astype(np.int64)
+        return np.asarray(((day - self.item_first_day(item) + offset) // period - offset // period).astype(np.int64))
 
     def _price(self, item: Array, number: Array) -> Array:
         first = np.exp(3 + 0.8 * self._normal("price", item)[:, 0])
@@ -184,7 +187,7 @@ class World:
     def _normal(self, name: str, index: Array, columns: int = 1) -> Array:
         """[indices, columns], standard normal (Box–Muller)."""
         uniform = self._uniform(f"{name} ~", index, 2 * columns)
-        return np.sqrt(-2 * np.log(uniform[:, :columns])) * np.cos(2 * np.pi * uniform[:, columns:])
+        return np.asarray(np.sqrt(-2 * np.log(uniform[:, :columns])) * np.cos(2 * np.pi * uniform[:, columns:]))
 
 
 def import_synthetic(
@@ -246,7 +249,7 @@ def import_synthetic(
                 ray.shutdown()
     else:
         say(f"{target} already holds these {days} days; nothing to do")
-    return {table: pl.scan_delta(path).select(pl.len()).collect().item() for table, path in paths.items()}
+    return {table: DeltaTable(address(path)).count() for table, path in paths.items()}
 
 
 def simulate(world: World, day: int, user: Array, bucket: int) -> dict[str, pa.Table]:
@@ -268,10 +271,10 @@ def simulate(world: World, day: int, user: Array, bucket: int) -> dict[str, pa.T
     end = world.opening(day) + LAST_REQUEST
 
     def moments(who: Array) -> Array:
-        return begin[who] + (chance.random(len(who)) * (end - begin[who])).astype(np.int64)
+        return np.asarray(begin[who] + (chance.random(len(who)) * (end - begin[who])).astype(np.int64))
 
     def affinity(who: Array, what: Array) -> Array:
-        return np.einsum("nd,nd->n", taste[who], vectors[what]) / np.sqrt(LATENT)
+        return np.asarray(np.einsum("nd,nd->n", taste[who], vectors[what]) / np.sqrt(LATENT))
 
     # R requests, then their C candidates; `who` are positions in `user`.
     requests = chance.poisson(world.requests_per_user * activity)
@@ -359,7 +362,7 @@ class _Picker:
         low, high = self.weights[self.first[category]], self.weights[self.first[category + 1]]
         place = np.searchsorted(self.weights, low + chance.random(len(who)) * (high - low), side="right") - 1
         # Rounding may step over the end of the category by one.
-        return self.order[np.clip(place, self.first[category], self.first[category + 1] - 1)]
+        return np.asarray(self.order[np.clip(place, self.first[category], self.first[category + 1] - 1)])
 
 
 def _write_days(world: World, days: list[int], paths: dict[str, str], say: Callable[[str], None]) -> None:
@@ -431,16 +434,16 @@ def _item_rows(world: World, days: int) -> pl.DataFrame:
 
 def _append_new(path: str, rows: pl.DataFrame, key: list[str], marker: str) -> None:
     """Append the rows whose key is not in the table yet; no commit where there are none."""
-    if DeltaTable.is_deltatable(path):
+    if DeltaTable.is_deltatable(address(path)):
         rows = rows.join(pl.read_delta(path).select(key), on=key, how="anti")
     if rows.height:
         write_table(path, rows, marker, append=True)
 
 
 def _partitions(path: str) -> set[str]:
-    if not DeltaTable.is_deltatable(path):
+    if not DeltaTable.is_deltatable(address(path)):
         return set()
-    return {str(partition["dt"]) for partition in DeltaTable(path).partitions()}
+    return {str(partition["dt"]) for partition in DeltaTable(address(path)).partitions()}
 
 
 def _check(world: World, days: int) -> None:
@@ -484,4 +487,4 @@ def _mix(words: Array) -> Array:
     """splitmix64's finaliser."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+    return np.asarray(words ^ (words >> np.uint64(31)))

@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 
+from features.delta.paths import address
 from features.errors import CorankError
 
 MARKER = "corank.import"
@@ -25,9 +26,9 @@ def imported(path: str) -> str | None:
     Raises:
         CorankError: there is a table, but no import wrote it.
     """
-    if not DeltaTable.is_deltatable(path):
+    if not DeltaTable.is_deltatable(address(path)):
         return None
-    for commit in DeltaTable(path).history():
+    for commit in DeltaTable(address(path)).history():
         if MARKER in commit:
             return str(commit[MARKER])
     raise CorankError(
@@ -38,11 +39,12 @@ def imported(path: str) -> str | None:
 
 def write_table(path: str, rows: pl.DataFrame, marker: str, append: bool = False) -> None:
     """Write the rows in one commit that carries the marker; partitioned by (dt, bucket) if it has them."""
+    partition_by: list[str] = [column for column in ("dt", "bucket") if column in rows.columns]
     write_deltalake(
-        path,
+        address(path),
         rows.to_arrow(),
         mode="append" if append else "overwrite",
         schema_mode=None if append else "overwrite",
-        partition_by=[column for column in ("dt", "bucket") if column in rows.columns] or None,
+        partition_by=partition_by or None,
         commit_properties=CommitProperties(custom_metadata={MARKER: marker}),
     )

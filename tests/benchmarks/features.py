@@ -42,9 +42,9 @@ from features.samples.export import Unnested, flatten, history_column
 from features.samples.source import SampleSource
 from models.losses import task_losses
 from models.registry import build_model
-from pipeline.config import LEAST_OBJECT_STORE, RayConfig, TrainingConfig
 from pipeline.progress import Progress
-from pipeline.runtime import ensure_ray, quiet, stop_ray
+from pipeline.runtime import LEAST_OBJECT_STORE, RayConfig, ensure_ray, quiet, stop_ray
+from pipeline.training.settings import TrainingConfig
 from tests.benchmarks.measure import at_least, at_most, print_results
 from tests.benchmarks.worlds import SCHEMA, World, WrittenWorld, write_world
 

@@ -21,17 +21,22 @@ from pipeline.config import load_config
 from pipeline.importers.movielens import import_movielens
 from pipeline.progress import Progress
 from pipeline.runtime import quiet, stop_ray
-from pipeline.stages import Pipeline
+from pipeline.stages.challenger import CHALLENGER
+from pipeline.stages.evaluation import EVALUATION
+from pipeline.stages.samples import SAMPLES
+from pipeline.stages.validated import VALIDATED
+from pipeline.workspace import Workspace
 from tests.benchmarks.measure import print_results
+from tests.pipeline.workspaces import make
 
 EXAMPLE = "pipeline/examples/movielens.yaml"
 
 
-def example_pipeline(folder: Path) -> Pipeline:
-    """The pipeline of the MovieLens example, on tables in ``folder/data`` and a workspace in ``folder/work``."""
+def example_workspace(folder: Path) -> Workspace:
+    """The workspace of the MovieLens example in ``folder/work``, on tables in ``folder/data``."""
     config = load_config(EXAMPLE)
     tables = {name: one.model_copy(update={"path": f"{folder}/data/{name}"}) for name, one in config.tables.items()}
-    return Pipeline(config.model_copy(update={"tables": tables, "workspace": f"{folder}/work"}), Progress())
+    return Workspace(config.model_copy(update={"tables": tables, "workspace": f"{folder}/work"}), Progress())
 
 
 def main() -> None:
@@ -49,14 +54,14 @@ def main() -> None:
                 os.environ["CORANK_TRAINING__SEED"] = str(seed)
                 if quick:
                     os.environ["CORANK_TRAINING__EPOCHS"] = "1"
-                pipeline = example_pipeline(Path(folder))
+                workspace = example_workspace(Path(folder))
                 if seed == 0:
-                    pipeline.validate(pipeline.partitions)
-                    pipeline.build_samples(pipeline.partitions)
+                    VALIDATED.run(workspace, workspace.partitions)
+                    SAMPLES.run(workspace, workspace.partitions)
                 started = time.monotonic()
-                pipeline.train_candidate()
+                make(CHALLENGER, workspace)
                 seconds = time.monotonic() - started
-                entry = pipeline.evaluate()["tasks"]["finish"]
+                entry = make(EVALUATION, workspace).tasks["finish"]
                 gain = entry["auc_gain_over_baseline"]
                 lowest = min(lowest, gain["low"])
                 results[f"auc_seed_{seed}"] = round(entry["auc"], 4)

@@ -200,17 +200,18 @@ def movielens_rows(folder: Path) -> tuple[pa.Table, Schema]:
     """The sample table of the MovieLens example, every row, shuffled."""
     from pipeline.importers.movielens import import_movielens
     from pipeline.runtime import stop_ray
-    from pipeline.workspace import FOREVER
-    from tests.benchmarks.movielens import example_pipeline
+    from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
+    from pipeline.stages.validated import VALIDATED
+    from tests.benchmarks.movielens import example_workspace
 
     import_movielens(folder / "data")
-    pipeline = example_pipeline(folder)
+    workspace = example_workspace(folder)
     try:
-        pipeline.validate(pipeline.partitions)
-        pipeline.build_samples(pipeline.partitions)
+        VALIDATED.run(workspace, workspace.partitions)
+        SAMPLES.run(workspace, workspace.partitions)
     finally:
         stop_ray()
-    source = pipeline.source(0, FOREVER)
+    source = sample_source(workspace, 0, FOREVER)
     rows = concatenate([source.read(file) for file in source.files()])
     return rows.take(pa.array(np.random.default_rng(0).permutation(rows.num_rows))), source.schema
 

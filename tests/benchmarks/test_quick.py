@@ -37,3 +37,10 @@ def test_the_features_benchmark_agrees_with_one_polars_program_and_reports_every
     assert results["historical_delta_rows_right"] == 20_000
     assert results["flattened_over_samples_arrow"] > 1
     assert set(report["goals"]) >= {"speed_of_polars", "growth_exponent", "flattened_over_samples_parquet"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_the_long_log_benchmark_builds_together_what_it_builds_day_by_day() -> None:
+    report = report_of("longlog", timeout=140)  # it ends with an error where a row differs
+    assert set(report["goals"]) == {"build_seconds", "validation_seconds"}

@@ -32,7 +32,6 @@ START = date(2026, 1, 5)
 DAY = 86_400 * SECOND
 EVENTS_PER_USER, CANDIDATES, REQUESTS = 200, 10, 4
 """Means: events of a user over all partitions, candidates of a request, requests of a user on a day with any."""
-EVENTS_PER_IMPRESSION = 10
 COUNTRIES, DEVICES = ("BR", "DE", "IN", "JP", "US"), ("phone", "tv", "web")
 CATEGORIES = 200
 LOG_DELAY = 60 * SECOND
@@ -85,6 +84,7 @@ class World:
     days: int = 10
     buckets: int = 16
     seed: int = 0
+    events_per_impression: int = 10
 
     @property
     def users(self) -> int:
@@ -182,7 +182,7 @@ def _events(world: World, day: int, bucket: int, users: Array, rows: int) -> pl.
 
 def _impressions(world: World, day: int, bucket: int, users: Array, events: int) -> pl.DataFrame:
     random = world.random("impressions", day, bucket)
-    wanted = max(1, round(events / EVENTS_PER_IMPRESSION / CANDIDATES / REQUESTS))
+    wanted = max(1, round(events / world.events_per_impression / CANDIDATES / REQUESTS))
     # the smallest exponential times are a draw without replacement, in proportion to activity
     visiting = users[np.argsort(random.exponential(size=len(users)) / world.activity[users])[:wanted]]
     user = np.repeat(visiting, random.integers(1, 2 * REQUESTS, len(visiting)))

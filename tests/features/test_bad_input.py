@@ -20,9 +20,12 @@ from features.delta.table import Table, reads_as
 from features.errors import CorankError, DataGateError, UnreadableError, known_cause
 from features.schema import SECOND, partition_bounds
 from features.validation import PartitionValidation, ValidationRules, distinct_events, quarantine, validate_partitions
-from pipeline.config import Config, ModelConfig, TableConfig
+from models.config import ModelConfig
+from pipeline.config import Config, TableConfig
 from pipeline.progress import Progress
-from pipeline.stages import Pipeline
+from pipeline.stages.samples import SAMPLES
+from pipeline.stages.validated import VALIDATED
+from pipeline.workspace import Workspace
 from tests.features.worlds import DAYS, SCHEMA, settings, write_world
 
 DAY = DAYS[1]
@@ -103,7 +106,7 @@ def test_impressions_with_negative_ids_are_set_aside_and_named(
     assert tolerated.quarantined == 2
     rows = Table("quarantine", str(tmp_path / "quarantine")).scan([DAY]).collect()
     assert rows[column].to_list() == ["-1", "-1"]
-    kept, rejected = quarantine(bad["impressions"].scan([DAY]).collect(), SCHEMA, DAY, "day", NOW)
+    kept, rejected = quarantine(bad["impressions"].scan([DAY]).collect(), SCHEMA, [DAY], "day", NOW)
     assert rejected["rule"].to_list() == [f"negative_{column}"] * 2
     assert kept.filter(pl.col(column) < 0).is_empty()
 
@@ -214,7 +217,7 @@ def test_an_event_id_belongs_to_its_user_and_the_first_by_ts_counts() -> None:
     events = pl.DataFrame(
         {"user_id": [1, 2, 1, 1], "event_id": ["a", "a", "b", "a"], "ts": [5, 4, 3, 2], "value": [0, 1, 2, 3]}
     )
-    assert distinct_events(events)["value"].to_list() == [3, 2, 1]
+    assert distinct_events(events.with_columns(dt=pl.lit(DAY)))["value"].to_list() == [3, 2, 1]
 
 
 # --- files --------------------------------------------------------------------------------------------
@@ -330,12 +333,12 @@ def test_the_message_of_an_error_inside_a_task_is_found_not_its_stack_trace() ->
     assert str(known_cause(wrapped)) == "table events: …"
 
 
-# --- types and late rows, at the level of the pipeline ------------------------------------------------
+# --- types and late rows, at the level of the workspace ------------------------------------------------
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path, tables: dict[str, Table]) -> Callable[[], Pipeline]:
-    """Makes a pipeline that sees the tables as they are at the moment."""
+def workspace(tmp_path: Path, tables: dict[str, Table]) -> Callable[[], Workspace]:
+    """Makes a workspace that sees the tables as they are at the moment."""
     config = Config(
         name="world",
         workspace=str(tmp_path / "work"),
@@ -347,7 +350,7 @@ def pipeline(tmp_path: Path, tables: dict[str, Table]) -> Callable[[], Pipeline]
         tasks=SCHEMA.tasks,
         model=ModelConfig(heads=2),
     )
-    return lambda: Pipeline(config, Progress())
+    return lambda: Workspace(config, Progress())
 
 
 def test_a_new_column_reads_as_null_in_older_partitions(tmp_path: Path, tables: dict[str, Table]) -> None:
@@ -362,8 +365,8 @@ def test_a_new_column_reads_as_null_in_older_partitions(tmp_path: Path, tables: 
     assert tables["impressions"].scan([DAYS[2]]).collect()["experiment"].unique().to_list() == ["b"]
 
 
-def test_a_changed_type_is_named_and_a_wider_one_is_not(pipeline: Callable[[], Pipeline]) -> None:
-    users = pipeline().config.table("users")
+def test_a_changed_type_is_named_and_a_wider_one_is_not(workspace: Callable[[], Workspace]) -> None:
+    users = workspace().config.table("users")
     frame = pl.read_delta(users.uri)
 
     def write(kind: type[pl.DataType]) -> None:
@@ -372,16 +375,16 @@ def test_a_changed_type_is_named_and_a_wider_one_is_not(pipeline: Callable[[], P
         )
 
     write(pl.Int32)
-    first_run = pipeline()
-    first_run.validate(first_run.stale_validation())
+    first_run = workspace()
+    VALIDATED.run(first_run, VALIDATED.stale(first_run))
     write(pl.Int64)
-    assert pipeline().stale_validation() == []  # the same values
+    assert VALIDATED.stale(workspace()) == []  # the same values
     write(pl.Float64)
     with pytest.raises(DataGateError) as caught:
-        pipeline().stale_validation()
+        VALIDATED.stale(workspace())
     assert f"table users at {users.uri}: column age was int32, now it is float64" in str(caught.value)
     (Path(first_run.config.path("records", "types")) / "users.json").unlink()
-    assert pipeline().partitions == first_run.partitions == DAYS
+    assert workspace().partitions == first_run.partitions == DAYS
 
 
 def test_wider_types_read_without_a_loss_and_narrower_do_not() -> None:
@@ -392,20 +395,20 @@ def test_wider_types_read_without_a_loss_and_narrower_do_not() -> None:
         assert not reads_as(old, new)
 
 
-def test_late_rows_make_their_partition_and_all_after_it_stale(pipeline: Callable[[], Pipeline]) -> None:
-    before = pipeline()
+def test_late_rows_make_their_partition_and_all_after_it_stale(workspace: Callable[[], Workspace]) -> None:
+    before = workspace()
     days = before.partitions
     for day in days:
-        before.records.put("samples", day, {"inputs": before.sample_inputs[day]})
-    assert pipeline().stale_samples() == []
+        before.records.put("samples", day, {"inputs": SAMPLES.inputs(before)[day]})
+    assert SAMPLES.stale(workspace()) == []
     impressions = before.config.table("impressions")
     late = pl.read_delta(impressions.uri).filter(pl.col("dt") == days[1]).head(1)
     write_deltalake(impressions.uri, late.with_columns(pl.lit("late").alias("request_id")).to_arrow(), mode="append")
-    assert pipeline().stale_samples() == days[1:]
+    assert SAMPLES.stale(workspace()) == days[1:]
 
 
-def test_a_damaged_profile_file_stops_a_run_before_anything_else(pipeline: Callable[[], Pipeline]) -> None:
-    path = next(Path(pipeline().config.table("items").uri).glob("**/*.parquet"))
+def test_a_damaged_profile_file_stops_a_run_before_anything_else(workspace: Callable[[], Workspace]) -> None:
+    path = next(Path(workspace().config.table("items").uri).glob("**/*.parquet"))
     truncate(path)
     with pytest.raises(UnreadableError, match=path.name):
-        pipeline().stale_validation()
+        VALIDATED.stale(workspace())

@@ -107,7 +107,7 @@ def test_feedback_that_would_give_a_wrong_label_is_named(
 def test_requests_after_the_log_ask_for_no_label_that_comes_later(world: dict[str, Table], tmp_path: Path) -> None:
     one = settings(world, tmp_path / "out", schema=BOUGHT)
     fold_all(one, DAYS, [])
-    shown, _ = log_rows(one, DAYS[2], 0)
+    shown, _ = log_rows(one, [DAYS[2]], 0)
     asked = shown["impressions"].with_columns(ts=pl.lit(partition_bounds(DAYS[2], "day")[1], pl.Int64))
     rows = rows_after(one, DAYS, asked)
     candidates = [one for row in rows.to_pylist() for request in row["requests"] for one in request["candidates"]]

@@ -13,13 +13,14 @@ import pytest
 from features.batch import candidate_counts
 from features.builder.states import SAMPLES, STATE
 from features.delta.maintenance import compact, derived_tables
+from features.delta.paths import address
 from features.delta.table import Table
-from features.records import Records
 from features.samples.source import SampleSource
+from pipeline.records import Records
 from tests.features.worlds import COUNTING, DAYS, fold_all, settings, write_world
 from tests.servers import free_port, wait_for
 
-BUCKET = "s3://lake"
+BUCKET = "s3://lake/My Projects é#1? [x] 100%"
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_lake_on_s3_holds_what_a_local_one_holds(s3: None, tmp_path: Path) -> 
     for name, table in tables.items():
         rows, uri = table.scan().collect(), f"{BUCKET}/log/{name}"
         by = [column for column in ("dt", "bucket") if column in rows.columns]
-        rows.write_delta(uri, delta_write_options={"partition_by": by or None})
+        rows.write_delta(address(uri), delta_write_options={"partition_by": by or None})
         remote[name] = Table(name, uri)
     here = settings(tables, tmp_path / "here", schema=COUNTING)
     there = replace(here, tables=remote, root=f"{BUCKET}/work/tables")

@@ -221,8 +221,8 @@ def test_tolerated_rows_are_set_aside_and_counted(tmp_path: Path, tables: dict[s
 def test_buckets_set_aside_the_same_rows_as_the_whole_partition(tables: dict[str, Table]) -> None:
     frame = tables["impressions"].scan([DAY]).collect()
     bad = BAD_IMPRESSIONS["duplicate_candidate"][0](BAD_IMPRESSIONS["label_click"][0](frame))
-    _, whole = quarantine(bad, SCHEMA, DAY, "day", NOW)
-    parts = [quarantine(part, SCHEMA, DAY, "day", NOW)[1] for part in bad.partition_by("bucket")]
+    _, whole = quarantine(bad, SCHEMA, [DAY], "day", NOW)
+    parts = [quarantine(part, SCHEMA, [DAY], "day", NOW)[1] for part in bad.partition_by("bucket")]
     assert pl.concat(parts).sort(pl.all()).equals(whole.sort(pl.all()))
     assert whole.height == 3 + 2
 
@@ -232,7 +232,7 @@ def test_rows_without_a_user_change_nothing_in_other_buckets(tables: dict[str, T
     good = tables["impressions"].scan([DAY]).collect()
     missing = good.head(1).with_columns(pl.lit(None, pl.Int64).alias("user_id"), pl.lit("0").alias("bucket"))
     good = good.with_columns(pl.lit("1").alias("bucket"))
-    kept, rejected = quarantine(pl.concat([missing, good]), SCHEMA, DAY, "day", NOW)
+    kept, rejected = quarantine(pl.concat([missing, good]), SCHEMA, [DAY], "day", NOW)
     assert rejected["rule"].to_list() == ["null_user_id"]
     assert kept.equals(good)
 

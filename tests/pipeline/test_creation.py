@@ -13,7 +13,7 @@ import pytest
 from features.errors import CorankError
 from pipeline.config import Config
 from pipeline.dag import open_instance
-from pipeline.registry import ModelRegistry, local_database
+from pipeline.workspace.registry import ModelRegistry, local_database
 from tests.pipeline.workspaces import load
 
 
@@ -65,7 +65,9 @@ def test_a_registry_with_content_that_cannot_be_opened_is_named_and_kept(config:
 
 @pytest.mark.timeout(120)
 def test_two_first_commands_at_once_make_one_registry(tmp_path: Path) -> None:
-    code = "import sys, pathlib, pipeline.registry as one; print(one.local_database(pathlib.Path(sys.argv[1])))"
+    code = (
+        "import sys, pathlib, pipeline.workspace.registry as one; print(one.local_database(pathlib.Path(sys.argv[1])))"
+    )
     command = [sys.executable, "-c", code, str(tmp_path)]
     two = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [one.communicate(timeout=100)[0].strip().splitlines()[-1] for one in two]

@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import numpy as np
 import polars as pl
 import psutil
@@ -21,26 +22,38 @@ from deltalake import DeltaTable
 from features.batch import collate
 from features.builder.fold import rows_after
 from features.delta.table import Table
+from features.digest import digest
 from features.encoding import bucket_of
 from features.errors import CorankError, DataGateError
 from features.store.online import apply
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
-from pipeline.config import Config, EvaluationConfig
+from pipeline.commands.summary import print_status, print_summary
+from pipeline.config import Config
 from pipeline.dag import open_instance, run_dag
-from pipeline.evaluation import score_rows
+from pipeline.deployment.skew import replay
+from pipeline.deployment.verification import asked_again
+from pipeline.evaluation.scoring import score_rows
+from pipeline.evaluation.settings import EvaluationConfig
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
+from pipeline.records import Record
 from pipeline.runtime import ensure_ray
-from pipeline.skew import replay
-from pipeline.stages import Pipeline, gate_reasons
-from pipeline.verification import asked_again
-from pipeline.workspace import FOREVER
+from pipeline.stages import STAGES, pending
+from pipeline.stages.challenger import CHALLENGER
+from pipeline.stages.champion import CHAMPION
+from pipeline.stages.deployment import CURRENT, DEPLOYMENT
+from pipeline.stages.evaluation import EVALUATION, gate_reasons
+from pipeline.stages.feature_store import FEATURE_STORE, online_record, registered_settings, store_settings
+from pipeline.stages.samples import FOREVER, SAMPLES, build_settings, sample_source
+from pipeline.stages.stage import Stage
+from pipeline.stages.validated import VALIDATED
+from pipeline.workspace import Workspace
 from serving.client import RankingClient
 from serving.deploy import stop
 from serving.ports import endpoint_url
 from serving.ranking import APPLICATION
-from tests.pipeline.workspaces import START, load
+from tests.pipeline.workspaces import START, load, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]
@@ -50,13 +63,12 @@ def quietly(_: str) -> None:
     """Importers report; tests do not listen."""
 
 
-def run(config: Config, until: str | None = None, warm_start: bool = False) -> Pipeline:
-    pipeline = Pipeline(config, Progress(), until, warm_start)
+def run(config: Config, until: str | None = None, warm_start: bool = False) -> Workspace:
+    workspace = Workspace(config, Progress(), until, warm_start)
     ensure_ray(config.ray)
-    pending = pipeline.pending()
-    if pending:
-        run_dag(pipeline, pending)
-    return pipeline
+    if names := pending(workspace):
+        run_dag(workspace, names)
+    return workspace
 
 
 @pytest.fixture(scope="module")
@@ -71,35 +83,36 @@ def config(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterato
 
 
 def test_every_impression_is_a_candidate_or_quarantined(config: Config) -> None:
-    pipeline = Pipeline(config, Progress(), DAYS[1])
+    workspace = Workspace(config, Progress(), DAYS[1])
     for day in DAYS[:2]:
         shown = config.table("impressions").scan([day]).collect().height
-        samples = pipeline.records.get("samples", day)
-        validated = pipeline.records.get("validated", day)
+        samples = workspace.records.read(SAMPLES, day)
+        validated = workspace.records.read(VALIDATED, day)
         assert samples is not None
         assert validated is not None
-        assert shown == validated["rows"]["impressions"] == samples["impressions"]
-        assert shown == samples["candidates"] + samples["quarantined"]
-        rows = [pipeline.source(0, FOREVER, (day,)).read(file) for file in pipeline.source(0, FOREVER, (day,)).files()]
+        assert shown == validated.rows["impressions"] == samples.impressions
+        assert shown == samples.candidates + samples.quarantined
+        rows = [
+            sample_source(workspace, 0, FOREVER, (day,)).read(file)
+            for file in sample_source(workspace, 0, FOREVER, (day,)).files()
+        ]
         assert shown == sum(collate(part, config.schema_).candidates for part in rows)
 
 
 def test_records_carry_lineage(config: Config) -> None:
-    pipeline = Pipeline(config, Progress(), DAYS[1])
-    champion = pipeline.registry.champion()
+    workspace = Workspace(config, Progress(), DAYS[1])
+    champion = workspace.registry.champion()
     assert champion is not None
     lineage = load_artifact(champion.artifact).metadata["lineage"]
     assert list(lineage["partitions"]) == DAYS[:2]
     assert lineage["fingerprints"][DAYS[0]]["impressions"].endswith("@1")
     assert lineage["code"].startswith("0.")
-    deployed = pipeline.records.get("deployment", "current")
+    deployed = workspace.records.read(DEPLOYMENT, CURRENT)
     assert deployed is not None
-    assert deployed["number"] == champion.number
+    assert deployed.number == champion.number
 
 
 def test_dagster_knows_partitions_checks_and_models(config: Config) -> None:
-    import dagster as dg
-
     with open_instance(config) as instance:
         for name in ("validated", "samples", "feature_store"):
             assert instance.get_materialized_partitions(dg.AssetKey(name)) == set(DAYS[:2])
@@ -107,12 +120,75 @@ def test_dagster_knows_partitions_checks_and_models(config: Config) -> None:
 
 
 def test_running_again_does_nothing(config: Config) -> None:
-    pipeline = Pipeline(config, Progress(), DAYS[1])
+    workspace = Workspace(config, Progress(), DAYS[1])
     tables = [DeltaTable(config.path("tables", name)) for name in ("samples", "state")]
-    assert pipeline.pending() == []
+    assert pending(workspace) == []
     run(config, until=DAYS[1])
     assert [DeltaTable(table.table_uri).version() for table in tables] == [table.version() for table in tables]
-    assert len(pipeline.registry.versions()) == 1
+    assert len(workspace.registry.versions()) == 1
+
+
+@dataclass(frozen=True)
+class CountedRecord(Record):
+    requests: int = 0
+
+
+def counted(is_partitioned: bool) -> Stage[CountedRecord]:
+    """All that a new stage needs, but for its entry in the list."""
+
+    class Counted(Stage[CountedRecord]):
+        """How many requests the samples have."""
+
+        name = "counted"
+        depends = ("samples",)
+        record = CountedRecord
+        partitioned = is_partitioned
+
+        def inputs(self, workspace: Workspace) -> dict[str, str]:
+            made_from = SAMPLES.inputs(workspace)
+            return made_from if self.partitioned else {"all": digest(made_from)}
+
+        def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, CountedRecord]:
+            requests = {one: workspace.records.require(SAMPLES, one).requests for one in workspace.partitions}
+            records = {}
+            for part in parts:
+                count = requests[part] if self.partitioned else sum(requests.values())
+                records[part] = CountedRecord(inputs=self.inputs(workspace)[part], requests=count)
+                workspace.records.write(self, part, records[part])
+            return records
+
+        def counts(self, workspace: Workspace) -> tuple[str, str]:
+            records = [workspace.records.require(self, part) for part in self.inputs(workspace)]
+            return f"{len(records)} parts", f"{sum(record.requests for record in records)} counted requests"
+
+    return Counted()
+
+
+@pytest.mark.parametrize("is_partitioned", [False, True], ids=["whole", "by partition"])
+def test_a_new_stage_is_one_object_and_one_entry_in_the_list(
+    config: Config, capsys: pytest.CaptureFixture[str], is_partitioned: bool
+) -> None:
+    stage = counted(is_partitioned)
+    STAGES.insert(2, stage)
+    try:
+        workspace = Workspace(config, Progress(), DAYS[1])
+        assert pending(workspace) == ["counted"]
+        print_status(workspace)
+        assert "work left   counted (`corank run`)" in capsys.readouterr().out
+        run_dag(workspace, pending(workspace))
+        assert pending(workspace) == []
+        parts = DAYS[:2] if is_partitioned else ["all"]
+        requests = sum(workspace.records.require(stage, part).requests for part in parts)
+        assert requests == sum(workspace.records.require(SAMPLES, day).requests for day in DAYS[:2]) > 0
+        print_summary(workspace, None)
+        (row,) = [line for line in capsys.readouterr().out.splitlines() if " counted " in line]
+        assert f"{len(parts)} parts" in row
+        assert f"{requests} counted requests" in row
+        with open_instance(config) as instance:
+            assert instance.get_latest_materialization_event(dg.AssetKey("counted")) is not None
+    finally:
+        STAGES.remove(stage)
+        shutil.rmtree(config.path("records", "counted"))
 
 
 def test_compaction_of_the_log_is_no_new_data(config: Config, tmp_path: Path) -> None:
@@ -132,16 +208,16 @@ def test_compaction_of_the_log_is_no_new_data(config: Config, tmp_path: Path) ->
 
 def test_the_endpoint_scores_as_offline(config: Config) -> None:
     """Requests of the newest partition, asked again over HTTP at the moment up to which the store is filled."""
-    pipeline = Pipeline(config, Progress(), DAYS[1])
-    deployed, moment = pipeline.records.get("deployment", "current"), pipeline.store_close()
+    workspace = Workspace(config, Progress(), DAYS[1])
+    deployed, moment = workspace.records.read(DEPLOYMENT, CURRENT), online_record(workspace).close
     assert deployed is not None
     assert moment is not None
-    model = load_artifact(deployed["artifact"]).model
-    impressions = asked_again(pipeline.build_settings(), DAYS[1], moment, limit=40)
+    model = load_artifact(deployed.artifact).model
+    impressions = asked_again(build_settings(workspace), DAYS[1], moment, limit=40)
     devices = dict(impressions.select("request_id", "device").iter_rows())
-    rows = rows_after(pipeline.build_settings(), DAYS[:2], impressions)
+    rows = rows_after(build_settings(workspace), DAYS[:2], impressions)
     assert rows.num_rows >= 20
-    with RankingClient(deployed["url"]) as client:
+    with RankingClient(deployed.url) as client:
         for index in range(rows.num_rows):
             row = rows.slice(index, 1)
             request = row["requests"][0].as_py()[0]
@@ -157,9 +233,9 @@ def test_the_endpoint_scores_as_offline(config: Config) -> None:
 
 def test_a_replayed_partition_reads_online_what_its_samples_hold(config: Config, tmp_path: Path) -> None:
     """Every value of every request: profiles, windowed aggregates, cross features, sequences."""
-    pipeline = Pipeline(config, Progress(), DAYS[1])
-    samples = pipeline.source(0, FOREVER, (DAYS[1],))
-    build, store = pipeline.build_settings(), pipeline.store_settings()
+    workspace = Workspace(config, Progress(), DAYS[1])
+    samples = sample_source(workspace, 0, FOREVER, (DAYS[1],))
+    build, store = build_settings(workspace), store_settings(workspace)
     found = replay(build, store, samples, DAYS[1], 60, tmp_path, lambda *_: None)
     assert found.requests >= 60
     assert {name: (one.differ, one.example) for name, one in found.features.items() if one.differ} == {}
@@ -171,11 +247,11 @@ def test_a_replayed_partition_reads_online_what_its_samples_hold(config: Config,
 
 
 def test_unknown_users_and_items_are_scored_and_named(config: Config) -> None:
-    pipeline = Pipeline(config, Progress(), DAYS[1])
+    workspace = Workspace(config, Progress(), DAYS[1])
     url = f"http://127.0.0.1:{config.serving.port}"
     known = config.table("items").scan().select("item_id").head(1).collect().item()
     with RankingClient(url) as client:
-        answer = client.rank("nobody", [known, "nothing"], {"device": "tv"}, pipeline.store_close())
+        answer = client.rank("nobody", [known, "nothing"], {"device": "tv"}, online_record(workspace).close)
         assert answer["cold_start"] == {"user": True, "items": ["nothing"]}
         assert len(answer["scores"]["click"]) == 2
         with pytest.raises(CorankError, match="candidates"):
@@ -186,7 +262,7 @@ def test_unknown_users_and_items_are_scored_and_named(config: Config) -> None:
 
 
 def test_an_event_sent_to_the_endpoint_changes_the_next_answer_once(config: Config) -> None:
-    close = Pipeline(config, Progress(), DAYS[1]).store_close()
+    close = online_record(Workspace(config, Progress(), DAYS[1])).close
     assert close is not None
     known, category = config.table("items").scan().select("item_id", "category").head(1).collect().row(0)
     event = {"event_id": "new", "user_id": "somebody", "item_id": known, "ts": close}
@@ -211,10 +287,13 @@ def test_an_event_sent_to_the_endpoint_changes_the_next_answer_once(config: Conf
 def test_killed_replicas_are_answered_503_and_answer_as_before_when_restarted_beside_a_changed_config(
     config: Config,
 ) -> None:
-    pipeline = Pipeline(config, Progress(), DAYS[1])
-    item, close = config.table("items").scan().select("item_id").head(1).collect().item(), pipeline.store_close()
+    workspace = Workspace(config, Progress(), DAYS[1])
+    item, close = (
+        config.table("items").scan().select("item_id").head(1).collect().item(),
+        online_record(workspace).close,
+    )
     fewer = config.model_copy(update={"features": config.features[1:], "sequences": config.sequences[1:]})
-    registered = Pipeline(fewer, Progress(), DAYS[1]).registered_settings()
+    registered = registered_settings(Workspace(fewer, Progress(), DAYS[1]))
     assert registered.live == (config.schema_,)
     apply(registered)
     url = endpoint_url(config.serving.host, config.serving.port)
@@ -264,34 +343,34 @@ def until_it_answers(client: RankingClient) -> None:
 
 
 def test_training_refuses_a_partition_without_a_passing_record(config: Config) -> None:
-    pipeline = Pipeline(config, Progress(), DAYS[2])
+    workspace = Workspace(config, Progress(), DAYS[2])
     with pytest.raises(DataGateError, match=DAYS[2]):
-        pipeline.train_candidate()
+        make(CHALLENGER, workspace)
     with pytest.raises(DataGateError, match=DAYS[2]):
-        pipeline.build_samples([DAYS[2]])
+        SAMPLES.run(workspace, [DAYS[2]])
 
 
 def test_retraining_takes_the_next_partition_from_the_champions_weights(config: Config) -> None:
     """Last of this module: it moves the champion."""
-    old = Pipeline(config, Progress(), DAYS[1])
+    old = Workspace(config, Progress(), DAYS[1])
     before = old.registry.champion()
     assert before is not None
-    state = {day: old.records.get("samples", day) for day in DAYS[:2]}
+    state = {day: old.records.read(SAMPLES, day) for day in DAYS[:2]}
     stop()
-    pipeline = run(config, until=DAYS[2], warm_start=True)
-    champion = pipeline.registry.champion()
+    workspace = run(config, until=DAYS[2], warm_start=True)
+    champion = workspace.registry.champion()
     assert champion is not None
     assert champion.number == before.number + 1
     assert champion.tags["partition"] == DAYS[2]
     lineage = load_artifact(champion.artifact).metadata["lineage"]
     assert lineage["warm_start"] == before.number
     assert lineage["trained_from"] == load_artifact(before.artifact).metadata["lineage"]["cuts"]["validation"]
-    evaluation = pipeline.records.get("evaluation", pipeline.evaluation_key)
+    evaluation = workspace.records.read(EVALUATION, EVALUATION.key(workspace))
     assert evaluation is not None
-    assert evaluation["champion"] == before.number
-    assert {day: pipeline.records.get("samples", day) for day in DAYS[:2]} == state
-    assert Pipeline(config, Progress()).pending() == []
-    assert pipeline.registry.rollback().number == before.number
+    assert evaluation.champion == before.number
+    assert {day: workspace.records.read(SAMPLES, day) for day in DAYS[:2]} == state
+    assert pending(Workspace(config, Progress())) == []
+    assert workspace.registry.rollback().number == before.number
 
 
 def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_path: Path) -> None:
@@ -299,41 +378,41 @@ def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_
     shutil.copytree(Path(config.table("impressions").uri).parent, data)
     shutil.copytree(config.local_path(), tmp_path / "work")
     moved = load(tmp_path, data)
-    assert Pipeline(moved, Progress(), DAYS[1]).pending() != []  # other tables, other work
-    pipeline = Pipeline(config, Progress(), DAYS[2])
-    fingerprints = {day: dict(pipeline.log.fingerprint(day)) for day in DAYS}
+    assert pending(Workspace(moved, Progress(), DAYS[1])) != []  # other tables, other work
+    workspace = Workspace(config, Progress(), DAYS[2])
+    fingerprints = {day: dict(workspace.log.fingerprint(day)) for day in DAYS}
     late = pl.DataFrame(config.table("watches").scan([DAYS[1]]).head(1).collect())
     bucket = bucket_of("visitor", config.buckets)
     late = late.with_columns(
         event_id=pl.lit("late"), user_id=pl.lit("visitor"), bucket=pl.lit(bucket, late["bucket"].dtype)
     )
     late.write_delta(config.table("watches").uri, mode="append")
-    after = Pipeline(config, Progress(), DAYS[2])
+    after = Workspace(config, Progress(), DAYS[2])
     changed = {day for day in DAYS if after.log.fingerprint(day) != fingerprints[day]}
     assert changed == {DAYS[1]}
-    assert after.stale_samples() == DAYS[1:]
-    events = {day: (after.records.get("samples", day) or {})["events"] for day in DAYS}
+    assert SAMPLES.stale(after) == DAYS[1:]
+    events = {day: after.records.require(SAMPLES, day).events for day in DAYS}
     after = rebuilt(config)
-    assert {day: (after.records.get("samples", day) or {})["events"] for day in DAYS} == {
+    assert {day: after.records.require(SAMPLES, day).events for day in DAYS} == {
         **events,
         DAYS[1]: events[DAYS[1]] + 1,
     }
-    online = OnlineReader(after.store_settings())
+    online = OnlineReader(store_settings(after))
     assert online.sequences("visitor")["watched"].ts.tolist() == late["ts"].to_list()
-    assert online.encoded_user("visitor", after.store_close() or 0)[0]
+    assert online.encoded_user("visitor", online_record(after).close or 0)[0]
     DeltaTable(config.table("watches").uri).delete("event_id = 'late'")
     after = rebuilt(config)
-    assert {day: (after.records.get("samples", day) or {})["events"] for day in DAYS} == events
+    assert {day: after.records.require(SAMPLES, day).events for day in DAYS} == events
     assert online.sequences("visitor")["watched"].ts.tolist() == []
-    assert not online.encoded_user("visitor", after.store_close() or 0)[0]
+    assert not online.encoded_user("visitor", online_record(after).close or 0)[0]
 
 
 def test_retraining_after_late_rows_rebuilds_but_trains_nothing_and_leaves_the_service_as_it_is(
     config: Config,
 ) -> None:
     """After the tests before: what was changed and changed back is another log; version 2 is served, 1 is champion."""
-    assert "candidate" in Pipeline(config, Progress(), DAYS[2]).pending()
-    before = Pipeline(config, Progress()).registry.versions()
+    assert "challenger" in pending(Workspace(config, Progress(), DAYS[2]))
+    before = Workspace(config, Progress()).registry.versions()
     late = pl.DataFrame(config.table("watches").scan([DAYS[0]]).head(1).collect())
     late.with_columns(event_id=pl.lit("later")).write_delta(config.table("watches").uri, mode="append")
     command = [sys.executable, "-c", "from pipeline.cli import main; main()"]
@@ -347,38 +426,38 @@ def test_retraining_after_late_rows_rebuilds_but_trains_nothing_and_leaves_the_s
     assert "champion is version 1: restart `corank serve` to serve it" in done.stdout
     with RankingClient(endpoint_url(config.serving.host, config.serving.port)) as client:
         assert client.model()["model_version"] == before[0].tags["content"]
-    after = Pipeline(config, Progress(), DAYS[2])
-    assert after.pending(training=False) == []
+    after = Workspace(config, Progress(), DAYS[2])
+    assert pending(after, training=False) == []
     assert after.registry.versions() == before
-    assert after.is_deployed()
+    assert not DEPLOYMENT.stale(after)
     # the store is ahead of a model whose labels came late: its answers are compared with what the store was filled from
-    assert Pipeline(config, Progress(), DAYS[0]).deploy()["verified"]["requests"] > 0
+    assert make(DEPLOYMENT, Workspace(config, Progress(), DAYS[0])).verified["requests"] > 0
     stop()
 
 
-def rebuilt(config: Config) -> Pipeline:
+def rebuilt(config: Config) -> Workspace:
     """What changed is validated, built and online again."""
-    pipeline = Pipeline(config, Progress(), DAYS[2])
-    pipeline.validate(pipeline.stale_validation())
-    pipeline.build_samples(pipeline.stale_samples())
-    pipeline.fill_store(pipeline.stale_store())
-    assert not {"validated", "samples", "feature_store"} & set(pipeline.pending())
-    return pipeline
+    workspace = Workspace(config, Progress(), DAYS[2])
+    VALIDATED.run(workspace, VALIDATED.stale(workspace))
+    SAMPLES.run(workspace, SAMPLES.stale(workspace))
+    FEATURE_STORE.run(workspace, FEATURE_STORE.stale(workspace))
+    assert not {"validated", "samples", "feature_store"} & set(pending(workspace))
+    return workspace
 
 
 def test_a_corrected_profile_rebuilds_and_a_later_snapshot_does_not(config: Config, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(Path(config.table("users").uri).parent, data)
     moved = load(tmp_path, data)
-    before = Pipeline(moved, Progress()).sample_inputs
+    before = SAMPLES.inputs(Workspace(moved, Progress()))
     users = moved.table("users")
-    close = Pipeline(moved, Progress()).log.bounds(DAYS[2])[1]
+    close = Workspace(moved, Progress()).log.bounds(DAYS[2])[1]
     later = users.scan().head(1).collect().with_columns(updated_at=pl.lit(close))
     later.write_delta(users.uri, mode="append")
-    assert Pipeline(moved, Progress()).sample_inputs == before
+    assert SAMPLES.inputs(Workspace(moved, Progress())) == before
     corrected = users.scan().collect().with_columns(pl.col("age") + 1)
     corrected.write_delta(users.uri, mode="overwrite")
-    assert all(now != before[day] for day, now in Pipeline(moved, Progress()).sample_inputs.items())
+    assert all(now != before[day] for day, now in SAMPLES.inputs(Workspace(moved, Progress())).items())
 
 
 @pytest.mark.parametrize(
@@ -399,19 +478,19 @@ def test_the_gate_promotes_only_what_beats_the_baseline_and_holds_the_champion(
     assert (not reasons) == passes
 
 
-def test_a_rejected_first_candidate_is_registered_but_not_served(config: Config, tmp_path: Path) -> None:
+def test_a_rejected_first_challenger_is_registered_but_not_served(config: Config, tmp_path: Path) -> None:
     shutil.copytree(Path(config.table("users").uri).parent, tmp_path / "data")
     shutil.copytree(config.local_path(), tmp_path / "work")
     strict = load(tmp_path, tmp_path / "data", evaluation={"min_gain_over_baseline": 0.9, "resamples": 50})
     shutil.rmtree(strict.local_path("mlflow"))
-    pipeline = Pipeline(strict, Progress(), DAYS[0])
-    pipeline.validate([DAYS[0]])
-    pipeline.build_samples([DAYS[0]])
-    pipeline.train_candidate()
-    assert not pipeline.evaluate()["passed"]
+    workspace = Workspace(strict, Progress(), DAYS[0])
+    VALIDATED.run(workspace, [DAYS[0]])
+    SAMPLES.run(workspace, [DAYS[0]])
+    make(CHALLENGER, workspace)
+    assert not make(EVALUATION, workspace).passed
     with pytest.raises(CorankError, match=r"not promoted.*no champion to serve"):
-        pipeline.promote()
-    assert [version.aliases for version in pipeline.registry.versions()] == [()]
+        make(CHAMPION, workspace)
+    assert [version.aliases for version in workspace.registry.versions()] == [()]
 
 
 def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) -> None:
@@ -420,14 +499,14 @@ def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) ->
     shutil.copytree(config.local_path(), tmp_path / "work")
     model = {"name": "hyformer", "layers": 1, "encoding": "longer", "short_length": 10, "queries": 2, "tokens": 16}
     moved = load(tmp_path, tmp_path / "data", model=model)
-    pipeline = Pipeline(moved, Progress(), DAYS[1])
-    pipeline.validate(pipeline.stale_validation())
-    pipeline.build_samples(pipeline.stale_samples())
-    pipeline.train_candidate()
-    evaluation = pipeline.evaluate()
-    assert evaluation["passed"], evaluation
-    promoted = pipeline.promote()
-    champion = pipeline.registry.champion()
+    workspace = Workspace(moved, Progress(), DAYS[1])
+    VALIDATED.run(workspace, VALIDATED.stale(workspace))
+    SAMPLES.run(workspace, SAMPLES.stale(workspace))
+    make(CHALLENGER, workspace)
+    evaluation = make(EVALUATION, workspace)
+    assert evaluation.passed, evaluation
+    promoted = make(CHAMPION, workspace)
+    champion = workspace.registry.champion()
     assert champion is not None, promoted
     artifact = load_artifact(champion.artifact)
     assert artifact.model.describe()["name"] == "hyformer"
@@ -435,4 +514,4 @@ def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) ->
     assert artifact.metadata["selfcheck"]["scores"]
     other = load(tmp_path, tmp_path / "data")
     with pytest.raises(CorankError, match=r"whose model or sizes differ from the config's `model:`"):
-        Pipeline(other, Progress(), DAYS[1], warm_start=True).train_candidate()
+        make(CHALLENGER, Workspace(other, Progress(), DAYS[1], warm_start=True))

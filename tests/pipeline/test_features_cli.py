@@ -12,11 +12,14 @@ import pytest
 from features.batch import sample_schema
 from features.delta.table import replace_partition, write_file
 from features.errors import ConfigError
+from pipeline.commands.features import _print_registry
 from pipeline.config import load_config
-from pipeline.features_cli import _print_registry
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
-from pipeline.stages import Pipeline
+from pipeline.stages.feature_store import FEATURE_STORE, online_record, store_settings
+from pipeline.stages.samples import SAMPLES, build_settings
+from pipeline.stages.validated import VALIDATED
+from pipeline.workspace import Workspace
 from tests.pipeline.test_cli import corank
 from tests.pipeline.workspaces import START, write_config
 
@@ -35,9 +38,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(data: Path, local_ray: None) -> Path:
     """A workspace after the stages validated and samples of two days."""
     path = write_config(data.parent, data)
-    pipeline = Pipeline(load_config(path), Progress())
-    pipeline.validate(DAYS)
-    pipeline.build_samples(DAYS)
+    workspace = Workspace(load_config(path), Progress())
+    VALIDATED.run(workspace, DAYS)
+    SAMPLES.run(workspace, DAYS)
     return path
 
 
@@ -62,8 +65,8 @@ def test_a_fresh_workspace_is_told_what_to_run(tmp_path: Path, data: Path, comma
 def test_features_are_registered_materialized_once_and_listed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     applied = corank("features", "apply", "--config", str(config))
     assert applied.returncode == 0, applied.stderr
-    pipeline = Pipeline(load_config(config), Progress())
-    _print_registry(pipeline.store_settings())
+    workspace = Workspace(load_config(config), Progress())
+    _print_registry(store_settings(workspace))
     before = capsys.readouterr().out
     for part in ("user_sequences_watched", "watched__duration", "list of float32", "ranking:", "joined on user_id"):
         assert part in before
@@ -71,18 +74,18 @@ def test_features_are_registered_materialized_once_and_listed(config: Path, caps
 
     first = corank("features", "materialize", "--until", DAYS[0], "--config", str(config))
     assert first.returncode == 0, first.stderr
-    assert pipeline.stale_store() == [DAYS[1]]
+    assert FEATURE_STORE.stale(workspace) == [DAYS[1]]
     rest = corank("features", "materialize", "--config", str(config))
     assert rest.returncode == 0, rest.stderr
     written = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in rest.stdout.splitlines()}
-    assert written == (pipeline.records.get("feature_store", "online") or {})["rows"]
-    assert pipeline.stale_store() == []
+    assert written == online_record(workspace).rows
+    assert FEATURE_STORE.stale(workspace) == []
     again = corank("features", "materialize", "--config", str(config))
     assert "Nothing to do" in again.stdout
-    _print_registry(pipeline.store_settings())
+    _print_registry(store_settings(workspace))
     assert "online up to 2026-01-07 00:00:00 UTC" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=f"already holds partitions up to {DAYS[1]}"):
-        pipeline.fill_store(DAYS[:1])
+        FEATURE_STORE.run(workspace, DAYS[:1])
 
 
 def test_stats_and_export_count_the_candidates_of_the_log(config: Path, data: Path, tmp_path: Path) -> None:
@@ -111,7 +114,7 @@ def test_skew_exits_with_1_where_samples_and_store_differ_and_names_the_feature(
     command = ("features", "skew", "--config", str(config), "--partition", DAYS[1], "--requests", "20")
     equal = corank(*command)
     assert equal.returncode == 0, equal.stderr
-    samples = Pipeline(load_config(config), Progress()).build_settings().table("samples")
+    samples = build_settings(Workspace(load_config(config), Progress())).table("samples")
     rows = samples.scan([DAYS[1]]).collect()
     spoiled = rows.with_columns(pl.col("watched__duration").list.eval(pl.element() + 1)).to_arrow()
     schema = sample_schema(load_config(config).schema_)

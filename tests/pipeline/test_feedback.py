@@ -11,10 +11,11 @@ from deltalake import DeltaTable
 from features.errors import CorankError
 from features.schema import SECOND, partition_bounds
 from pipeline.importers.synthetic import import_synthetic
-from pipeline.log import now_us
 from pipeline.progress import Progress
-from pipeline.stages import Pipeline
-from pipeline.workspace import FOREVER
+from pipeline.stages.challenger import choose_cuts
+from pipeline.stages.samples import FOREVER, SAMPLES, sample_source, trainable
+from pipeline.stages.validated import VALIDATED
+from pipeline.workspace import Workspace, now_us
 from tests.pipeline.workspaces import START, load
 
 DAYS = ["2026-01-05", "2026-01-06"]
@@ -40,11 +41,11 @@ def test_labels_make_a_partition_trainable_and_rebuild_only_it(tmp_path: Path, l
         "tasks": [{"name": "click"}, {"name": "liked", "attribution_window_seconds": window}],
     }
     config = load(tmp_path, data, **changes)
-    pipeline = Pipeline(config, Progress())
-    pipeline.validate(pipeline.partitions)
-    pipeline.build_samples(pipeline.stale_samples())
-    assert pipeline.trainable == DAYS[:1]
-    assert list(pipeline.source(0, FOREVER).partitions) == DAYS[:1]
+    workspace = Workspace(config, Progress())
+    VALIDATED.run(workspace, workspace.partitions)
+    SAMPLES.run(workspace, SAMPLES.stale(workspace))
+    assert trainable(workspace) == DAYS[:1]
+    assert list(sample_source(workspace, 0, FOREVER).partitions) == DAYS[:1]
 
     def liked(day: str) -> list[int | None]:
         rows = pl.scan_delta(config.path("tables", "samples")).filter(pl.col("dt") == day).collect()
@@ -57,12 +58,12 @@ def test_labels_make_a_partition_trainable_and_rebuild_only_it(tmp_path: Path, l
     late = shown.filter(pl.col("dt") == DAYS[0]).tail(3)
     late = late.with_columns(pl.lit("liked").alias("label"), pl.lit(1).alias("value"), ts=pl.col("ts") + 1)
     late.write_delta(str(data / "feedback"), mode="append")
-    again = Pipeline(config, Progress())
-    assert again.stale_validation() == []
-    assert again.stale_samples() == DAYS[:1]
+    again = Workspace(config, Progress())
+    assert VALIDATED.stale(again) == []
+    assert SAMPLES.stale(again) == DAYS[:1]
     before = set(liked(DAYS[1]))
-    again.build_samples(again.stale_samples())
-    assert Pipeline(config, Progress()).stale_samples() == []
+    SAMPLES.run(again, SAMPLES.stale(again))
+    assert SAMPLES.stale(Workspace(config, Progress())) == []
     assert DeltaTable(config.path("tables", "samples")).version() == version + 1
     assert liked(DAYS[0]).count(1) == 8
     assert set(liked(DAYS[1])) == before
@@ -71,4 +72,4 @@ def test_labels_make_a_partition_trainable_and_rebuild_only_it(tmp_path: Path, l
         tmp_path, data, **{**changes, "tasks": [{"name": "liked", "attribution_window_seconds": 10 * 365 * 86_400.0}]}
     )
     with pytest.raises(CorankError, match="no partition can be trained on yet"):
-        Pipeline(waiting, Progress()).cuts()
+        choose_cuts(Workspace(waiting, Progress()))

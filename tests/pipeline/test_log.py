@@ -10,12 +10,13 @@ import polars as pl
 import pytest
 
 from features.errors import ConfigError, CorankError, DataGateError
-from features.records import Records
 from pipeline.config import Config, load_config
 from pipeline.importers.synthetic import import_synthetic
-from pipeline.log import Log, read_lineage
 from pipeline.progress import Progress
-from pipeline.workspace import Workspace
+from pipeline.records import Records
+from pipeline.stages.samples import SAMPLES, build_settings, state_inputs
+from pipeline.workspace import Workspace, read_lineage
+from pipeline.workspace.log import Log
 from tests.pipeline.workspaces import START, load, write_config
 
 
@@ -36,15 +37,15 @@ def append_late_rows(config: Config, role: str = "watches") -> int:
 def test_what_is_written_meanwhile_belongs_to_the_next_run(config: Config) -> None:
     workspace = Workspace(config, Progress())
     fingerprints = workspace.log.fingerprint(START)
-    rows = workspace.build_settings().tables["watches"].scan([START]).collect().height
+    rows = build_settings(workspace).tables["watches"].scan([START]).collect().height
     late = append_late_rows(config)
-    for tables in (workspace.log.tables, workspace.build_settings().tables, workspace.build_settings().pinned().tables):
+    for tables in (workspace.log.tables, build_settings(workspace).tables, build_settings(workspace).pinned().tables):
         assert tables["watches"].scan([START]).collect().height == rows
         assert tables["watches"].fingerprints()[START] == fingerprints["watches"]
     after = Workspace(config, Progress())
-    assert after.build_settings().tables["watches"].scan([START]).collect().height == rows + late
+    assert build_settings(after).tables["watches"].scan([START]).collect().height == rows + late
     assert after.log.fingerprint(START)["watches"] != fingerprints["watches"]
-    assert [after.state_inputs[one] != workspace.state_inputs[one] for one in after.partitions] == [True, True]
+    assert [state_inputs(after)[one] != state_inputs(workspace)[one] for one in after.partitions] == [True, True]
 
 
 def test_a_records_lineage_reads_the_log_as_it_was(config: Config, tmp_path: Path) -> None:
@@ -54,9 +55,9 @@ def test_a_records_lineage_reads_the_log_as_it_was(config: Config, tmp_path: Pat
     append_late_rows(config)
     again = Workspace(config, Progress(), as_of=read_lineage(record))
     assert again.log.now == workspace.log.now
-    assert again.state_inputs == workspace.state_inputs
-    assert again.sample_inputs == workspace.sample_inputs
-    assert Workspace(config, Progress()).state_inputs != workspace.state_inputs
+    assert state_inputs(again) == state_inputs(workspace)
+    assert SAMPLES.inputs(again) == SAMPLES.inputs(workspace)
+    assert state_inputs(Workspace(config, Progress())) != state_inputs(workspace)
     record.write_text("{}")
     with pytest.raises(ConfigError, match="names no versions of the tables"):
         read_lineage(record)
@@ -93,7 +94,7 @@ def test_scalars_of_a_config_mean_what_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["a[1]", "a%20b", "a^b"])
 def test_a_path_that_deltas_library_cannot_open_is_refused_at_once(tmp_path: Path, folder: str) -> None:
-    with pytest.raises(ConfigError, match="rename it"):
+    with pytest.raises(ConfigError, match="rename that folder"):
         load(tmp_path, tmp_path / "data", workspace=str(tmp_path / folder))
 
 

@@ -28,10 +28,16 @@ from pipeline.maintenance import (
     workspace_tables,
 )
 from pipeline.progress import Progress
-from pipeline.registry import PREVIOUS
-from pipeline.stages import Pipeline
-from pipeline.workspace import FOREVER
-from tests.pipeline.workspaces import START, load, write_config
+from pipeline.stages import pending
+from pipeline.stages.challenger import CHALLENGER, choose_cuts
+from pipeline.stages.champion import CHAMPION
+from pipeline.stages.evaluation import EVALUATION
+from pipeline.stages.feature_store import FEATURE_STORE, store_settings
+from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
+from pipeline.stages.validated import VALIDATED
+from pipeline.workspace import Workspace
+from pipeline.workspace.registry import PREVIOUS
+from tests.pipeline.workspaces import START, load, make, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07", "2026-01-08"]
@@ -39,16 +45,16 @@ COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 CHANGES = {"retention": {"partitions": 1}, "training": {"epochs": 1, "batch_candidates": 1_000}}
 
 
-def advance(config: Config, until: str) -> Pipeline:
+def advance(config: Config, until: str) -> Workspace:
     """All stages but the deployment; from the second partition count on, starting from the champion."""
-    pipeline = Pipeline(config, Progress(), until, warm_start=until != DAYS[1])
-    pipeline.validate(pipeline.stale_validation())
-    pipeline.build_samples(pipeline.stale_samples())
-    pipeline.fill_store(pipeline.stale_store())
-    pipeline.train_candidate()
-    pipeline.evaluate()
-    pipeline.promote()
-    return pipeline
+    workspace = Workspace(config, Progress(), until, warm_start=until != DAYS[1])
+    VALIDATED.run(workspace, VALIDATED.stale(workspace))
+    SAMPLES.run(workspace, SAMPLES.stale(workspace))
+    FEATURE_STORE.run(workspace, FEATURE_STORE.stale(workspace))
+    make(CHALLENGER, workspace)
+    make(EVALUATION, workspace)
+    make(CHAMPION, workspace)
+    return workspace
 
 
 @pytest.fixture(scope="module")
@@ -65,34 +71,34 @@ def newest_files(table: Table) -> list[Path]:
     return sorted(Path(file.removeprefix("file://")) for file in table.delta().file_uris())
 
 
-def counted(pipeline: Pipeline, day: str) -> dict[str, int]:
-    source = pipeline.source(0, FOREVER, (day,))
+def counted(workspace: Workspace, day: str) -> dict[str, int]:
+    source = sample_source(workspace, 0, FOREVER, (day,))
     counts = [candidate_counts(source.read(file)) for file in source.files()]
     return {name: sum(one[name] for one in counts) for name in ("requests", "candidates")}
 
 
-def recorded(pipeline: Pipeline, day: str) -> dict[str, int]:
-    record = pipeline.records.get("samples", day) or {}
-    assert record["impressions"] == record["candidates"] + record["quarantined"] + record["forgotten"]
-    return {name: record[name] for name in ("requests", "candidates")}
+def recorded(workspace: Workspace, day: str) -> dict[str, int]:
+    record = workspace.records.require(SAMPLES, day)
+    assert record.impressions == record.candidates + record.quarantined + record.forgotten
+    return {"requests": record.requests, "candidates": record.candidates}
 
 
 def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Config) -> None:
-    pipeline = Pipeline(config, Progress(), DAYS[1])
-    champion = pipeline.registry.champion()
+    workspace = Workspace(config, Progress(), DAYS[1])
+    champion = workspace.registry.champion()
     assert champion is not None
     selfcheck = load_artifact(champion.artifact).metadata["selfcheck"]
     user, other = (row["user_id"] for row in selfcheck["rows"][:2])
-    pending, own = pipeline.pending(), DeltaTable(config.table("impressions").uri).version()
-    update_sample_records(pipeline, find_users(samples_table(pipeline), [user]))  # a run killed before the commit
-    (result,) = forget(pipeline, [user])
+    left, own = pending(workspace), DeltaTable(config.table("impressions").uri).version()
+    update_sample_records(workspace, find_users(samples_table(workspace), [user]))  # a run killed before the commit
+    (result,) = forget(workspace, [user])
     assert {"samples", "state"} <= set(result.tables)
     assert result.online
     assert result.selfchecks
-    for table in workspace_tables(pipeline):
+    for table in workspace_tables(workspace):
         assert find_users(table, [user]).rows == {}
         assert find_users(table, [other]).rows or table.name in ("quarantine", "item_aggregates")
-    reader = OnlineReader(pipeline.store_settings())
+    reader = OnlineReader(store_settings(workspace))
     assert reader.user(user) is None
     assert reader.user(other) is not None
     after = load_artifact(champion.artifact)  # checksums hold
@@ -102,13 +108,13 @@ def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Co
     candidates = sum(len(one["candidates"]) for row in after.metadata["selfcheck"]["rows"] for one in row["requests"])
     assert len(after.metadata["selfcheck"]["scores"]) == candidates
     assert not [path for path in Path(config.path("models")).rglob("*.json") if user in path.read_text()]
-    again = Pipeline(config, Progress(), DAYS[1])
-    assert again.pending() == pending == ["deployment"]
+    again = Workspace(config, Progress(), DAYS[1])
+    assert pending(again) == left == ["deployment"]
     for day in DAYS[:2]:
         assert recorded(again, day) == counted(again, day)
-    source = again.source(0, FOREVER)
+    source = sample_source(again, 0, FOREVER)
     times = sorted(ts for file in source.files() for ts in request_times(source.read(file)))
-    assert again.cuts().test == times[len(times) - round(0.1 * len(times))]
+    assert choose_cuts(again).test == times[len(times) - round(0.1 * len(times))]
     assert result.remains["impressions"] > 0
     assert DeltaTable(config.table("impressions").uri).version() == own
     path = Path(config.path("records", "forgotten", f"{forgotten_key(user)}.json"))
@@ -125,11 +131,11 @@ def test_an_unknown_user_is_no_error_and_keeping_nothing_must_be_meant(config: C
         command = [*COMMAND, "features", *arguments, "--config", str(path)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
-    pipeline = Pipeline(config, Progress(), DAYS[1])
-    for table in workspace_tables(pipeline):  # as an earlier version of the table left them, somebody in them
+    workspace = Workspace(config, Progress(), DAYS[1])
+    for table in workspace_tables(workspace):  # as an earlier version of the table left them, somebody in them
         shutil.copy(newest_files(table)[0], Path(table.uri, "dt=2026-01-05", "old.parquet"))
     done = corank("forget", "nobody")
-    for table in workspace_tables(pipeline):
+    for table in workspace_tables(workspace):
         assert sorted(Path(table.uri).rglob("*.parquet")) == newest_files(table)
     assert done.returncode == 0, done.stderr
     assert "user nobody: nothing was found" in done.stdout
@@ -141,20 +147,20 @@ def test_an_unknown_user_is_no_error_and_keeping_nothing_must_be_meant(config: C
 
 def test_retention_drops_what_no_live_model_was_made_from_and_training_goes_on(config: Config) -> None:
     """Last of this module: it moves the champion."""
-    first = Pipeline(config, Progress(), DAYS[1]).registry.champion()
-    pipeline = advance(config, DAYS[2])
+    first = Workspace(config, Progress(), DAYS[1]).registry.champion()
+    workspace = advance(config, DAYS[2])
     assert first is not None
-    assert plan_retention(pipeline).retired == []
-    assert plan_retention(pipeline).live[DAYS[0]] == first.number  # a rollback returns to it
-    pipeline.registry.client.delete_registered_model_alias(config.name, PREVIOUS)
-    state_table = next(table for table in workspace_tables(pipeline) if table.name == "state")
+    assert plan_retention(workspace).retired == []
+    assert plan_retention(workspace).live[DAYS[0]] == first.number  # a rollback returns to it
+    workspace.registry.client.delete_registered_model_alias(config.name, PREVIOUS)
+    state_table = next(table for table in workspace_tables(workspace) if table.name == "state")
     state = state_table.scan().collect()
-    assert retain(pipeline).retired == DAYS[:1]
-    samples = samples_table(pipeline)
+    assert retain(workspace).retired == DAYS[:1]
+    samples = samples_table(workspace)
     assert samples.partitions() == DAYS[1:3]  # the second one is older than the newest too, but the champion's
     assert state_table.scan().collect().equals(state)
-    after, version = Pipeline(config, Progress(), DAYS[2]), DeltaTable(samples.uri).version()
-    assert after.pending() == ["deployment"]
+    after, version = Workspace(config, Progress(), DAYS[2]), DeltaTable(samples.uri).version()
+    assert pending(after) == ["deployment"]
     assert retain(after).retired == []
     assert DeltaTable(samples.uri).version() == version
     later = advance(config, DAYS[3])
@@ -163,4 +169,4 @@ def test_retention_drops_what_no_live_model_was_made_from_and_training_goes_on(c
     assert champion is not None
     assert champion.tags["partition"] == DAYS[3]
     assert DAYS[0] not in load_artifact(champion.artifact).metadata["lineage"]["partitions"]
-    assert later.cuts().train == later.log.bounds(DAYS[1])[0]
+    assert choose_cuts(later).train == later.log.bounds(DAYS[1])[0]

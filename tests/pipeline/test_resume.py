@@ -17,7 +17,9 @@ from features.delta.table import Table
 from pipeline.config import Config
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
-from pipeline.stages import Pipeline
+from pipeline.stages import pending
+from pipeline.stages.feature_store import online_record
+from pipeline.workspace import Workspace
 from tests.pipeline.workspaces import START, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -57,17 +59,17 @@ def kill_when(folder: Path, happened: Any) -> list[psutil.Process]:
 
 def outcome(config: Config) -> dict[str, Any]:
     """What a run leaves behind, without times and paths."""
-    pipeline = Pipeline(config, Progress())
-    champion = pipeline.registry.champion()
+    workspace = Workspace(config, Progress())
+    champion = workspace.registry.champion()
     assert champion is not None
     owners = {"samples": "user_id", "state": "user_id", "user_aggregates": "user_id", "item_aggregates": "item_id"}
     tables = {name: Table(name, config.path("tables", name)).scan().collect() for name in owners}
     return {
-        "pending": pipeline.pending(),
+        "pending": pending(workspace),
         "model": champion.tags["content"],
-        "versions": len(pipeline.registry.versions()),
+        "versions": len(workspace.registry.versions()),
         **{name: rows.sort("dt", owners[name]).to_dicts() for name, rows in tables.items()},
-        "store": (pipeline.records.get("feature_store", "online") or {})["rows"],
+        "store": online_record(workspace).rows,
     }
 
 
@@ -97,14 +99,14 @@ def test_a_run_killed_or_interrupted_anywhere_continues_and_ends_the_same(tmp_pa
         "validated": lambda: len(list(work.glob("records/validated/*.json"))) >= 1,
         "samples": lambda: bool(list(work.glob("tables/samples/dt=*/*/*.parquet"))),
         "feature_store": lambda: (work / "feast" / "online.db").exists(),
-        "candidate": lambda: bool(list(work.glob("checkpoints/*/*/SHA256SUMS"))),
+        "challenger": lambda: bool(list(work.glob("checkpoints/*/*/SHA256SUMS"))),
         "champion": lambda: bool(list(work.glob("records/evaluation/*.json"))),
     }
     for name, happened in stages.items():
         started = kill_when(tmp_path / "b", happened)
         if name == "feature_store":  # in the middle of training
             interrupt_when(tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))))
-        if name == "candidate":  # and what it saved is damaged
+        if name == "challenger":  # and what it saved is damaged
             psutil.wait_procs(started, timeout=60)
             for state in work.glob("checkpoints/*/*/state.pt"):
                 content = bytearray(state.read_bytes())

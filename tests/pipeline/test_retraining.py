@@ -7,41 +7,48 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-import pipeline.log
+import pipeline.workspace.log
 from features.schema import SECOND, partition_bounds
 from pipeline.importers.synthetic import import_synthetic
-from pipeline.log import now_us
 from pipeline.progress import Progress
 from pipeline.retraining import Retraining, next_retraining
-from pipeline.stages import Pipeline
+from pipeline.stages import pending
+from pipeline.stages.challenger import CHALLENGER
+from pipeline.stages.deployment import CURRENT, DEPLOYMENT
+from pipeline.stages.evaluation import EVALUATION
+from pipeline.stages.feature_store import FEATURE_STORE
+from pipeline.stages.samples import SAMPLES, trainable
+from pipeline.stages.validated import VALIDATED
+from pipeline.workspace import Workspace, now_us
 from tests.pipeline.workspaces import START, load
 
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07", "2026-01-08"]
 HOUR = 3_600 * SECOND
 
 
-def run_data_stages(step: Pipeline) -> None:
-    step.validate(step.stale_validation())
-    step.build_samples(step.stale_samples())
-    step.fill_store(step.stale_store())
+def run_data_stages(step: Workspace) -> None:
+    VALIDATED.run(step, VALIDATED.stale(step))
+    SAMPLES.run(step, SAMPLES.stale(step))
+    FEATURE_STORE.run(step, FEATURE_STORE.stale(step))
 
 
-def register(trained: Pipeline) -> None:
-    """A version of what this pipeline would train, with the records that its stages leave."""
+def register(trained: Workspace) -> None:
+    """A version of what this workspace would train, with the records that its stages leave."""
     artifact = trained.config.local_path("models", "any")
     artifact.mkdir(parents=True, exist_ok=True)
     (artifact / "SHA256SUMS").write_text("")
     registry = trained.registry
-    run = registry.log_run("run", trained.candidate_key, {}, {}, [], str(artifact))
-    tags = {"partition": trained.partitions[-1], "trained": trained.trainable[-1]}
+    run = registry.log_run("run", CHALLENGER.key(trained), {}, {}, [], str(artifact))
+    tags = {"partition": trained.partitions[-1], "trained": trainable(trained)[-1]}
     registry.promote(registry.register(str(artifact), run, tags).number)
-    trained.records.put("candidate", trained.candidate_key, {"artifact": str(artifact)})
+    # as an earlier version called it
+    trained.records.put("candidate", CHALLENGER.key(trained), {"artifact": str(artifact)})
     for stage in ("evaluation", "champion"):
-        trained.records.put(stage, trained.evaluation_key, {})
+        trained.records.put(stage, EVALUATION.key(trained), {})
     champion = registry.champion()
     assert champion is not None
     trained.records.put(
-        "deployment", "current", {"inputs": trained.deployment_inputs(champion), "artifact": champion.artifact}
+        "deployment", "current", {"inputs": DEPLOYMENT.inputs(trained)[CURRENT], "artifact": champion.artifact}
     )
 
 
@@ -61,31 +68,31 @@ def test_partitions_whose_labels_are_not_known_are_built_one_by_one_and_trained_
     window = (now_us() + HOUR - partition_bounds(DAYS[2], "day")[1]) / SECOND
     tasks = [{"name": "click"}, {"name": "liked", "attribution_window_seconds": window}]
     config = load(tmp_path, data, tables=tables, tasks=tasks)
-    first = Pipeline(config, Progress(), DAYS[1])
+    first = Workspace(config, Progress(), DAYS[1])
     run_data_stages(first)
     register(first)
 
     def following() -> tuple[Retraining, str | None]:
         step = next_retraining(config)
-        return step, step.pipeline.until
+        return step, step.workspace.until
 
     for day in DAYS[2:]:
         step, until = following()
         assert (step.training, until) == (False, day)
-        run_data_stages(step.pipeline)
-        assert step.pipeline.pending(step.training) == []
+        run_data_stages(step.workspace)
+        assert pending(step.workspace, step.training) == []
     step, _ = following()
     assert step.says.startswith("Nothing to train")
-    assert step.pipeline.pending(step.training) == []
+    assert pending(step.workspace, step.training) == []
 
     watches = config.table("watches")
     late = watches.scan([DAYS[0]]).head(1).collect().with_columns(event_id=pl.lit("late"))
     late.write_delta(watches.uri, mode="append")
     step, until = following()
     assert (step.training, until) == (False, DAYS[2])
-    assert step.pipeline.pending(step.training)[:2] == ["validated", "samples"]
+    assert pending(step.workspace, step.training)[:2] == ["validated", "samples"]
 
-    monkeypatch.setattr(pipeline.log, "now_us", lambda: now_us() + 2 * HOUR)
+    monkeypatch.setattr(pipeline.workspace.log, "now_us", lambda: now_us() + 2 * HOUR)
     step, until = following()
     assert (step.training, until) == (True, DAYS[2])
-    assert "candidate" in step.pipeline.pending()
+    assert "challenger" in pending(step.workspace)

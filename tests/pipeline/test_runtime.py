@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from pipeline.runtime import insistent_interrupts
-from pipeline.training import _fit
+from pipeline.training.training import _fit
 from tests.servers import free_port
 
 
@@ -75,9 +75,8 @@ def test_after_training_tasks_of_its_process_can_be_cancelled_again() -> None:
 def test_sigterm_stops_a_command_that_is_connected_to_a_cluster(local_ray: None) -> None:
     program = f"""
 import time
-from pipeline.cli import guarded
-from pipeline.config import RayConfig
-from pipeline.runtime import ensure_ray
+from pipeline.commands.common import guarded
+from pipeline.runtime import RayConfig, ensure_ray
 with guarded(False):
     ensure_ray(RayConfig(address="{ray.get_runtime_context().gcs_address}"))
     print("connected", flush=True)
@@ -97,9 +96,8 @@ with guarded(False):
 def test_an_interrupt_while_ray_starts_leaves_no_process_behind(number: signal.Signals) -> None:
     program = """
 import time
-from pipeline.cli import guarded
-from pipeline.config import RayConfig
-from pipeline.runtime import ensure_ray
+from pipeline.commands.common import guarded
+from pipeline.runtime import RayConfig, ensure_ray
 with guarded(False):
     ensure_ray(RayConfig(num_cpus=1))
     time.sleep(60)
@@ -121,8 +119,7 @@ LISTENING = """
 import json, os, sys
 import psutil, ray
 from ray import serve
-from pipeline.config import RayConfig
-from pipeline.runtime import ensure_ray, stop_ray
+from pipeline.runtime import RayConfig, ensure_ray, stop_ray
 
 ensure_ray(RayConfig(num_cpus=2, object_store_memory=80_000_000))
 

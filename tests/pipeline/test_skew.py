@@ -11,7 +11,7 @@ from features.builder.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSetti
 from features.delta.table import Table
 from features.samples.source import SampleSource
 from features.schema import SECOND, partition_bounds
-from pipeline.skew import SkewReport, replay
+from pipeline.deployment.skew import SkewReport, replay
 from tests.features.stores import store_settings
 from tests.features.worlds import (
     COLORS,

@@ -18,15 +18,19 @@ from features.builder.states import BuildSettings
 from features.errors import CorankError
 from features.samples.source import SampleSource
 from models.artifact import save_artifact
-from pipeline.checkpoints import Checkpoints
-from pipeline.config import Config, ModelConfig, TrainingConfig
-from pipeline.evaluation import Scored, baseline, report
+from models.config import ModelConfig
+from pipeline.config import Config
+from pipeline.deployment.selfcheck import selfcheck_difference, selfcheck_document
+from pipeline.deployment.verification import verify_endpoint
+from pipeline.evaluation.baseline import baseline
+from pipeline.evaluation.comparison import compare
+from pipeline.evaluation.scoring import Scored
 from pipeline.progress import Eta
-from pipeline.report import write_report
-from pipeline.selfcheck import selfcheck_difference, selfcheck_document
-from pipeline.stages import gate_reasons
-from pipeline.training import TrainingJob, initial_model, require_both_classes, summarize, train
-from pipeline.verification import verify_endpoint
+from pipeline.stages.challenger import ChallengerRecord
+from pipeline.stages.evaluation import EvaluationRecord, gate_reasons, write_report
+from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.settings import TrainingConfig
+from pipeline.training.training import TrainingJob, initial_model, require_both_classes, summarize, train
 from tests.models.batches import make_rows, make_schema
 
 SCHEMA = make_schema()
@@ -176,18 +180,17 @@ def test_a_second_task_without_labels_or_of_one_class_has_no_metrics_and_stops_n
         mask=np.stack([np.ones(count, bool), np.full(count, label is not None)], 1),
         scores=np.random.default_rng(0).random((count, 2)),
     )
-    entries = {name: one.as_dict() for name, one in report(SCHEMA, scored, baselines, scored, 50).items()}
+    entries = {name: one.as_dict() for name, one in compare(SCHEMA, scored, baselines, scored, 50).items()}
     json.dumps(entries, allow_nan=False)
     assert entries["task0"]["auc_gain_over_baseline"] is not None
     unknown = ("auc", "uauc", "gauc", "query_auc", "baseline", "auc_gain_over_baseline", "auc_gain_over_champion")
     assert [entries["task1"][name] for name in unknown] == [None] * len(unknown)
     assert entries["task1"]["impressions"] == (0 if label is None else count)
     config = Config.model_construct(name="shop", model=ModelConfig())
-    cuts = {"cuts": {"validation": 0, "test": 0}, "trained_from": 0, "version": "v", "warm_start": None}
-    evaluation = {"impressions": count, "passed": True, "reasons": [], "champion": 1, "tasks": entries}
-    text = Path(write_report(tmp_path, config, cuts, evaluation)).read_text()
+    verdict = EvaluationRecord(impressions=count, passed=True, champion=1, tasks=entries)
+    text = Path(write_report(tmp_path, config, ChallengerRecord(version="v"), verdict)).read_text()
     assert "nan" not in text.lower()
-    assert "| candidate | – | – | – | – | " in text
+    assert "| challenger | – | – | – | – | " in text
     assert ("no label is known" in text) == (label is None)
 
 

@@ -8,6 +8,9 @@ from typing import Any
 import yaml
 
 from pipeline.config import Config, load_config
+from pipeline.records import R
+from pipeline.stages.stage import Stage
+from pipeline.workspace import Workspace
 from tests.servers import free_port
 
 EXAMPLE = Path("pipeline/examples/synthetic.yaml")
@@ -38,3 +41,9 @@ def write_config(folder: Path, data: Path, **changes: Any) -> Path:
 
 def load(folder: Path, data: Path, **changes: Any) -> Config:
     return load_config(write_config(folder, data, **changes))
+
+
+def make(stage: Stage[R], workspace: Workspace) -> R:
+    """Run a stage that is no partitioned one, whether it is stale or not; its record."""
+    (part,) = stage.inputs(workspace)
+    return stage.run(workspace, [part])[part]

@@ -35,8 +35,9 @@ from serving.client import NoEndpointError, RankingClient
 from serving.deploy import error_in, start
 from serving.ports import endpoint_url
 from serving.proxy import JsonErrors
-from serving.ranking import Ranker, RankingService, ServingSettings, build_api
+from serving.ranking import Ranker, RankingService, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
+from serving.settings import ServingConfig, ServingSettings
 from tests.servers import free_port, http_server
 
 SCHEMA = Schema(
@@ -99,7 +100,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ServingSettings:
     torch.manual_seed(0)
     model = build_model(SCHEMA, "ui-mixformer", "tiny", id_dropout=0.0)
     save_artifact(root / "model", model, {"metrics": {"auc": float("nan")}, "lineage": {}, "selfcheck": {}})
-    return ServingSettings(str(root / "model"), store, log_delay=2, max_candidates=4, ranker_threads=1)
+    return ServingSettings(str(root / "model"), store, ServingConfig(max_candidates=4), log_delay=2, ranker_threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +370,7 @@ def test_of_several_event_tables_one_is_named_and_wrong_types_are_told_by_place(
 
 
 def test_context_that_is_missing_can_be_unknown(settings: ServingSettings) -> None:
-    lenient = replace(settings, missing_context="unknown")
+    lenient = replace(settings, options=ServingConfig(max_candidates=4, missing_context="unknown"))
     service = RankingService(lenient, InProcess(Ranker(lenient)))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client:
         unknown = client.post("/v1/rank", json=body(context=dict.fromkeys(CONTEXT)))
@@ -493,7 +494,8 @@ def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() ->
 
 
 def test_overload_is_answered_at_once(settings: ServingSettings) -> None:
-    full = replace(settings, max_ongoing_requests=0, max_queued_requests=0)
+    none = {"max_ongoing_requests": 0, "max_queued_requests": 0}  # a config has at least one
+    full = replace(settings, options=settings.options.model_copy(update=none))
     service = RankingService(full, InProcess(Ranker(full)))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client:
         response = client.post("/v1/rank", json=body())
@@ -513,7 +515,7 @@ def test_a_store_that_does_not_answer_is_named_and_may_be_asked_again(settings: 
 
 
 def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(settings: ServingSettings) -> None:
-    one_each = replace(settings, max_ongoing_requests=1, max_queued_requests=0)
+    one_each = replace(settings, options=ServingConfig(max_ongoing_requests=1, max_queued_requests=0))
     service = RankingService(one_each, InProcess(Ranker(one_each)))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client, ThreadPoolExecutor(2) as pool:
         with sole_writer(open_store(settings.store), pl.Series(["waiting"])):

@@ -19,9 +19,10 @@ from features.store.online import FeatureStoreSettings, apply, materialize
 from models.artifact import save_artifact
 from models.config import ModelConfig
 from models.registry import MODELS, build_model
-from pipeline.evaluation import score_rows
-from pipeline.verification import asked_again, raw_contexts
-from serving.ranking import Ranker, RankingService, ServingSettings, build_api
+from pipeline.deployment.verification import asked_again, raw_contexts
+from pipeline.evaluation.scoring import score_rows
+from serving.ranking import Ranker, RankingService, build_api
+from serving.settings import ServingSettings
 from tests.features import worlds
 from tests.features.worlds import COLORS, DAYS, SCHEMA, fold_all, write_world
 from tests.serving.test_ranking import InProcess

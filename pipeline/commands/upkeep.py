@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
+from pipeline.commands.common import ConfigOption, DebugOption, guarded, load, open_workspace
 
 if TYPE_CHECKING:
     from features.delta.maintenance import Size
@@ -44,9 +44,9 @@ def compact(
                 "--keep-hours 0 also removes files that a running reader of an older version may need; "
                 "add --remove-all-unreferenced if that is meant"
             )
-        pipeline = _pipeline(_load(config))
-        with exclusive(pipeline.config):
-            sizes = compact_tables(pipeline, keep_hours)
+        workspace = open_workspace(load(config))
+        with exclusive(workspace.config):
+            sizes = compact_tables(workspace, keep_hours)
         if not sizes:
             typer.echo("There are no derived tables yet; `corank run` builds them.")
         for name, (before, after) in sizes.items():
@@ -66,11 +66,11 @@ def forget(
         from pipeline import maintenance
         from pipeline.workspace import exclusive
 
-        pipeline = _pipeline(_load(config))
-        with exclusive(pipeline.config):
-            results = maintenance.forget(pipeline, users)
+        workspace = open_workspace(load(config))
+        with exclusive(workspace.config):
+            results = maintenance.forget(workspace, users)
         for result in results:
-            _print_forgotten(result, pipeline.config.path("records", "forgotten"))
+            _print_forgotten(result, workspace.config.path("records", "forgotten"))
         if any(result.found for result in results):
             typer.echo("Not changed: the weights of models trained before, until a training from scratch.")
 
@@ -109,13 +109,13 @@ def retain(
         from pipeline import maintenance
         from pipeline.workspace import exclusive
 
-        pipeline = _pipeline(_load(config))
-        keep = pipeline.config.retention.partitions
+        workspace = open_workspace(load(config))
+        keep = workspace.config.retention.partitions
         if keep is None:
             typer.echo("All samples are kept: the config has no `retention: {partitions: N}`.")
             return
-        with exclusive(pipeline.config):
-            plan = maintenance.plan_retention(pipeline) if dry_run else maintenance.retain(pipeline)
+        with exclusive(workspace.config):
+            plan = maintenance.plan_retention(workspace) if dry_run else maintenance.retain(workspace)
         for partition, version in plan.live.items():
             typer.echo(f"{partition}  kept: model version {version} was made from it")
         for partition in plan.retired:

@@ -1,4 +1,4 @@
-"""Does the online store say what the samples say? A partition is replayed, value by value (DESIGN §3).
+"""Does the online store say what the samples say? A partition is replayed, value by value.
 
 An online store knows only the present. So a scratch store is filled up to the partition's opening; then time runs:
 profiles and counts are materialised and events pushed as they became known, and every request is read just before
@@ -27,7 +27,7 @@ from features.store.online import FeatureStoreSettings, apply, materialize
 from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader
 from features.validation import distinct_events
-from pipeline.verification import raw_contexts
+from pipeline.deployment.verification import raw_contexts
 from serving.rows import build_row
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pyarrow import fs
 
+from features.delta.paths import address
 from features.errors import CorankError
 
 KEPT = 2
@@ -27,7 +28,7 @@ class Checkpoints:
         self.uri = uri
         self.fs: fs.FileSystem
         self.root: str
-        self.fs, self.root = fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), uri)
+        self.fs, self.root = fs.FileSystem.from_uri(address(uri)) if "://" in uri else (fs.LocalFileSystem(), uri)
 
     def newest(self, say: Callable[[str], None]) -> int:
         """Epoch of the newest checkpoint that is whole, or 0; every newer one that is not is said."""

@@ -14,11 +14,12 @@ import polars as pl
 from features.builder.log_rows import feedback_partitions
 from features.delta.fingerprints import WHOLE_TABLE
 from features.delta.table import Table, reads_as
+from features.digest import digest
 from features.errors import ConfigError, CorankError, DataGateError
-from features.records import Records, digest
 from features.schema import FEEDBACK, SECOND, partition_bounds, partition_of
 from features.validation import PROFILE_KEYS, check_tables, columns_read
 from pipeline.config import PROFILES, Config
+from pipeline.records import Records
 
 
 def now_us() -> int:
@@ -107,6 +108,7 @@ class Log:
         self.held = {one for one in {*found, *chain(*events)} if one >= (config.start or "")}
         self.partitions = sorted(one for one in self.held if one <= self.shown[-1])
         self._fingerprints = self._read_fingerprints(records, cached=as_of is None)
+        self._chains: dict[str, dict[str, str]] = {}
 
     def _partitions_of(self, role: str) -> list[str]:
         """Partitions of a log, oldest first.
@@ -143,6 +145,18 @@ class Log:
     def fingerprint(self, partition: str) -> dict[str, str]:
         """What this partition is made of: per table its last commit with data change."""
         return self._fingerprints[partition]
+
+    def chain(self, *made_with: Any) -> dict[str, str]:
+        """Per partition the digest of what made it: what it is made with, its own fingerprint and all before it."""
+        key = digest(made_with)
+        if key not in self._chains:
+            chain: dict[str, str] = {}
+            previous = ""
+            for partition in self.partitions:
+                previous = digest([*made_with, self.fingerprint(partition), previous])
+                chain[partition] = previous
+            self._chains[key] = chain
+        return dict(self._chains[key])
 
     def keep_types(self, records: Records) -> None:
         """Record the types of every table's columns, once the tables were validated: later ones are compared."""
@@ -241,7 +255,7 @@ def read_lineage(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"--as-of {path}: it names no versions of the tables ({type(error).__name__}: {error}); give a record of "
-            "feature_store, candidate, evaluation, champion or deployment, or the lineage.json of a model"
+            "feature_store, challenger, evaluation, champion or deployment, or the lineage.json of a model"
         ) from None
 
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline import maintenance_cli
-from pipeline.cli import ConfigOption, DebugOption, _load, _pipeline, guarded
+from pipeline.commands import upkeep
+from pipeline.commands.common import ConfigOption, DebugOption, guarded, load, open_workspace
 
 if TYPE_CHECKING:
     from features.samples.source import SampleSource
     from features.store.online import FeatureStoreSettings
-    from pipeline.progress import Stage
-    from pipeline.stages import Pipeline
+    from pipeline.progress import Line
+    from pipeline.workspace import Workspace
 
 features_app = typer.Typer(
     help="The feature store and the derived tables: look at them, check them, keep them in order.", no_args_is_help=True
 )
-maintenance_cli.register(features_app)
+upkeep.register(features_app)
 
 PartitionsOption = Annotated[
     list[str] | None,
@@ -40,7 +40,9 @@ WORTH_RAY = 32 << 20
 def features_list(config: ConfigOption, debug: DebugOption = False) -> None:
     """List what is registered in Feast: entities, views with their features and types, the service."""
     with guarded(debug):
-        _print_registry(_pipeline(_load(config)).store_settings())
+        from pipeline.stages.feature_store import store_settings
+
+        _print_registry(store_settings(open_workspace(load(config))))
 
 
 @features_app.command("apply")
@@ -49,12 +51,13 @@ def features_apply(config: ConfigOption, debug: DebugOption = False) -> None:
     with guarded(debug):
         from pipeline.workspace import exclusive
 
-        pipeline = _pipeline(_load(config))
-        with exclusive(pipeline.config), pipeline.progress.stage("features") as stage:
+        workspace = open_workspace(load(config))
+        with exclusive(workspace.config), workspace.progress.stage("features") as stage:
             stage.say("registering")
             from features.store.online import apply
+            from pipeline.stages.feature_store import registered_settings
 
-            settings = pipeline.registered_settings()
+            settings = registered_settings(workspace)
             stage.say(f"registered {', '.join(apply(settings))} in project {settings.project}")
 
 
@@ -72,17 +75,18 @@ def features_materialize(
 ) -> None:
     """Fill the online store with the newest profiles and sequences, as the stage feature_store of `corank run` does."""
     with guarded(debug):
+        from pipeline.stages.feature_store import FEATURE_STORE, ONLINE
         from pipeline.workspace import exclusive
 
-        pipeline = _pipeline(_load(config), until)
-        with exclusive(pipeline.config):
-            partitions = pipeline.partitions if everything else pipeline.stale_store()
+        workspace = open_workspace(load(config), until)
+        with exclusive(workspace.config):
+            partitions = workspace.partitions if everything else FEATURE_STORE.stale(workspace)
             if not partitions:
-                newest = pipeline.partitions[-1]
+                newest = workspace.partitions[-1]
                 typer.echo(f"Nothing to do: the online store is up to date with the log up to {newest}.")
                 return
-            _require_built(pipeline, partitions)
-            rows = pipeline.fill_store(partitions)
+            _require_built(workspace, partitions)
+            rows = FEATURE_STORE.run(workspace, partitions)[ONLINE].rows
         for view, count in rows.items():
             typer.echo(f"{view:<28} {count:>12,} rows")
 
@@ -101,7 +105,7 @@ def _print_registry(settings: FeatureStoreSettings) -> None:
         raise nothing  # opening the registry would create it
     from features.schema import SECOND
     from features.store.online import open_store
-    from pipeline.log import close_text
+    from pipeline.workspace import close_text
 
     store = open_store(settings)
     views = sorted(store.list_feature_views(), key=lambda view: str(view.name))
@@ -150,10 +154,10 @@ def features_stats(
     with guarded(debug):
         from features.samples.statistics import sample_statistics
 
-        pipeline = _pipeline(_load(config))
-        source = _samples(pipeline, partition)
-        with pipeline.progress.stage("statistics") as stage:
-            _ray_for(source, pipeline, stage)
+        workspace = open_workspace(load(config))
+        source = _samples(workspace, partition)
+        with workspace.progress.stage("statistics") as stage:
+            _ray_for(source, workspace, stage)
             statistics = sample_statistics(source, lambda done, total: stage.say(f"{done}/{total} files"))
         figures = {"partitions": list(source.partitions), **statistics.describe(source.schema)}
         if as_json:
@@ -182,18 +186,19 @@ def features_export(
     """
     with guarded(debug):
         from features.samples.export import export_impressions
+        from pipeline.stages.samples import SAMPLES
         from pipeline.workspace import exclusive
 
-        pipeline = _pipeline(_load(config))
-        with exclusive(pipeline.config):
-            source = _samples(pipeline, partition)
-            records = {one: pipeline.records.get("samples", one) or {} for one in source.partitions}
-            with pipeline.progress.stage("export") as stage:
-                _ray_for(source, pipeline, stage)
+        workspace = open_workspace(load(config))
+        with exclusive(workspace.config):
+            source = _samples(workspace, partition)
+            candidates = {one: workspace.records.require(SAMPLES, one).candidates for one in source.partitions}
+            with workspace.progress.stage("export") as stage:
+                _ray_for(source, workspace, stage)
                 result = export_impressions(
                     source,
                     target,
-                    {one: int(record["candidates"]) for one, record in records.items()},
+                    candidates,
                     overwrite,
                     lambda done, total: stage.say(f"{done}/{total} files"),
                     raw,
@@ -209,16 +214,16 @@ def features_export(
         typer.echo(f"{'folder':<16} {target}")
 
 
-def _ray_for(source: SampleSource, pipeline: Pipeline, stage: Stage) -> None:
+def _ray_for(source: SampleSource, workspace: Workspace, stage: Line) -> None:
     """Start Ray, where it pays, or connect to the cluster."""
     from pipeline.runtime import ensure_ray
 
-    if pipeline.config.ray.address or source.size() > WORTH_RAY:
+    if workspace.config.ray.address or source.size() > WORTH_RAY:
         stage.say("starting Ray")
-        ensure_ray(pipeline.config.ray)
+        ensure_ray(workspace.config.ray)
 
 
-def _samples(pipeline: Pipeline, chosen: list[str] | None) -> SampleSource:
+def _samples(workspace: Workspace, chosen: list[str] | None) -> SampleSource:
     """The samples of the chosen partitions, or of all that are up to date.
 
     Raises:
@@ -226,30 +231,31 @@ def _samples(pipeline: Pipeline, chosen: list[str] | None) -> SampleSource:
         CorankError: a chosen partition is not built from the present log and config, or no partition is.
     """
     from features.errors import ConfigError, CorankError
-    from pipeline.workspace import FOREVER
+    from pipeline.stages.samples import FOREVER, SAMPLES, kept, sample_source
 
-    known, stale = pipeline.partitions, set(pipeline.stale_samples())
+    known, stale = workspace.partitions, set(SAMPLES.stale(workspace))
     if unknown := [one for one in chosen or [] if one not in known]:
         raise ConfigError(
             f"--partition {unknown[0]}: it has no rows or is not closed; "
             f"there are {len(known)} from {known[0]} to {known[-1]}"
         )
-    built = [one for one in pipeline.kept if one not in stale]
+    built = [one for one in kept(workspace) if one not in stale]
     if not built:
         raise CorankError("no samples are built from this log and config yet; `corank run` builds them")
     partitions = sorted(set(chosen)) if chosen else built
-    if retired := sorted(set(partitions) - set(pipeline.kept)):
+    if retired := sorted(set(partitions) - set(kept(workspace))):
         raise CorankError(f"table samples, partition {retired[0]}: `retention` has dropped its samples")
-    _require_built(pipeline, partitions)
+    _require_built(workspace, partitions)
     if not chosen and stale:
-        pipeline.progress.note(f"{len(stale)} of {len(known)} partitions are not built yet and left out")
-    return pipeline.source(0, FOREVER, tuple(partitions))
+        workspace.progress.note(f"{len(stale)} of {len(known)} partitions are not built yet and left out")
+    return sample_source(workspace, 0, FOREVER, tuple(partitions))
 
 
-def _require_built(pipeline: Pipeline, partitions: list[str]) -> None:
+def _require_built(workspace: Workspace, partitions: list[str]) -> None:
     from features.errors import CorankError
+    from pipeline.stages.samples import SAMPLES
 
-    stale = set(pipeline.stale_samples())
+    stale = set(SAMPLES.stale(workspace))
     if missing := [one for one in partitions if one in stale]:
         named = ", ".join(missing[:SHOWN_PARTITIONS]) + (" …" if len(missing) > SHOWN_PARTITIONS else "")
         raise CorankError(
@@ -346,13 +352,15 @@ def features_skew(
         from rich.table import Table
 
         from features.errors import CorankError
-        from pipeline.skew import replay
-        from pipeline.workspace import FOREVER, exclusive
+        from pipeline.deployment.skew import replay
+        from pipeline.stages.feature_store import store_settings
+        from pipeline.stages.samples import FOREVER, SAMPLES, build_settings, kept, sample_source
+        from pipeline.workspace import exclusive
 
-        pipeline = _pipeline(_load(config))
-        with exclusive(pipeline.config), pipeline.progress.stage("skew") as stage:
-            stale = set(pipeline.stale_samples())
-            built = [one for one in pipeline.kept if one not in stale]
+        workspace = open_workspace(load(config))
+        with exclusive(workspace.config), workspace.progress.stage("skew") as stage:
+            stale = set(SAMPLES.stale(workspace))
+            built = [one for one in kept(workspace) if one not in stale]
             chosen = partition or (built[-1] if built else None)
             if chosen is None or chosen not in built:
                 raise CorankError(
@@ -361,12 +369,12 @@ def features_skew(
                 )
             stage.say("filling a scratch store")
             report = replay(
-                pipeline.build_settings(),
-                pipeline.store_settings(),
-                pipeline.source(0, FOREVER, (chosen,)),
+                build_settings(workspace),
+                store_settings(workspace),
+                sample_source(workspace, 0, FOREVER, (chosen,)),
                 chosen,
                 requests,
-                pipeline.config.local_path("skew"),
+                workspace.config.local_path("skew"),
                 lambda done, total: stage.say(f"{done:,} of {total:,} requests"),
             )
             stage.say(f"{report.requests:,} requests of partition {chosen}, {report.rate:.4%} of all values differ")

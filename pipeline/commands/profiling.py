@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -77,10 +76,9 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
 
 def _print_decoupling(console: Console, schema: Schema, size: str, length: int) -> None:
     decoupled, full = on_meta(schema, "ui-mixformer", size), on_meta(schema, "mixformer", size)
-    user_heads: Any = decoupled.user_heads
-    table = Table(
-        title=f"FLOPs of UI-MixFormer (N_U = {user_heads} of {full.config.heads}) ÷ MixFormer, {size}"  # type: ignore[union-attr]
-    )
+    assert isinstance(decoupled, MixFormer)
+    heads = f"N_U = {decoupled.user_heads} of {decoupled.config.heads}"
+    table = Table(title=f"FLOPs of UI-MixFormer ({heads}) ÷ MixFormer, {size}")
     for column in ("candidates per request", "both batched by request", "MixFormer not batched"):
         table.add_column(column, justify="right")
     batched, unbatched = sharing_for(PAPER_RATIO, decoupled, full, length)

@@ -6,7 +6,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import yaml
 from features.errors import CorankError
 from features.schema import Schema
 from pipeline.config import Config
-from pipeline.creation import locked, make_whole, remove, sqlalchemy_path
+from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -164,7 +164,7 @@ class ModelRegistry:
         content: str,
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
-        history: list[dict[str, float | None]],
+        history: Sequence[Mapping[str, Any]],
         files: str,
     ) -> str:
         """Log a finished training as a run with its artifact directory; returns the run id.

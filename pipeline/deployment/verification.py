@@ -19,8 +19,8 @@ from features.errors import CorankError
 from features.schema import Schema
 from features.validation import quarantine
 from models.artifact import load_artifact
-from pipeline.evaluation import score_rows
-from pipeline.selfcheck import selfcheck_difference
+from pipeline.deployment.selfcheck import selfcheck_difference
+from pipeline.evaluation.scoring import score_rows
 from serving.client import RankingClient
 
 TOLERANCE = 1e-5
@@ -91,7 +91,7 @@ def asked_again(build: BuildSettings, partition: str, moment: int, limit: int) -
     asked = table.collect(table.scan([partition]).select(*keys, "ts").drop_nulls().unique(), [partition])
     last = asked.sort("ts", "request_id").unique("user_id", keep="last", maintain_order=True).tail(limit)
     rows = table.scan([partition]).filter(pl.col("request_id").cast(pl.String).is_in(last["request_id"].to_list()))
-    good, _ = quarantine(table.collect(rows, [partition]), build.schema, partition, build.grain, build.now)
+    good, _ = quarantine(table.collect(rows, [partition]), build.schema, [partition], build.grain, build.now)
     if good.is_empty():
         raise CorankError(
             f"table impressions, partition {partition}: all rows of its last requests are quarantined, so the "

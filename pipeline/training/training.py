@@ -26,14 +26,15 @@ from features.batch import candidate_counts, collate, compress
 from features.errors import CorankError
 from features.samples.source import READ_CPUS, SampleSource
 from features.schema import Schema
+from models.config import ModelConfig
 from models.losses import task_losses
 from models.memory import keep_freed_memory
 from models.metrics import task_metrics
 from models.protocol import RankingModel
 from models.registry import build_model
 from models.scoring import probabilities
-from pipeline.checkpoints import Checkpoints
-from pipeline.config import ModelConfig, Pace, TrainingConfig
+from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.settings import Pace, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def train(
     if checkpoints.newest(note) < options.epochs:
         reports = Queue(actor_options={"num_cpus": 0})
         trainer = ray.train.torch.TorchTrainer(
-            _worker,
+            _worker,  # type: ignore[arg-type]  # what it returns is the result of the training
             train_loop_config={"job": job, "reports": reports, "checkpoints": checkpoints.uri},
             scaling_config=ray.train.ScalingConfig(
                 num_workers=options.num_workers,
@@ -264,11 +265,11 @@ def _reserved_cpus(options: TrainingConfig, elastic: bool) -> float:
     wanted = options.cpus_per_worker
     if elastic:
         return wanted
-    free = ray.available_resources().get("CPU", 0.0)
+    free = float(ray.available_resources().get("CPU", 0.0))  # type: ignore[no-untyped-call]
     return max(min(wanted, (free - 2 * READ_CPUS) / options.num_workers), 0.01)
 
 
-def _worker(config: dict[str, Any]) -> str | None:
+def _worker(config: dict[Any, Any]) -> str | None:
     """Train on this worker's share of every global step; report and checkpoint every epoch.
 
     Returns:
@@ -341,7 +342,7 @@ def _worker(config: dict[str, Any]) -> str | None:
             loss_sum, steps = loss_sum + float(loss.detach()), steps + 1
             if rank == 0 and steps % 10 == 0:
                 config["reports"].put({"epoch": epoch + 1, "candidates": seen})
-        published: RankingModel = averaged.module if averaged is not None else own
+        published: Any = averaged.module if averaged is not None else own
         metrics: dict[str, float | None] = {}
         failure = None
         if rank == 0:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from features.samples.source import SampleSource
 from models.metrics import require_finite
 from models.protocol import RankingModel
-from pipeline.evaluation import score_rows
+from pipeline.evaluation.scoring import score_rows
 
 ROWS = 8
 

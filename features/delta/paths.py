@@ -1,0 +1,31 @@
+"""Paths and addresses as the user writes them, and what the Delta library takes them for."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+ESCAPE = re.compile("%[0-9a-fA-F]{2}")
+
+UNREADABLE = re.compile(rf"[\[\]^|\\]|{ESCAPE.pattern}")
+"""What the library refuses in a local path, behind links too, or takes for something else."""
+
+
+def address(path: str) -> str:
+    """What libraries are given for a local path or an ``s3://`` address as the user writes it."""
+    if "://" not in path:
+        return path
+    scheme, _, rest = path.partition("://")
+    return f"{scheme}://{quote(rest, safe='/:@=+~')}"
+
+
+def check_openable(path: str) -> None:
+    """
+    Args:
+        path: absolute, or an ``s3://`` address.
+
+    Raises:
+        ValueError: it holds what the library takes for something else.
+    """
+    if wrong := (ESCAPE if "://" in path else UNREADABLE).search(path):
+        raise ValueError(f"has {wrong[0]} in its name, below which no Delta table can lie; rename that folder")

@@ -1,0 +1,91 @@
+"""What all commands share: their common options, opening a workspace, and how failures end them."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.workspace import Workspace
+
+ConfigOption = Annotated[
+    Path,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="CORANK_CONFIG",
+        help="The YAML file that describes tables, features, model and serving.",
+    ),
+]
+UntilOption = Annotated[
+    str | None, typer.Option(help="Use the log up to this partition only, e.g. 2026-01-05. Default: all closed ones.")
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of a failure.")]
+UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. Default: the one the config names.")]
+
+
+@contextmanager
+def guarded(debug: bool) -> Iterator[None]:
+    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
+    from features.errors import causes, known_cause, message_of
+    from pipeline.runtime import insistent_interrupts, quiet, stop_ray
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    quiet()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with insistent_interrupts():
+            yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        known = known_cause(error)
+        if known is not None:
+            _fail(str(known), known.exit_code, debug)
+        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+        where = "".join(f"{note}: " for note in notes[:1])
+        _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
+    except BaseException as error:  # Ctrl-C, and Dagster's own name for it
+        if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
+            raise
+        typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
+        stop_ray()
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    typer.secho(f"error: {message}", fg="red", err=True)
+    raise typer.Exit(code) from None
+
+
+def load(path: Path) -> Config:
+    """The config, checked.
+
+    Raises:
+        ConfigError: names the file, each wrong key, its value and what is allowed.
+    """
+    from pipeline.config import load_config
+
+    return load_config(path)
+
+
+def open_workspace(config: Config, until: str | None = None, as_of: Path | None = None) -> Workspace:
+    """The workspace of a config; ``as_of`` names a record or a lineage, as of which the log is read."""
+    from pipeline.progress import Progress
+    from pipeline.workspace import Workspace, read_lineage
+
+    return Workspace(config, Progress(), until, as_of=read_lineage(as_of) if as_of is not None else None)

@@ -1,0 +1,136 @@
+"""``corank run | retrain | validate | status``: the DAG. Heavy imports stay inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.commands.common import ConfigOption, DebugOption, UntilOption, guarded, load, open_workspace
+from pipeline.commands.endpoint import keep_serving
+
+if TYPE_CHECKING:
+    from pipeline.workspace import Workspace
+
+
+def run(
+    config: ConfigOption,
+    until: UntilOption = None,
+    as_of: Annotated[
+        Path | None,
+        typer.Option(
+            help="A record, or a model's lineage.json: read your tables at the versions that it names (Delta's time "
+            "travel), so that the same rows are built again. Best in a workspace of its own (CORANK_WORKSPACE=…)."
+        ),
+    ] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Keep the endpoint up until Ctrl-C.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run the whole DAG: validate, build samples, fill the store, train, evaluate, promote, deploy, query.
+
+    Work that was done before from the same data and config is not done again; a run that was killed continues.
+    With --serve the verified endpoint stays up.
+    """
+    with guarded(debug):
+        _execute(open_workspace(load(config), until, as_of), serve)
+
+
+def retrain(
+    config: ConfigOption,
+    serve: Annotated[bool, typer.Option("--serve", help="Keep the endpoint up until Ctrl-C.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Take the next closed partition through the same DAG, starting from the champion's weights.
+
+    Late or corrected rows of partitions that were trained on rebuild samples and features, but train nothing again.
+    """
+    with guarded(debug):
+        from pipeline.retraining import next_retraining
+        from pipeline.stages import pending
+
+        step = next_retraining(load(config))
+        typer.echo(step.says)
+        if serve or pending(step.workspace, step.training):
+            _execute(step.workspace, serve, step.training)
+
+
+def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
+    from pipeline.commands.summary import print_summary
+    from pipeline.maintenance import retain
+    from pipeline.stages import pending
+    from pipeline.stages.deployment import DEPLOYMENT, serves_already
+    from pipeline.workspace import exclusive
+    from serving.ports import require_free
+
+    with exclusive(workspace.config):
+        left = pending(workspace, training)
+        deploying = DEPLOYMENT.name in left
+        answer = None
+        if serve:  # better now than after the training
+            require_free(workspace.config.serving.host, workspace.config.serving.port)
+        elif deploying:
+            serves_already(workspace)
+        if left:
+            from pipeline.dag import run_dag
+
+            run_dag(workspace, left)
+        else:
+            typer.echo("Nothing to do: every stage is up to date with the log and the config.")
+        if deploying:
+            answer = _example_query(workspace)
+        retain(workspace)
+        print_summary(workspace, answer)
+    if serve:
+        keep_serving(workspace, running=deploying)
+
+
+def _example_query(workspace: Workspace) -> dict[str, Any] | None:
+    """An answer of the endpoint that was deployed; none where another process serves, maybe another version."""
+    from pipeline.stages.deployment import CURRENT, DEPLOYMENT
+    from pipeline.stages.feature_store import online_record
+    from serving.client import RankingClient
+
+    record = workspace.records.require(DEPLOYMENT, CURRENT)
+    if record.beside:
+        return None
+    example = record.verified["example"]
+    with RankingClient(record.url) as client:
+        answer = client.rank(
+            example["user_id"], example["candidates"], example["context"], online_record(workspace).close
+        )
+    return {"request": example, "answer": answer}
+
+
+def validate(
+    config: ConfigOption,
+    partition: Annotated[str | None, typer.Option(help="One partition. Default: all closed ones.")] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Run the Great Expectations gate alone and print what it found. Exit code 3 when it does not pass."""
+    with guarded(debug):
+        from features.errors import DataGateError
+        from pipeline.stages.validated import VALIDATED
+        from pipeline.workspace import exclusive
+
+        workspace = open_workspace(load(config))
+        if partition is not None and partition not in workspace.partitions:
+            known = workspace.partitions
+            raise DataGateError(
+                f"table impressions, partition {partition}: it has no rows or is not closed; "
+                f"there are {len(known)} from {known[0]} to {known[-1]}"
+            )
+        with exclusive(workspace.config):
+            records = VALIDATED.run(workspace, [partition] if partition else workspace.partitions).values()
+        for record in records:
+            for note in VALIDATED.notes(record):
+                typer.echo(f"  {note}")
+        typer.echo(f"Data Docs: {next(iter(records)).data_docs}")
+
+
+def status(config: ConfigOption, debug: DebugOption = False) -> None:
+    """Show partitions, stages with work left, champion, endpoint, and where everything lies."""
+    with guarded(debug):
+        from pipeline.commands.summary import print_status
+
+        print_status(open_workspace(load(config)))

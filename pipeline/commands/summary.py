@@ -1,0 +1,186 @@
+"""What the command line prints about a pipeline: the summary of a run, its status, its models, an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from pipeline.evaluation.texts import classes_text, number_text
+from pipeline.stages import STAGES, pending
+from pipeline.stages.challenger import CHALLENGER
+from pipeline.stages.champion import CHAMPION
+from pipeline.stages.deployment import CURRENT, DEPLOYMENT
+from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
+from pipeline.stages.samples import SAMPLES
+from pipeline.stages.validated import VALIDATED, ValidatedRecord
+from pipeline.workspace import Workspace, close_text
+
+SHOWN_ITEMS = 10
+FEW_STEPS = 100
+"""Of a whole training; below, a user is told that the model has hardly begun to learn."""
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
+    """Rows in and out, validation, metrics, model, endpoint, an answer, and where things lie."""
+    console, config = _console(), workspace.config
+    records, key = workspace.records, EVALUATION.key(workspace)
+    evaluation = records.read(EVALUATION, key)
+    table = Table(
+        "stage",
+        "in",
+        Column("out", overflow="fold"),
+        title=f"{config.name}: {len(workspace.partitions)} partitions",
+    )
+    for stage in STAGES:
+        if counts := stage.counts(workspace):
+            table.add_row(stage.name, *counts)
+    console.print(table)
+    for role, own in workspace.log.tables.items():
+        for column, instead in own.made().items() if own.exists() else ():
+            console.print(f"note        table {role} has no {column}: {instead}")
+    if evaluation:
+        console.print(_metrics_table(evaluation))
+        for task, entry in evaluation.tasks.items():
+            console.print(f"{task:<11} {classes_text(entry)}")
+    challenger = records.read(CHALLENGER, CHALLENGER.key(workspace))
+    if challenger:
+        steps = sum(entry.get("steps", FEW_STEPS) for entry in challenger.history)
+        if steps < FEW_STEPS:
+            console.print(
+                f"warning     the training had {steps} steps only; more data, more `training.epochs` or a smaller "
+                "`training.batch_candidates` give it more"
+            )
+    champion, deployment = records.read(CHAMPION, key), records.read(DEPLOYMENT, CURRENT)
+    if champion:
+        console.print(f"model       {config.name} {champion.model}: {champion.outcome}")
+    if deployment:
+        verified = deployment.verified
+        where = "verified   " if deployment.beside else f"endpoint    {deployment.url},"
+        console.print(
+            f"{where} version {deployment.number}; {verified['requests']} requests over HTTP equal the offline "
+            f"scores within {verified['largest_difference']:.1e}"
+        )
+        if deployment.beside:
+            console.print(f"endpoint    {_endpoint(workspace)}", soft_wrap=True)
+    if answer:
+        print_answer(answer["request"], answer["answer"])
+    _print_places(console, workspace, evaluation)
+
+
+def _metrics_table(evaluation: EvaluationRecord) -> Table:
+    table = Table("task", "", "AUC", "UAUC", "GAUC", "logloss", title="held-out newest requests")
+    for task, entry in evaluation.tasks.items():
+        others = {"baseline": entry["baseline"], f"champion {evaluation.champion}": entry["champion"]}
+        for name, row in ({"model": entry} | {name: row for name, row in others.items() if row}).items():
+            numbers = [number_text(row[metric]) for metric in ("auc", "uauc", "gauc", "logloss")]
+            table.add_row(task if name == "model" else "", name, *numbers)
+        gain = entry["auc_gain_over_baseline"]
+        if gain:
+            table.add_row("", "gain", f"{gain['difference']:+.4f}", f"95 %: {gain['low']:+.4f} … {gain['high']:+.4f}")
+    return table
+
+
+def print_answer(request: dict[str, Any], answer: dict[str, Any]) -> None:
+    """The first items of a ranking, with scores per task and what was unknown."""
+    console = _console()
+    known = "" if not answer["cold_start"]["user"] else " (unknown: cold start)"
+    table = Table(
+        "rank",
+        "item",
+        *answer["tasks"],
+        title=f"user {request['user_id']}{known}, {close_text(answer['request_ts'])}, model {answer['model_version']}",
+    )
+    position = {str(item): index for index, item in enumerate(request["candidates"])}
+    for rank, item in enumerate(answer["ranking"][:SHOWN_ITEMS], start=1):
+        index = position[str(item)]
+        scores = [f"{answer['scores'][task][index]:.4f}" for task in answer["tasks"]]
+        unknown = " (unknown)" if item in answer["cold_start"]["items"] else ""
+        table.add_row(str(rank), f"{item}{unknown}", *scores)
+    console.print(table)
+    if len(answer["ranking"]) > SHOWN_ITEMS:
+        console.print(f"… and {len(answer['ranking']) - SHOWN_ITEMS} more")
+
+
+def _print_places(console: Console, workspace: Workspace, evaluation: EvaluationRecord | None) -> None:
+    config = workspace.config
+    newest = workspace.records.read(VALIDATED, workspace.partitions[-1]) or ValidatedRecord()
+    home = config.local_path("dagster")
+    for what, where in (
+        ("report", (evaluation or EvaluationRecord()).report),
+        ("Data Docs", newest.data_docs),
+        ("MLflow", f"mlflow ui --backend-store-uri {workspace.registry.uri}"),
+        ("Dagster", f"DAGSTER_HOME={home} CORANK_CONFIG=… dagster dev -m pipeline.definitions"),
+        ("everything", config.path()),
+    ):
+        console.print(f"{what:<11} {where}", soft_wrap=True)
+
+
+def print_status(workspace: Workspace) -> None:
+    """Partitions, stages with work left, champion and endpoint."""
+    console = _console()
+    left = pending(workspace)
+    partitions = workspace.partitions
+    console.print(f"log         {len(partitions)} closed partitions, {partitions[0]} … {partitions[-1]}")
+    console.print("work left   " + (f"{', '.join(left)} (`corank run`)" if left else "none"))
+    if CHALLENGER.name in left and workspace.registry.champion():
+        console.print("            `corank retrain` trains on partitions and labels that are new, not on late rows")
+    stale, unbuilt = VALIDATED.stale(workspace), SAMPLES.stale(workspace)
+    if stale:
+        console.print(
+            f"  {len(stale)} partitions not validated: {', '.join(stale[:5])}{' …' if len(stale) > 5 else ''}"
+        )
+    if unbuilt:
+        console.print(f"  {len(unbuilt)} partitions not built, from {unbuilt[0]}")
+    champion = workspace.registry.champion()
+    if champion:
+        console.print(f"champion    version {champion.number}, model {champion.tags.get('content')}")
+    else:
+        console.print("champion    none yet")
+    console.print(f"endpoint    {_endpoint(workspace)}")
+    _print_places(console, workspace, workspace.records.read(EVALUATION, EVALUATION.key(workspace)))
+
+
+def _endpoint(workspace: Workspace) -> str:
+    """What is served at the config's address, and how that comes to be the champion."""
+    from features.errors import CorankError
+    from serving.client import RankingClient
+    from serving.ports import endpoint_url
+
+    url = endpoint_url(workspace.config.serving.host, workspace.config.serving.port)
+    try:
+        with RankingClient(url, timeout=2.0) as client:
+            model = client.model()["model_version"]
+    except CorankError:
+        return f"{url} is not up; `corank serve` starts it"
+    served = [version for version in workspace.registry.versions() if version.tags.get("content") == model]
+    champion = workspace.registry.champion()
+    which = f"version {served[0].number}, " if served else ""
+    says = f"{url} is up with {which}model {model}"
+    if champion is None or champion in served:
+        return says
+    return f"{says}; champion is version {champion.number}: restart `corank serve` to serve it"
+
+
+def print_models(workspace: Workspace) -> None:
+    """Registered versions, newest first."""
+    console, task = _console(), workspace.config.gate_task
+    table = Table("version", "alias", "model", "up to partition", f"{task} AUC", "gain over baseline", "gate")
+    for version in workspace.registry.versions():
+        evaluation = workspace.records.read(EVALUATION, version.tags.get("evaluation", ""))
+        entry = evaluation.tasks.get(task) if evaluation else None
+        table.add_row(
+            str(version.number),
+            ", ".join(version.aliases),
+            version.tags.get("content", ""),
+            version.tags.get("partition", ""),
+            number_text(entry and entry["auc"]),
+            f"{entry['auc_gain_over_baseline']['difference']:+.4f}" if entry else "–",
+            ("passed" if evaluation.passed else "failed") if evaluation else "–",
+        )
+    console.print(table)

@@ -1,0 +1,82 @@
+"""The challenger beside a baseline and the champion, on the same impressions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from features.errors import CorankError
+from features.schema import Schema
+from models.metrics import Gain, TaskMetrics, auc_gain, task_metrics
+from pipeline.evaluation.baseline import IDENTITY
+from pipeline.evaluation.scoring import Scored
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One task: the challenger, the baseline, the champion, and AUC gains; None of what cannot be told."""
+
+    metrics: TaskMetrics
+    baseline: TaskMetrics | None
+    gain: Gain | None
+    champion: TaskMetrics | None
+    champion_gain: Gain | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **self.metrics.as_dict(),
+            "baseline": self.baseline.as_dict() if self.baseline else None,
+            "auc_gain_over_baseline": asdict(self.gain) if self.gain else None,
+            "champion": self.champion.as_dict() if self.champion else None,
+            "auc_gain_over_champion": asdict(self.champion_gain) if self.champion_gain else None,
+        }
+
+
+def compare(
+    schema: Schema,
+    scored: Scored,
+    baselines: Mapping[str, pl.DataFrame | None],
+    champion: Scored | None,
+    resamples: int,
+) -> dict[str, TaskReport]:
+    """Metrics of every task; challenger, baseline and champion judge the same impressions."""
+    reports = {}
+    for index, task in enumerate(schema.tasks):
+        known = scored.mask[:, index].astype(bool)
+        labels, scores = scored.labels[known, index], scored.scores[known, index]
+        users, requests = scored.user_id[known], scored.request_id[known]
+        keys = pl.DataFrame(
+            {
+                "user_id": users.astype(str),
+                "request_id": requests.astype(str),
+                "item_id": scored.item_id[known].astype(str),
+                "ts": scored.ts[known],
+            }
+        )
+        fitted, other = baselines[task.name], None
+        if fitted is not None:
+            beside = keys.join(fitted.select(*IDENTITY, "score"), on=IDENTITY, how="left", maintain_order="left")
+            if beside["score"].null_count() or len(beside) != len(labels):
+                raise CorankError(f"evaluation: task {task.name}: baseline and model saw different impressions")
+            other = beside["score"].to_numpy()
+        rival = _champion_scores(scored, champion, index, known)
+        reports[task.name] = TaskReport(
+            metrics=task_metrics(labels, scores, users, requests),
+            baseline=task_metrics(labels, other, users, requests) if other is not None else None,
+            gain=auc_gain(labels, scores, other, users, resamples) if other is not None else None,
+            champion=task_metrics(labels, rival, users, requests) if rival is not None else None,
+            champion_gain=auc_gain(labels, scores, rival, users, resamples) if rival is not None else None,
+        )
+    return reports
+
+
+def _champion_scores(scored: Scored, champion: Scored | None, index: int, known: np.ndarray) -> np.ndarray | None:
+    if champion is None:
+        return None
+    assert (champion.request_id == scored.request_id).all()
+    assert (champion.item_id == scored.item_id).all()
+    return np.asarray(champion.scores[known, index])

@@ -1,0 +1,21 @@
+"""Metrics as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def number_text(value: float | None) -> str:
+    """A metric, or a dash where it cannot be told."""
+    return "–" if value is None else f"{value:.4f}"
+
+
+def classes_text(entry: Mapping[str, Any]) -> str:
+    """What the metrics of a task are made of: positives, and the share of users and requests behind UAUC and so on."""
+    if not entry["impressions"]:
+        return "no label is known"
+    return (
+        f"{entry['impressions']:,} known labels, {entry['positives']:.1%} positive; {entry['user_share']:.1%} of users "
+        f"and {entry['query_share']:.1%} of requests have both classes"
+    )

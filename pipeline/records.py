@@ -1,0 +1,171 @@
+"""Records: what a stage made, from what. A record is the commit point of a stage; readers follow it.
+
+One small JSON document per stage and key below ``<workspace>/records``, written atomically. A stage is
+up to date when its record carries the digest of what it would be made from now. Of each stage the documents are read
+as its own frozen dataclass; other documents (the log's fingerprints and types, who was forgotten) are plain.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from pyarrow import fs
+from pydantic import TypeAdapter, ValidationError
+
+from features.delta.paths import address
+from features.errors import CorankError
+
+FORMER_NAMES = {"challenger": "candidate"}
+"""What stages were called by earlier versions; the records of that time are still read."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What every record says.
+
+    Attributes:
+        inputs: digest of what it was made from; the record's key where that is this digest.
+        code: version of the code that made it.
+    """
+
+    inputs: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class LogRecord(Record):
+    """A record of something made of the whole log: the log and the config as they were.
+
+    Attributes:
+        fingerprints: per partition and table.
+        versions: of the tables.
+        now: when the log was read, microseconds UTC.
+        config: digest of all of the config.
+    """
+
+    fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    now: int = 0
+    config: str = ""
+
+
+R = TypeVar("R", bound=Record)
+R_co = TypeVar("R_co", bound=Record, covariant=True)
+
+
+class Recorded(Protocol[R_co]):
+    """What has typed records: a stage. They lie in a folder of its name."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def record(self) -> type[R_co]: ...
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+class Records:
+    """The records of one workspace (a local folder or an ``s3://`` prefix)."""
+
+    def __init__(self, root: str) -> None:
+        self.fs: fs.FileSystem
+        self.root: str
+        self.fs, self.root = fs.FileSystem.from_uri(address(root)) if "://" in root else (fs.LocalFileSystem(), root)
+
+    def read(self, stage: Recorded[R], key: str) -> R | None:
+        """The record, or None when the stage never finished for this key.
+
+        Keys that the record's dataclass does not know are ignored, and those that it lacks have their defaults, so that
+        records of other versions are read.
+
+        Raises:
+            CorankError: it is damaged; the file is named.
+        """
+        document = self.get(stage.name, key)
+        if document is None and stage.name in FORMER_NAMES:
+            document = self.get(FORMER_NAMES[stage.name], key)
+        if document is None:
+            return None
+        try:
+            kind: Any = stage.record
+            record: R = _adapter(kind).validate_python({"inputs": key, **document})
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            raise self._damaged(self._path(stage.name, key), "; ".join(wrong)) from None
+        return record
+
+    def require(self, stage: Recorded[R], key: str) -> R:
+        """
+        Raises:
+            CorankError: there is no such record, or it is damaged.
+        """
+        record = self.read(stage, key)
+        if record is None:
+            raise CorankError(f"{stage.name} has no record for {key}; run `corank run` first")
+        return record
+
+    def write(self, stage: Recorded[R], key: str, record: R) -> None:
+        """Write a record; it is seen whole or not at all, and stays, whatever happens to the machine then."""
+        self.put(stage.name, key, asdict(record))
+
+    def get(self, folder: str, key: str) -> dict[str, Any] | None:
+        """A plain document, or None.
+
+        Raises:
+            CorankError: it is damaged; the file is named.
+        """
+        path = self._path(folder, key)
+        if self.fs.get_file_info(path).type == fs.FileType.NotFound:
+            return None
+        with self.fs.open_input_stream(path) as stream:
+            text = stream.read()
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise self._damaged(path, error) from error
+
+    def put(self, folder: str, key: str, content: Mapping[str, Any]) -> None:
+        """Write a plain document as :meth:`write` does a record."""
+        path = self._path(folder, key)
+        document = {**content, "recorded_at": datetime.now(UTC).isoformat(timespec="seconds")}
+        text = json.dumps(document, indent=1, sort_keys=True, default=str).encode()
+        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+        if isinstance(self.fs, fs.LocalFileSystem):
+            _write_durably(Path(path), text)
+        else:
+            with self.fs.open_output_stream(path) as stream:
+                stream.write(text)
+
+    def _path(self, folder: str, key: str) -> str:
+        return f"{self.root}/{folder}/{key}.json"
+
+    def _damaged(self, path: str, why: object) -> CorankError:
+        return CorankError(
+            f"record {path} is damaged ({why}). Remove it and run again: what it stands for is made again."
+        )
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    """Write a file beside, then give it its name; both are on the disk when this returns."""
+    scratch = path.with_name(f"{path.name}.tmp")
+    with scratch.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(scratch, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,203 @@
+"""``evaluation``: the challenger is judged on the held-out newest requests, beside a baseline and the champion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from features.digest import digest
+from features.errors import CorankError
+from pipeline.config import Config
+from pipeline.evaluation.settings import EvaluationConfig
+from pipeline.evaluation.texts import classes_text, number_text
+from pipeline.records import LogRecord
+from pipeline.runtime import ensure_ray
+from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
+from pipeline.stages.samples import FOREVER, sample_source
+from pipeline.stages.stage import Stage
+from pipeline.workspace import Workspace, close_text
+
+METRICS = ("auc", "uauc", "gauc", "query_auc", "logloss")
+"""Of the report, in order."""
+
+
+@dataclass(frozen=True)
+class EvaluationRecord(LogRecord):
+    """The verdict on a challenger.
+
+    Attributes:
+        model: version of the challenger's content.
+        tasks: per task the metrics of challenger, baseline and champion, and gains
+            (:meth:`pipeline.evaluation.comparison.TaskReport.as_dict`).
+        impressions: that it was judged on.
+        reasons: why it did not pass.
+        champion: number of the version compared with, if any.
+        report: path of the page.
+    """
+
+    model: str = ""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    impressions: int = 0
+    passed: bool = False
+    reasons: list[str] = field(default_factory=list)
+    champion: int | None = None
+    report: str = "–"
+
+
+class Evaluation(Stage[EvaluationRecord]):
+    """The challenger's metrics on held-out requests, beside baseline and champion."""
+
+    name = "evaluation"
+    depends = ("challenger",)
+    record = EvaluationRecord
+    trains = True
+    kinds = ("ray",)
+
+    def key(self, workspace: Workspace) -> str:
+        """Names the verdict on the challenger: other limits of the gate judge again without training again."""
+        return digest([CHALLENGER.key(workspace), workspace.config.digest_of("evaluation")])
+
+    def inputs(self, workspace: Workspace) -> dict[str, str]:
+        key = self.key(workspace)
+        return {key: key}
+
+    def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, EvaluationRecord]:
+        """Judge the challenger on the held-out newest requests, beside the baseline and the champion.
+
+        Raises:
+            CorankError: of the gate's task there is no AUC, or a score is not finite.
+        """
+        import numpy as np
+
+        from models.artifact import load_artifact
+        from models.metrics import require_finite
+        from pipeline.evaluation.baseline import baseline
+        from pipeline.evaluation.comparison import compare
+        from pipeline.evaluation.scoring import score_source
+
+        (key,) = parts
+        config = workspace.config
+        challenger = workspace.records.require(CHALLENGER, CHALLENGER.key(workspace))
+        cuts = challenger.cuts
+        with workspace.progress.stage(self.name) as stage:
+            stage.say("scoring held-out requests")
+            ensure_ray(config.ray)
+            test, options = sample_source(workspace, cuts.test, FOREVER), config.training
+            budget = (4 * challenger.pace.batch_candidates, 4 * options.batch_events)
+            scored = score_source(challenger.artifact, test, *budget)
+            require_finite(f"scores of challenger {challenger.version}", scored.scores)
+            champion = workspace.registry.champion()
+            rival = None
+            if champion is not None and champion.artifact != challenger.artifact:
+                if load_artifact(champion.artifact).schema == config.schema_:
+                    stage.say(f"scoring champion version {champion.number}")
+                    rival = score_source(champion.artifact, test, *budget)
+                    if not np.isfinite(rival.scores).all():  # no reason to keep it
+                        workspace.progress.note(f"champion version {champion.number} gives scores that are not finite")
+                        rival = None
+                else:
+                    workspace.progress.note(f"champion version {champion.number} reads other features: not compared")
+            stage.say("fitting the baseline")
+            everything = sample_source(workspace, 0, FOREVER)
+            baselines = {
+                task.name: baseline(everything, task, cuts.test, config.log_delay) for task in config.schema_.tasks
+            }
+            reports = compare(config.schema_, scored, baselines, rival, config.evaluation.resamples)
+            gate = reports[config.gate_task]
+            if gate.gain is None:
+                raise CorankError(
+                    f"task {config.gate_task}, which the gate judges by: its labels in the test set, or those before "
+                    "it for the baseline, have not both classes. Widen `split.test`, take more partitions, or name "
+                    "another task in `evaluation.task`"
+                )
+            against = (champion.number, gate.champion_gain.difference) if champion and gate.champion_gain else None
+            reasons = gate_reasons(config.evaluation, gate.gain.difference, against)
+            record = EvaluationRecord(
+                inputs=key,
+                model=challenger.version,
+                tasks={name: entry.as_dict() for name, entry in reports.items()},
+                impressions=len(scored.scores),
+                passed=not reasons,
+                reasons=reasons,
+                champion=champion.number if rival is not None and champion else None,
+                **workspace.lineage(),
+            )
+            page = write_report(config.local_path("reports"), config, challenger, record)
+            record = replace(record, report=page)
+            workspace.records.write(self, key, record)
+            stage.say(
+                f"{len(scored.scores):,} impressions: {config.gate_task} AUC {gate.metrics.auc:.4f}, "
+                f"{gate.gain.difference:+.4f} against the baseline (95 % {gate.gain.low:+.4f} … {gate.gain.high:+.4f})"
+            )
+        return {key: record}
+
+    def counts(self, workspace: Workspace) -> tuple[str, str] | None:
+        record = workspace.records.read(self, self.key(workspace))
+        return (f"{record.impressions:,} held-out candidates", "metrics below") if record is not None else None
+
+
+EVALUATION = Evaluation()
+
+
+def gate_reasons(limits: EvaluationConfig, gain: float, against: tuple[int, float] | None) -> list[str]:
+    """Why a challenger is not promoted; empty when it passes. A difference that is no number does not pass.
+
+    Args:
+        gain: AUC minus the baseline's.
+        against: version of the champion and AUC minus its AUC, or None without one.
+    """
+    reasons = []
+    if not gain >= limits.min_gain_over_baseline:
+        reasons.append(f"AUC gain over the baseline {gain:+.4f} is below {limits.min_gain_over_baseline:+.4f}")
+    if against is not None and not against[1] >= -limits.max_loss_against_champion:
+        reasons.append(
+            f"AUC {against[1]:+.4f} against champion version {against[0]} loses more than "
+            f"{limits.max_loss_against_champion:.4f}"
+        )
+    return reasons
+
+
+def write_report(folder: Path, config: Config, challenger: ChallengerRecord, verdict: EvaluationRecord) -> str:
+    """Write the report, one Markdown page per challenger, so that it appears whole; returns its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cuts = challenger.cuts
+    lines = [
+        f"# {config.name}: challenger {challenger.version}",
+        "",
+        f"{config.model.name}, preset {config.model.preset}; {verdict.impressions:,} held-out impressions of "
+        f"requests from {close_text(cuts.test)} on.",
+        f"Trained on requests from {close_text(challenger.trained_from)} to {close_text(cuts.validation)}"
+        + (f", starting from version {challenger.warm_start}." if challenger.warm_start else "."),
+        f"Gate: {'passed' if verdict.passed else 'failed: ' + '; '.join(verdict.reasons)}.",
+        "",
+    ]
+    for task, entry in verdict.tasks.items():
+        others = {"baseline": entry["baseline"], f"champion (version {verdict.champion})": entry["champion"]}
+        rows = {"challenger": entry} | {name: row for name, row in others.items() if row}
+        lines += [
+            f"## {task}",
+            "",
+            "| | " + " | ".join(metric.replace("_", " ") for metric in METRICS) + " |",
+            "|---|" + "---|" * len(METRICS),
+            *[
+                f"| {name} | " + " | ".join(number_text(row[metric]) for metric in METRICS) + " |"
+                for name, row in rows.items()
+            ],
+            "",
+        ]
+        for other in ("baseline", "champion"):
+            gain = entry[f"auc_gain_over_{other}"]
+            if gain:
+                lines.append(
+                    f"AUC − {other}: {gain['difference']:+.4f}, 95 % interval over resampled users "
+                    f"{gain['low']:+.4f} … {gain['high']:+.4f}."
+                )
+        lines += [classes_text(entry) + ".", ""]
+    path = folder / f"{challenger.version}.md"
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("\n".join(lines), encoding="utf-8")
+    os.replace(scratch, path)
+    return str(path)

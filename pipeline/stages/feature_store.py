@@ -1,0 +1,221 @@
+"""``feature_store``: features are registered in Feast and put online, partition by partition."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from features.digest import digest
+from features.errors import ConfigError
+from pipeline.records import LogRecord
+from pipeline.runtime import ensure_ray
+from pipeline.stages.samples import SAMPLES, build_settings, state_inputs
+from pipeline.stages.stage import Stage
+from pipeline.workspace import Workspace, close_text
+
+if TYPE_CHECKING:
+    from features.schema import Schema
+    from features.store.online import FeatureStoreSettings
+
+STORE_LAYOUT = 2
+"""Version of the views' names and columns; a store of another one is filled anew."""
+
+UNFINISHED = "unfinished"
+"""In place of what a partition was made from, while the online store is being filled with it."""
+
+ONLINE = "online"
+"""Key of the only record: an online store knows only the present."""
+
+
+@dataclass(frozen=True)
+class FeatureStoreRecord(LogRecord):
+    """What the online store holds.
+
+    Attributes:
+        partitions: per partition what it was made from.
+        close: up to when it knows the log, microseconds UTC; None until it was filled once.
+        logged_until: later events came by pushes, microseconds UTC.
+        rows: per view, those written last.
+    """
+
+    partitions: dict[str, str] = field(default_factory=dict)
+    close: int | None = None
+    logged_until: int | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+class FeatureStore(Stage[FeatureStoreRecord]):
+    """Profiles and sequences online as of the partition's close."""
+
+    name = "feature_store"
+    depends = ("samples",)
+    record = FeatureStoreRecord
+    partitioned = True
+    kinds = ("feast",)
+
+    def inputs(self, workspace: Workspace) -> dict[str, str]:
+        settings = [STORE_LAYOUT, workspace.config.digest_of("feast", "features", "sequences")]
+        return {partition: digest([inputs, settings]) for partition, inputs in state_inputs(workspace).items()}
+
+    def stale(self, workspace: Workspace) -> list[str]:
+        """The partitions to materialise: all after the first that changed, or any when others have gone."""
+        record, wanted = online_record(workspace), self.inputs(workspace)
+        for index, partition in enumerate(workspace.partitions):
+            if record.partitions.get(partition) != wanted[partition]:
+                return workspace.partitions[index:]
+        newest = workspace.partitions[-1]
+        if lost_partitions(workspace, record.partitions):
+            return [newest]  # what the store holds of later partitions has to go
+        # it was filled before the newest counts became known, and now they are
+        known = workspace.log.bounds(newest)[1] + workspace.config.aggregates_delay
+        return [newest] if record.close is None or record.close < known <= workspace.log.now else []
+
+    def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, FeatureStoreRecord]:
+        """Feast apply and materialise these partitions into the online store.
+
+        When anything it was filled from has changed or is gone from the log, it is filled anew: what was written must
+        go, and the newest row that is left of a user can be as old as the log.
+
+        Raises:
+            ConfigError: the store holds later partitions, which are still in the log: it does not go back.
+        """
+        from features.store.erase import erase_absent
+        from features.store.online import apply, materialize
+
+        config, log, filled = workspace.config, workspace.log, online_record(workspace)
+        stored, inputs = filled.partitions, self.inputs(workspace)
+        lost = lost_partitions(workspace, stored)
+        # what a killed fill brought of later ones goes, as it fills anew
+        finished = [one for one, made_from in stored.items() if made_from != UNFINISHED]
+        later = [one for one in finished if one > parts[-1] and one not in lost]
+        if later:
+            raise ConfigError(
+                f"the online store already holds partitions up to {max(later)} and cannot go back to {parts[-1]}; "
+                f"fill it up to {max(later)} or later"
+            )
+        changed = any(inputs.get(one) != made_from for one, made_from in stored.items())
+        index = workspace.partitions.index(parts[0])
+        anew = changed or index == 0
+        # from the close of the partition before: between two, there may be days without any
+        start = 0 if anew else log.bounds(workspace.partitions[index - 1])[1]
+        close = log.bounds(parts[-1])[1]
+        # counts become known some time after the close, by then or by now
+        end = max(close, min(close + config.aggregates_delay, log.now))
+        # events of a partition that has gone were logged too, and must not pass for pushed ones
+        before = filled.close or 0 if filled.logged_until is None else filled.logged_until
+        logged_until = max(close, before)
+        with workspace.progress.stage(self.name) as stage:
+            stage.say("registering features")
+            _drop_gone_states(workspace)
+            settings = registered_settings(workspace)
+            apply(settings)
+            # a larger table is read by slices, in Ray tasks
+            if config.ray.address or any(table.size() > settings.slice_bytes for table in settings.tables):
+                stage.say("starting Ray")
+                ensure_ray(config.ray)
+            # killed from here on, it is filled anew: nobody knows then what was written
+            begun = stored | dict.fromkeys(parts, UNFINISHED)
+            workspace.records.write(self, ONLINE, replace(filled, partitions=begun, logged_until=logged_until))
+            rows = materialize(
+                settings, start, end, lambda view, done: stage.say(f"{view}: {done:,} rows"), close, logged_until
+            )
+            erased = erase_absent(settings, end, close, logged_until) if anew else {}
+            record = FeatureStoreRecord(
+                partitions={one: made_from for one, made_from in inputs.items() if one <= parts[-1]},
+                close=end,
+                logged_until=close,
+                rows=rows,
+                **workspace.lineage(),
+            )
+            workspace.records.write(self, ONLINE, record)
+            written = ", ".join(f"{count:,} {view}" for view, count in rows.items())
+            removed = ", ".join(f"{count:,} {view}" for view, count in erased.items() if count)
+            stage.say(
+                f"{written} up to {close_text(end)}"
+                + (f"; removed, as the log has them no more: {removed}" if removed else "")
+            )
+        return {ONLINE: record}
+
+    def counts(self, workspace: Workspace) -> tuple[str, str]:
+        return "profiles and timelines", ", ".join(
+            f"{count:,} {view}" for view, count in online_record(workspace).rows.items()
+        )
+
+    def shown(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+        record = online_record(workspace)
+        return {part: {"inputs": record.partitions.get(part, ""), "code": record.code} for part in parts}
+
+
+FEATURE_STORE = FeatureStore()
+
+
+def online_record(workspace: Workspace) -> FeatureStoreRecord:
+    """What the online store holds; an empty record before it was filled."""
+    return workspace.records.read(FEATURE_STORE, ONLINE) or FeatureStoreRecord()
+
+
+def lost_partitions(workspace: Workspace, partitions: Iterable[str]) -> list[str]:
+    """Those of some partitions that the log, or the config's ``start``, has no more, as far as ``until`` shows."""
+    others = [one for one in partitions if one not in workspace.partitions]
+    if workspace.until is None:
+        return others
+    return [one for one in others if one <= workspace.until and one not in workspace.log.held]
+
+
+def _drop_gone_states(workspace: Workspace) -> None:
+    """Drop the states of partitions that the log, or the config's ``start``, has no more: the online store is
+    filled from these tables. Should they come back, they are built again."""
+    from features.builder.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
+    from features.delta.maintenance import drop_partitions
+
+    tables = [build_settings(workspace).table(name) for name in (STATE, USER_AGGREGATES, ITEM_AGGREGATES)]
+    lost = [lost_partitions(workspace, table.partitions()) for table in tables]
+    for partition in set().union(*lost):
+        if record := workspace.records.read(SAMPLES, partition):
+            workspace.records.write(SAMPLES, partition, replace(record, inputs=""))
+    for table, partitions in zip(tables, lost, strict=True):
+        if partitions:
+            drop_partitions(table, partitions)
+
+
+def store_settings(workspace: Workspace) -> FeatureStoreSettings:
+    """The store of the features that the config declares."""
+    from features.delta.table import Table
+    from features.store.online import FeatureStoreSettings
+
+    config, log = workspace.config, workspace.log
+    return FeatureStoreSettings(
+        project=config.name,
+        registry=str(config.local_path("feast", "registry.db")),
+        schema=config.schema_,
+        users=log.tables.get("users"),
+        items=log.tables.get("items"),
+        events={one.events: log.tables[one.events] for one in config.schema_.sequences},
+        state_uri=config.path("tables", "state"),
+        user_aggregates=Table("user_aggregates", config.path("tables", "user_aggregates")),
+        item_aggregates=Table("item_aggregates", config.path("tables", "item_aggregates")),
+        online=config.feast.online,
+        sqlite_path=str(config.local_path("feast", "online.db")),
+        redis=config.feast.redis,
+    )
+
+
+def registered_settings(workspace: Workspace) -> FeatureStoreSettings:
+    """The store with all that is registered: what live models read, too, whatever the config declares now."""
+    own = workspace.config.schema_
+    live = tuple(one for one in live_schemas(workspace) if one != own)
+    return replace(store_settings(workspace), live=live)
+
+
+def live_schemas(workspace: Workspace) -> list[Schema]:
+    """Of the models that are served, or may be from one moment to the next: champion, the one before it, and those
+    that were last deployed and last served."""
+    from pipeline.workspace.registry import PREVIOUS, published_schema
+
+    versions = [workspace.registry.champion(), workspace.registry.champion(PREVIOUS)]
+    recorded = [workspace.records.get(folder, "current") for folder in ("deployment", "serving")]
+    artifacts = [version.artifact for version in versions if version is not None]
+    artifacts += [record["artifact"] for record in recorded if record is not None]
+    schemas = [published_schema(artifact) for artifact in dict.fromkeys(artifacts)]
+    return [one for one in schemas if one is not None]

@@ -1,0 +1,89 @@
+"""The place where a pipeline works: its config, the user's log, the records and the model registry."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from features.errors import CorankError
+from pipeline.config import Config
+from pipeline.progress import Progress
+from pipeline.records import Records
+from pipeline.version import code_version
+from pipeline.workspace.log import Log
+
+if TYPE_CHECKING:
+    from pipeline.workspace.registry import ModelRegistry
+
+DATA_SECTIONS = ("tables", "features", "sequences", "tasks", "grain")
+"""Config sections that decide what a partition's rows mean."""
+
+
+class Workspace:
+    """The workspace of one config.
+
+    Args:
+        until: use the log up to this partition; default: the newest closed one.
+        warm_start: begin training with the champion, on what came after its own training.
+        as_of: a record's lineage: the log is read as it was then, not as it is now.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        until: str | None = None,
+        warm_start: bool = False,
+        as_of: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.progress = config, progress
+        self.until, self.warm_start, self.as_of = until, warm_start, as_of
+        self.records = Records(config.path("records"))
+
+    @cached_property
+    def log(self) -> Log:
+        return Log(self.config, self.records, self.until, self.as_of)
+
+    @cached_property
+    def registry(self) -> ModelRegistry:
+        from pipeline.workspace.registry import ModelRegistry
+
+        return ModelRegistry(self.config)
+
+    @property
+    def partitions(self) -> list[str]:
+        """The log's, oldest first."""
+        return self.log.partitions
+
+    def lineage(self) -> dict[str, Any]:
+        """What every record of a whole log carries (:class:`pipeline.records.LogRecord`): the log, config and code."""
+        return {
+            "fingerprints": {partition: self.log.fingerprint(partition) for partition in self.partitions},
+            "versions": self.log.versions,
+            "now": self.log.now,
+            "config": self.config.digest_of(*type(self.config).model_fields),
+            "code": code_version(),
+        }
+
+
+@contextmanager
+def exclusive(config: Config) -> Iterator[None]:
+    """One run per workspace at a time; a lock of a killed run is released by the operating system.
+
+    Raises:
+        CorankError: another run is working in this workspace.
+    """
+    path = config.local_path("run.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CorankError(f"another corank run is working in {path.parent}; wait for it or stop it") from None
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield

@@ -1,0 +1,63 @@
+"""How the application is run: the config's section ``serving``, and what beside it travels to the replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from features.schema import Declaration
+
+if TYPE_CHECKING:
+    from features.store.online import FeatureStoreSettings
+
+MOST_BODY_BYTES = 8 << 20
+"""Bytes of one body, by default."""
+
+MissingContext = Literal["error", "unknown"]
+
+
+class ServingConfig(Declaration):
+    """The section ``serving`` of a config.
+
+    Attributes:
+        max_ongoing_requests, max_queued_requests: of one service replica. As many pushes again.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65_535)
+    ranker_replicas: int = Field(1, ge=1)
+    service_replicas: int = Field(1, ge=1)
+    max_candidates: int = Field(5_000, ge=1, description="most candidates of one request, and of one merged batch")
+    max_batch_requests: int = Field(8, ge=1, description="concurrent requests merged into one batch")
+    batch_wait_ms: float = Field(0.0, ge=0, description="longest wait for others to join a batch")
+    max_ongoing_requests: int = Field(64, ge=1, description="requests of one service replica that are worked on")
+    max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
+    max_body_bytes: int = Field(MOST_BODY_BYTES, ge=1, description="a larger body of a request is answered 413")
+    missing_context: MissingContext = Field("error", description="what a column is that a request's context lacks")
+
+    @property
+    def admitted(self) -> int:
+        """Requests to rank, and pushes, that one service replica holds at a time."""
+        return self.max_ongoing_requests + self.max_queued_requests
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """What the application needs to know. Plain values: it travels to the replicas.
+
+    Attributes:
+        artifact: directory of the published model.
+        log_delay: microseconds; a request sees events older than this.
+        ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
+        ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
+    """
+
+    artifact: str
+    store: FeatureStoreSettings
+    options: ServingConfig = field(default_factory=ServingConfig)
+    log_delay: int = 0
+    ranker_cpus: float = 0.5
+    service_cpus: float = 0.1
+    ranker_threads: int | None = None

@@ -75,6 +75,8 @@ def share_rows(batch: RequestBatch, schema: Schema) -> tuple[RequestBatch, dict[
         if ids is not None:
             read.setdefault(field.embedding, []).append(ids.unique)
     rows = {name: some[0] if len(some) == 1 else torch.unique(torch.cat(some)) for name, some in read.items()}
+    if not rows:  # nothing is compressed, as in serving
+        return batch, rows
 
     def shared(specs: Iterable[FieldSpec], fields: Mapping[str, Values]) -> dict[str, Values]:
         return {one.name: _over(fields[one.name], rows.get(one.embedding)) for one in specs}

@@ -23,11 +23,14 @@ def item_ids() -> Tensor:
 
 @pytest.mark.parametrize("variant", MODELS_UNDER_TEST)
 def test_an_id_that_sequences_share_with_candidates_is_looked_up_once(variant: str) -> None:
-    model = make_model(SCHEMA, variant)
+    model, read = make_model(SCHEMA, variant), list[Tensor]()
+    table = model.inputs.tables.table("item_id")
+    table.register_forward_pre_hook(lambda _, rows: read.extend(rows))
     model(compress(BATCH)).sum().backward()
-    gradient = model.inputs.tables.table("item_id").weight.grad
-    assert gradient is not None
-    assert torch.equal(gradient._indices()[0], item_ids())
+    assert len(read) == 1
+    assert torch.equal(read[0], item_ids())
+    assert table.weight.grad is not None
+    assert torch.equal(table.weight.grad._indices()[0], item_ids())
 
 
 def test_fields_over_the_same_rows_hold_the_same_ids() -> None:

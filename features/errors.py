@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
 from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
 
 
 class CorankError(Exception):
@@ -103,3 +107,48 @@ def _carried(error: BaseException) -> list[BaseException]:
     failures = getattr(error, "worker_failures", None)
     inner += failures.values() if isinstance(failures, dict) else ()
     return [one for one in inner if isinstance(one, BaseException)]
+
+
+# --- errors of a declaration --------------------------------------------------------------------------
+
+
+def explain(problem: Any, root: type[BaseModel], whole: str = "") -> str:
+    """One of pydantic's errors in a declaration, for people: the key, its value, and what is allowed.
+
+    Args:
+        whole: what is named where the problem lies in no single key.
+    """
+    key = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        *path, unknown = problem["loc"]
+        return f"{key}: there is no such key. {allowed_keys(str(unknown), _model_at(tuple(path), root))}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing"
+    if not key:
+        return f"{whole}: {message}" if whole else message
+    value = problem["input"]
+    shown = "" if isinstance(value, (dict, list, tuple, BaseModel)) else f" is {value!r}:"
+    return f"{key}:{shown} {message}"
+
+
+def _model_at(location: tuple[Any, ...], root: type[BaseModel]) -> type[BaseModel]:
+    model = root
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            found = _models_in(model.model_fields[part].annotation)
+            model = found[0] if found else model
+    return model
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def allowed_keys(key: str, model: type[BaseModel]) -> str:
+    """What may stand in place of a key that there is not."""
+    close = difflib.get_close_matches(key, model.model_fields, n=1)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Allowed: {', '.join(model.model_fields)}"

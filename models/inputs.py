@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from features.batch import Ids, Jagged, Timeline, Values
+from features.batch import Ids, Jagged, RequestBatch, Timeline, Values
 from features.schema import SECOND, FieldSpec, Schema, Sequence
+from models.embeddings import EmbeddingTable, EmbeddingTables, share_rows
 
 TIME_PERIODS = (86_400 * SECOND, 7 * 86_400 * SECOND)
 """Periods of the time encoding of events, microseconds: a day and a week."""
@@ -37,15 +39,33 @@ class InputLayer(nn.Module):
     def __init__(self, schema: Schema, id_dropout: float = 0.01) -> None:
         super().__init__()
         self.id_dropout = id_dropout
-        self.tables = nn.ModuleDict()
+        self.schema = schema
+        self.tables = EmbeddingTables()
         self.numbers = nn.ModuleDict()
         for field in schema.all_fields():
             if field.kind == "number":
                 self.numbers[field.embedding] = NumberEmbedding(field.dim)
             elif field.embedding not in self.tables:
-                table = nn.Embedding(field.rows, field.dim, sparse=True)
-                nn.init.normal_(table.weight, std=0.01)
-                self.tables[field.embedding] = table
+                self.tables[field.embedding] = EmbeddingTable(field.rows, field.dim)
+        self._looked_up: dict[str, tuple[Tensor, Tensor]] = {}  # table → rows of it and their embeddings
+
+    def set_statistics(self, statistics: Mapping[str, tuple[float, float]]) -> None:
+        """Mean and deviation of the numbers, by embedding, by which they are standardised."""
+        for name, (mean, deviation) in statistics.items():
+            number = self.numbers[name]
+            assert isinstance(number, NumberEmbedding)
+            number.mean.fill_(mean)
+            number.deviation.fill_(deviation)
+
+    @contextmanager
+    def each_row_once(self, batch: RequestBatch) -> Iterator[RequestBatch]:
+        """The batch with the compressed fields of a table over the same rows, which are looked up once for all."""
+        shared, rows = share_rows(batch, self.schema)
+        self._looked_up = {name: (one, self.tables.table(name).lookup(one)) for name, one in rows.items()}
+        try:
+            yield shared
+        finally:
+            self._looked_up = {}
 
     def concatenate(self, fields: Iterable[FieldSpec], values: Mapping[str, Values]) -> Tensor:
         """e = [e_1; …; e_M] of at least one field, [rows, Σ d_i]; a multi-valued field is mean-pooled."""
@@ -62,16 +82,21 @@ class InputLayer(nn.Module):
             assert isinstance(values, Tensor)
             embedded: Tensor = self.numbers[field.embedding](values)
             return embedded
-        table = self.tables[field.embedding]
-        assert isinstance(table, nn.Embedding)
         inner = values.values if isinstance(values, Jagged) else values
         compressed = isinstance(inner, Ids)
-        weight, rows = (table(inner.unique), inner.index) if isinstance(inner, Ids) else (table.weight, inner)
+        if isinstance(inner, Ids):
+            weight, rows = self._rows(field.embedding, inner.unique), inner.index
+        else:
+            weight, rows = self.tables.table(field.embedding).weight, inner
         rows = self._drop(field, rows)  # of a compressed field, too, 0 is the unknown value
         # gathered by embedding, not by indexing: its backward adds up in one order
         if isinstance(values, Jagged):
             return functional.embedding_bag(rows, weight, values.offsets[:-1], mode="mean", sparse=not compressed)
         return functional.embedding(rows, weight, sparse=not compressed)
+
+    def _rows(self, table: str, rows: Tensor) -> Tensor:
+        known, embeddings = self._looked_up.get(table, (None, None))
+        return embeddings if embeddings is not None and known is rows else self.tables.table(table).lookup(rows)
 
     def _drop(self, field: FieldSpec, rows: Tensor) -> Tensor:
         if not self.training or not self.id_dropout or field.kind != "id":

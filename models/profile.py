@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from features.batch import Items, Jagged, Timeline, Users, Values, nbytes
 from features.schema import EventField, Feature, FieldSpec, Schema, Sequence, Side, Task
-from models.layers import HeadSplit
+from models.blocks.heads import HeadSplit
 from models.protocol import RankingModel
 from models.registry import build_model
 

@@ -6,22 +6,20 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from features.delta.paths import check_openable
 from features.delta.table import Table
 from features.digest import digest
-from features.errors import ConfigError
+from features.errors import ConfigError, allowed_keys, explain
 from features.schema import FEEDBACK, Declaration, Feature, Grain, Name, Schema, Sequence, Task, partition_bounds
 from features.validation import ValidationRules
-from models.config import MODELS, AnyConfig, model_config
-from models.tokens import check_fit
+from models.config import ModelConfig
 from pipeline.evaluation.settings import EvaluationConfig
 from pipeline.runtime import RayConfig
 from pipeline.training.settings import SplitConfig, TrainingConfig
@@ -64,36 +62,6 @@ class TableConfig(Declaration):
             raise ValueError(f"columns: dt cannot be mapped; write `partition: {{column: {self.columns['dt']}}}`")
         if "bucket" in self.columns:
             raise ValueError("columns: bucket cannot be mapped; a partition column must be called so")
-        return self
-
-
-class ModelConfig(Declaration):
-    """Which model, how large. Any size or switch of the model's own config may stand beside; else the preset says."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: Literal["mixformer", "ui-mixformer", "hyformer"] = "ui-mixformer"
-    preset: str = "tiny"
-
-    @property
-    def overrides(self) -> dict[str, Any]:
-        """The keys that differ from the preset."""
-        return dict(self.model_extra or {})
-
-    @property
-    def sizes(self) -> AnyConfig:
-        """The model's own config (models/config.py)."""
-        return model_config(self.name, self.preset, self.overrides)
-
-    @model_validator(mode="after")
-    def _is_a_model(self) -> ModelConfig:
-        try:
-            sizes = self.sizes
-        except ValidationError as error:
-            kind, _ = MODELS[self.name]
-            raise ValueError("; ".join(_explain(problem, kind) for problem in error.errors())) from None
-        for key in self.overrides:  # a file has them as text
-            (self.__pydantic_extra__ or {})[key] = getattr(sizes, key)
         return self
 
 
@@ -172,7 +140,7 @@ class Config(Declaration):
                     f"but tables has only {sorted(self.tables)}"
                 )
         try:
-            check_fit(schema, self.model.sizes)
+            self.model.check_fit(schema)
         except ValueError as error:
             raise ValueError(f"model: {error}") from None
         task = self.evaluation.task
@@ -280,7 +248,7 @@ def load_config(path: str | Path) -> Config:
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(problem, Config) for problem in error.errors()]
+        lines = [explain(problem, Config, "(whole file)") for problem in error.errors()]
         raise ConfigError(f"config {path}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
@@ -288,7 +256,7 @@ def _override(content: dict[str, Any], variable: str, value: str) -> None:
     keys = variable.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
     if keys[0] not in Config.model_fields:
         raise ConfigError(
-            f"environment variable {variable}: {keys[0]!r} is no key of the config. {_allowed(keys[0], Config)}"
+            f"environment variable {variable}: {keys[0]!r} is no key of the config. {allowed_keys(keys[0], Config)}"
         )
     node: Any = content
     try:
@@ -302,38 +270,3 @@ def _override(content: dict[str, Any], variable: str, value: str) -> None:
         ) from None
     except yaml.YAMLError:
         raise ConfigError(f"environment variable {variable}: {value!r} is not valid YAML") from None
-
-
-def _explain(problem: Any, root: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: there is no such key. {_allowed(str(problem['loc'][-1]), _model_at(problem['loc'][:-1], root))}"
-    if problem["type"] == "missing":
-        return f"{key}: is missing"
-    if not key:
-        return message if root is not Config else f"(whole file): {message}"
-    value = problem["input"]
-    shown = "" if isinstance(value, (dict, list, tuple, BaseModel)) else f" is {value!r}:"
-    return f"{key}:{shown} {message}"
-
-
-def _model_at(location: tuple[Any, ...], root: type[BaseModel]) -> type[BaseModel]:
-    model = root
-    for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            found = _models_in(model.model_fields[part].annotation)
-            model = found[0] if found else model
-    return model
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models_in(part)]
-
-
-def _allowed(key: str, model: type[BaseModel]) -> str:
-    close = difflib.get_close_matches(key, model.model_fields, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Allowed: {', '.join(model.model_fields)}"

@@ -33,13 +33,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from features.batch import collate, concatenate, cut
+from features.batch import concatenate
 from features.errors import CorankError, UnavailableError, message_of, raised
 from features.schema import OTHER_UNITS, Schema
 from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
+from models.scoring import score_batches
 from serving.bodies import BodyError, bounded_route
 from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
 from serving.settings import MOST_BODY_BYTES, ServingSettings
@@ -481,20 +482,11 @@ class Ranker:
 
     def score(self, rows: list[pa.Table]) -> list[np.ndarray]:
         """Scores of these requests, merged into batches of at most ``max_candidates`` candidates."""
-        return score_rows(self._artifact.model, self._artifact.schema, rows, self._max_candidates)
-
-
-def score_rows(model: torch.nn.Module, schema: Schema, rows: list[pa.Table], max_candidates: int) -> list[np.ndarray]:
-    """Probabilities [C, K] per row; every row is one request."""
-    scores: list[np.ndarray] = []
-    with torch.inference_mode():
-        for part in cut(concatenate(rows), max_candidates, events=2**62):
-            batch = collate(part, schema)
-            state = model.encode_users(batch.users, model.encode_timelines(batch.timelines))  # type: ignore[operator]
-            logits = model.score(state, batch.items)  # type: ignore[operator]
-            bounds = batch.items.offsets[1:-1]
-            scores += [one.numpy() for one in torch.sigmoid(logits.float()).tensor_split(bounds)]
-    return scores
+        return [
+            of_request
+            for batch, scores in score_batches(self._artifact.model, concatenate(rows), self._max_candidates)
+            for of_request in np.split(scores, batch.items.offsets[1:-1].numpy())
+        ]
 
 
 def build_application(settings: ServingSettings) -> serve.Application:

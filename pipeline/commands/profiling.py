@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from features.errors import ConfigError
 from features.schema import Schema
-from models.config import find_preset
+from models.mixformer.model import MixFormer
 from models.profile import (
     PAPER_RATIO,
     cost,
@@ -21,6 +20,7 @@ from models.profile import (
     paddings,
     sharing_for,
 )
+from models.registry import MODELS, find_preset
 
 SHARING = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
 """Candidates per request of the decoupling table."""
@@ -37,7 +37,7 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
     """
     try:
         name, size = find_preset(preset)
-        given = schema or industrial_schema(sequences=3 if name == "hyformer" else 1)
+        given = schema or industrial_schema(sequences=MODELS[name].paper_sequences)
         sequences = [one.model_copy(update={"length": length}) for one in given.sequences]
         given = given.model_copy(update={"sequences": tuple(sequences)})
         model = on_meta(given, name, size)
@@ -70,16 +70,15 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
     console.print(
         f"states, fp32: TimelineState {ours.timeline_bytes:,} bytes, UserState {ours.user_bytes:,} bytes beside it"
     )
-    if name != "hyformer":
+    if isinstance(model, MixFormer):
         _print_decoupling(console, given, size, length)
 
 
 def _print_decoupling(console: Console, schema: Schema, size: str, length: int) -> None:
     decoupled, full = on_meta(schema, "ui-mixformer", size), on_meta(schema, "mixformer", size)
-    user_heads: Any = decoupled.user_heads
-    table = Table(
-        title=f"FLOPs of UI-MixFormer (N_U = {user_heads} of {full.config.heads}) ÷ MixFormer, {size}"  # type: ignore[union-attr]
-    )
+    assert isinstance(decoupled, MixFormer)
+    heads = f"N_U = {decoupled.user_heads} of {decoupled.config.heads}"
+    table = Table(title=f"FLOPs of UI-MixFormer ({heads}) ÷ MixFormer, {size}")
     for column in ("candidates per request", "both batched by request", "MixFormer not batched"):
         table.add_column(column, justify="right")
     batched, unbatched = sharing_for(PAPER_RATIO, decoupled, full, length)

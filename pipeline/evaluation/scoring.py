@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from features.batch import collate, cut
 from features.errors import CorankError
 from features.samples.source import SampleSource
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
 from models.protocol import RankingModel
-from pipeline.training.training import probabilities
+from models.scoring import score_batches
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ def _score(rows: pa.Table, artifact: str, batch_candidates: int, batch_events: i
 def score_rows(model: Any, rows: pa.Table, batch_candidates: int = 6_000, batch_events: int = 200_000) -> pa.Table:
     """Score rows of the sample table: user_id, request_id, item_id, labels, mask, scores per candidate."""
     parts: list[dict[str, Any]] = []
-    for piece in cut(rows, batch_candidates, batch_events):
-        batch = collate(piece, model.schema)
+    for batch, scores in score_batches(model, rows, batch_candidates, batch_events):
         request = batch.items.request.numpy()
         parts.append(
             {
@@ -56,7 +54,7 @@ def score_rows(model: Any, rows: pa.Table, batch_candidates: int = 6_000, batch_
                 "ts": pa.array(batch.users.ts.numpy()[request]),
                 "labels": _lists(batch.labels.numpy()),
                 "mask": _lists(batch.label_mask.numpy()),
-                "scores": _lists(probabilities(model, batch)),
+                "scores": _lists(scores),
             }
         )
     tasks = len(model.schema.tasks)

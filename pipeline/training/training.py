@@ -22,16 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from features.batch import RequestBatch, candidate_counts, collate, compress
+from features.batch import candidate_counts, collate, compress
 from features.errors import CorankError
 from features.samples.source import READ_CPUS, SampleSource
 from features.schema import Schema
+from models.config import ModelConfig
 from models.losses import task_losses
 from models.memory import keep_freed_memory
 from models.metrics import task_metrics
 from models.protocol import RankingModel
 from models.registry import build_model
-from pipeline.config import ModelConfig
+from models.scoring import probabilities
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.settings import Pace, TrainingConfig
 
@@ -166,9 +167,7 @@ def initial_model(job: TrainingJob) -> RankingModel:
         model = build_model(job.schema, chosen.name, chosen.preset, chosen.overrides, job.training.id_dropout)
     except ValueError as error:
         raise CorankError(f"model: {error}") from None
-    for name, (mean, deviation) in job.statistics.items():
-        model.inputs.numbers[name].mean.fill_(mean)  # type: ignore[operator,union-attr]
-        model.inputs.numbers[name].deviation.fill_(deviation)  # type: ignore[operator,union-attr]
+    model.inputs.set_statistics(job.statistics)
     if job.warm_start is not None:
         model.load_state_dict(dict(job.warm_start))
     return model
@@ -343,10 +342,10 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
     own = initial_model(job).to(device)
     model: nn.Module = place.prepare(own) if world > 1 else own
-    dense, embeddings = split_parameters(own)
+    dense, tables = own.dense_parameters(), own.inputs.tables
     optimizers = [
         torch.optim.AdamW(dense, lr=options.learning_rate, weight_decay=options.weight_decay),
-        torch.optim.Adagrad(embeddings, lr=options.embedding_learning_rate, eps=1e-8),
+        tables.optimizer(options.embedding_learning_rate),
     ]
     averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(options.average)) if options.average else None
     weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
@@ -373,7 +372,7 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
             loss.backward()
             norm = nn.utils.clip_grad_norm_(dense, options.clip_norm)
             state["step"] += 1
-            lost = _not_finite(loss, norm, embeddings)
+            lost = _not_finite(loss, norm, tables.gradients())
             if world > 1:
                 torch.distributed.all_reduce(lost)
             if lost:
@@ -446,11 +445,9 @@ def _share(rows: pa.Table, rank: int, world: int) -> pa.Table:
     return rows.take(pa.array(range(rank, rows.num_rows, world), pa.int64())) if world > 1 else rows
 
 
-def _not_finite(loss: Tensor, norm: Tensor, embeddings: list[nn.Parameter]) -> Tensor:
+def _not_finite(loss: Tensor, norm: Tensor, of_tables: list[Tensor]) -> Tensor:
     """1.0 when the loss or a gradient is not finite, else 0.0."""
-    gradients = [one.grad for one in embeddings if one.grad is not None]
-    sums = [(one._values() if one.is_sparse else one).sum() for one in gradients]
-    return (~torch.stack([loss.detach(), norm.detach(), *sums]).isfinite()).any().float()
+    return (~torch.stack([loss.detach(), norm.detach(), *(one.sum() for one in of_tables)]).isfinite()).any().float()
 
 
 @torch.no_grad()
@@ -480,17 +477,6 @@ def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, 
         if places:
             return f"{len(places):,} {what} are not finite, the first of {places[0]}; {remedies[what]} and run again"
     return "the loss or its gradient is not finite, though weights and scores are; lower training.learning_rate"
-
-
-def split_parameters(model: RankingModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Dense parameters, and embedding tables (updated on touched rows only)."""
-    return model.dense_parameters(), list(model.inputs.tables.parameters())
-
-
-@torch.inference_mode()
-def probabilities(model: RankingModel, batch: RequestBatch) -> np.ndarray:
-    """Predicted probabilities, [C, K]."""
-    return model(batch).float().sigmoid().cpu().numpy()  # type: ignore[no-any-return]
 
 
 def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_process: bool) -> dict[str, float | None]:

@@ -45,7 +45,6 @@ from models.registry import build_model
 from pipeline.progress import Progress
 from pipeline.runtime import LEAST_OBJECT_STORE, RayConfig, ensure_ray, quiet, stop_ray
 from pipeline.training.settings import TrainingConfig
-from pipeline.training.training import split_parameters
 from tests.benchmarks.measure import at_least, at_most, print_results
 from tests.benchmarks.worlds import SCHEMA, World, WrittenWorld, write_world
 
@@ -271,8 +270,7 @@ def measure_reader(bench: Bench, log: WrittenWorld, output: Path) -> None:
                     batches.append(batch)
             rates[name] = read / (time.perf_counter() - started)
     model = build_model(SCHEMA, "ui-mixformer", "tiny", {}, options.id_dropout)
-    dense, embeddings = split_parameters(model)
-    optimizers = [torch.optim.AdamW(dense), torch.optim.Adagrad(embeddings)]
+    optimizers = [torch.optim.AdamW(model.dense_parameters()), model.inputs.tables.optimizer(0.01)]
     seconds = []
     with bench.progress.stage("train tiny") as stage:
         for number, batch in enumerate(batches):

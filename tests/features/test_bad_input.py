@@ -20,7 +20,8 @@ from features.delta.table import Table, reads_as
 from features.errors import CorankError, DataGateError, UnreadableError, known_cause
 from features.schema import SECOND, partition_bounds
 from features.validation import PartitionValidation, ValidationRules, distinct_events, quarantine, validate_partitions
-from pipeline.config import Config, ModelConfig, TableConfig
+from models.config import ModelConfig
+from pipeline.config import Config, TableConfig
 from pipeline.progress import Progress
 from pipeline.stages.samples import SAMPLES
 from pipeline.stages.validated import VALIDATED

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from features.batch import Jagged, RequestBatch, Values
 from features.schema import FieldSpec, Schema, Sequence
-from models.layers import FeedForward, NoFeedForward, NoNorm, PerHeadSwiGLU, PostLayerNorm, SwiGLU, TaskTowers
+from models.blocks.ffn import FeedForward, NoFeedForward, PerHeadSwiGLU, SwiGLU
+from models.blocks.norms import NoNorm, PostLayerNorm
+from models.blocks.towers import TaskTowers
 from models.protocol import RankingModel
 
 DAY = 86_400_000_000

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from features.batch import RequestBatch
-from models.hyformer import HyFormer, HyFormerLayer
-from models.sequences import LongerEncoding, SwiGLUEncoding
+from models.encoders import LongerEncoding, SwiGLUEncoding
+from models.hyformer.model import HyFormer, HyFormerLayer
 from tests.models.naive import (
     Event,
     after,

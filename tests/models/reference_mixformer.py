@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from features.batch import RequestBatch
-from models.layers import HeadMixing, NoMixing, SelfAttentionMixing
-from models.mixformer import MixFormer, MixFormerBlock
+from models.blocks.mixing import HeadMixing, NoMixing, SelfAttentionMixing
+from models.mixformer.model import MixFormer, MixFormerBlock
 from tests.models.naive import (
     Event,
     after,

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.attention import TIME_BUCKETS, Seen, age_bucket, attend, attend_reference, plan_attention
+from models.blocks.attention import TIME_BUCKETS, Seen, attend, plan_attention
+from models.blocks.attention.plan import age_bucket
+from models.blocks.attention.reference import attend_reference
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from models.config import PRESETS, find_preset, preset_names
 from models.profile import (
     PAPER_RATIO,
     cost,
@@ -14,7 +13,8 @@ from models.profile import (
     on_meta,
     sharing_for,
 )
-from models.tokens import width_of
+from models.registry import MODELS, find_preset, preset_names
+from models.sizes import width_of
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_base_has_about_five_million(name: str) -> None:
 
 def closed_form(decoupled: bool, preset: str, candidates: int, length: int) -> tuple[int, int, int]:
     """FLOPs of encode_timelines, encode_users and score, from the equations alone."""
-    sizes, schema = PRESETS["mixformer"][preset], industrial_schema()
+    sizes, schema = MODELS["mixformer"].presets[preset], industrial_schema()
     N, D, L = sizes["heads"], sizes["head_dim"], sizes["layers"]
     F, F_s = sizes.get("ffn", 2) * D, sizes.get("sequence_ffn", 2) * D
     H, K, T, C = sizes["tower"], len(schema.tasks), length, candidates

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from features.batch import Items, RequestBatch, Timeline, collate, cut, nbytes
+from features.batch import Items, Jagged, RequestBatch, Timeline, Values, collate, cut, nbytes
 from models.losses import task_losses
-from models.mixformer import MixFormer
-from models.protocol import EncodedEvents, RankingModel
+from models.mixformer.model import MixFormer
+from models.protocol import RankingModel
+from models.registry import MODELS
+from models.state import EncodedEvents, TimelineState, UserState
 from tests.models.batches import make_rows, make_schema
 from tests.models.unshared import take, unshared
 from tests.models.variants import MODELS_UNDER_TEST, VARIANTS, dense_parameters, make_model
@@ -43,7 +46,7 @@ def pick(batch: RequestBatch, order: list[int]) -> Items:
     return Items(fields, torch.tensor([0, len(order)]))
 
 
-def user_state(model: RankingModel, batch: RequestBatch) -> object:
+def user_state(model: RankingModel, batch: RequestBatch) -> UserState:
     return model.encode_users(batch.users, model.encode_timelines(batch.timelines))
 
 
@@ -234,6 +237,101 @@ def test_appending_events_to_a_timeline_state_equals_computing_it_whole(variant:
     torch.testing.assert_close(scores, model(batch), **TIGHT)
 
 
+def test_every_registered_model_is_held_to_this() -> None:
+    assert {changes["name"] for changes in MODELS_UNDER_TEST.values()} == set(MODELS)
+
+
+def assert_equal(left: object, right: object) -> None:
+    """Of two states: every tensor the same, bit for bit."""
+    if isinstance(left, Tensor):
+        assert isinstance(right, Tensor)
+        assert torch.equal(left, right)
+    elif is_dataclass(left):
+        assert type(left) is type(right)
+        assert_equal(vars(left), vars(right))
+    elif isinstance(left, dict):
+        assert isinstance(right, dict)
+        assert left.keys() == right.keys()
+        assert_equal(list(left.values()), list(right.values()))
+    elif isinstance(left, (list, tuple)):
+        assert isinstance(right, (list, tuple))
+        for one, other in zip(left, right, strict=True):
+            assert_equal(one, other)
+    else:
+        assert left == right
+
+
+def rows_from(start: int, count: int) -> Tensor:
+    return torch.arange(start, start + count)
+
+
+@every_model
+def test_what_is_taken_out_of_a_concatenation_is_what_went_in(variant: str) -> None:
+    model, batches = make_model(SCHEMA, variant), [batch_of(seed) for seed in (3, 5, 8)]
+    timelines = [model.encode_timelines(batch.timelines) for batch in batches]
+    users = [user_state(model, batch) for batch in batches]
+    together, merged, first = TimelineState.concat(timelines), type(users[0]).concat(users), 0
+    for index, (batch, timeline, user) in enumerate(zip(batches, timelines, users, strict=True)):
+        count = len(batch.timelines["seen"].offsets) - 1
+        assert_equal(together.take(rows_from(6 * index, count)), timeline)
+        assert_equal(merged.take(rows_from(first, batch.requests)), user)
+        first += batch.requests
+
+
+@every_model
+def test_scores_from_a_concatenation_are_the_scores_apart(variant: str) -> None:
+    model, batches = make_model(SCHEMA, variant), [batch_of(seed) for seed in (3, 5, 8)]
+    items = [batch.items for batch in batches]
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat([one.offsets.diff() for one in items]).cumsum(0)])
+    tags = [one.fields["tags"] for one in items]
+    assert all(isinstance(one, Jagged) for one in tags)
+    lengths = torch.cat([one.offsets.diff() for one in tags])
+    fields: dict[str, Values] = {
+        "item_id": torch.cat([one.fields["item_id"] for one in items]),
+        "tags": Jagged(torch.cat([one.values for one in tags]), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])),
+    }
+    apart = torch.cat([model(batch) for batch in batches])
+    states = [user_state(model, batch) for batch in batches]
+    state = type(states[0]).concat(states)
+    torch.testing.assert_close(model.score(state, Items(fields, offsets)), apart, rtol=1e-12, atol=1e-12)
+
+
+@every_model
+def test_requests_are_taken_in_any_order_and_number(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(8)
+    scores = model(batch).split(batch.items.offsets.diff().tolist())
+    order = [*reversed(range(batch.requests)), 0, 2, 0]
+    candidates = torch.cat([rows_from(int(batch.items.offsets[r]), len(scores[r])) for r in order])
+    fields = {name: take(values, candidates) for name, values in batch.items.fields.items()}
+    counts = torch.tensor([len(scores[r]) for r in order])
+    items = Items(fields, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    taken = user_state(model, batch).take(torch.tensor(order))
+    expected = torch.cat([scores[r] for r in order])
+    torch.testing.assert_close(model.score(taken, items), expected, rtol=1e-12, atol=1e-12)
+
+
+@every_model
+def test_users_are_encoded_from_timelines_that_were_taken(variant: str) -> None:
+    """The memo's way: timelines of several batches, one of them alone, in another order."""
+    model, batch = make_model(SCHEMA, variant), batch_of(8)
+    timelines = model.encode_timelines(batch.timelines)
+    backwards = timelines.take(torch.arange(6).flip(0)).take(torch.arange(6).flip(0))
+    assert_equal(backwards, timelines)
+    parts = TimelineState.concat([timelines.take(rows_from(index, 1)) for index in range(6)])
+    torch.testing.assert_close(
+        model.score(model.encode_users(batch.users, parts), batch.items), model(batch), rtol=1e-12, atol=1e-12
+    )
+
+
+@every_model
+def test_a_state_that_was_taken_keeps_nothing_of_the_others_alive(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(8)
+    with torch.no_grad():
+        timelines, users = model.encode_timelines(batch.timelines), user_state(model, batch)
+    assert max(timelines.take(rows_from(index, 1)).nbytes for index in range(6)) < timelines.nbytes / 2
+    assert users.take(rows_from(0, 1)).nbytes < users.nbytes / 2
+
+
 @every_model
 def test_no_sum_of_a_training_step_depends_on_the_order_of_threads(variant: str) -> None:
     """Indexing with a tensor adds its gradients up by atomics, in whatever order the threads come."""
@@ -255,7 +353,12 @@ def test_an_empty_batch_has_no_scores(variant: str) -> None:
 def test_a_schema_without_sequences_is_scored(variant: str) -> None:
     schema = SCHEMA.model_copy(update={"sequences": ()})
     batch = collate(make_rows(schema, 1), schema)
-    assert make_model(schema, variant)(batch).isfinite().all()
+    model = make_model(schema, variant)
+    scores = model(batch)
+    assert scores.isfinite().all()
+    state = user_state(model, batch)
+    first, rest = state.take(torch.arange(1)), state.take(torch.arange(1, batch.requests))
+    assert torch.equal(model.score(type(state).concat([first, rest]), batch.items), scores)
 
 
 def test_user_heads_hang_on_nothing_of_the_item_side_and_move_every_layers_item_heads() -> None:
@@ -282,7 +385,7 @@ def test_the_number_of_item_heads_follows_the_embedding_widths() -> None:
 
 
 def test_training_mode_is_seeded_and_keeps_the_expectation_of_dropout() -> None:
-    from models.layers import Dropout
+    from models.blocks.dropout import Dropout
 
     x = torch.ones(1_000_003)
     dropout = Dropout(0.2)
@@ -295,9 +398,10 @@ def test_training_mode_is_seeded_and_keeps_the_expectation_of_dropout() -> None:
     assert torch.equal(dropout.eval()(x), x)
 
 
-def test_bytes_of_a_state_count_shared_memory_once() -> None:
+def test_bytes_of_a_state_count_shared_memory_once_and_all_that_a_view_keeps_alive() -> None:
     x = torch.zeros(10, 4)
     assert nbytes([x, x[:2], {"again": x}]) == 160
+    assert nbytes(x[:2]) == 160
 
 
 def test_cut_keeps_every_candidate_once_and_in_order() -> None:

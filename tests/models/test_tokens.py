@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from models.config import HyFormerConfig, MixFormerConfig
-from models.tokens import decoupled_heads, query_tokens, token_groups
+from models.hyformer.config import HyFormerConfig
+from models.hyformer.tokens import query_tokens, token_groups
+from models.mixformer.config import MixFormerConfig, decoupled_heads
 from tests.models.batches import make_schema
 
 SCHEMA = make_schema()  # widths: user_id 5, age 3; device 2 (context); item_id 6, tags 3

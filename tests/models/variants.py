@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from features.batch import RequestBatch
 from features.schema import Schema
-from models.config import MODELS
-from models.hyformer import HyFormer
-from models.mixformer import MixFormer
+from models.hyformer.model import HyFormer
+from models.mixformer.model import MixFormer
 from models.protocol import RankingModel
-from models.registry import rebuild_model
+from models.registry import MODELS
 from tests.models.reference_hyformer import hyformer_logits
 from tests.models.reference_mixformer import mixformer_logits
 
@@ -80,8 +79,8 @@ def make_model(
         _HYFORMER | {"width": 8 * slices} if changes["name"] == "hyformer" else _MIXFORMER | {"head_dim": 4 * slices}
     )
     sizes = sizes | {"layers": layers}
-    kind, _ = MODELS[changes["name"]]
-    model = rebuild_model(schema, {"name": changes["name"]} | kind(**_without_name(sizes | changes)).model_dump())
+    spec = MODELS[changes["name"]]
+    model = spec.model(schema, spec.config(**_without_name(sizes | changes)), id_dropout=0.0)
     model = model.double() if double else model
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=std)

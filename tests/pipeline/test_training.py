@@ -18,7 +18,8 @@ from features.builder.states import BuildSettings
 from features.errors import CorankError
 from features.samples.source import SampleSource
 from models.artifact import save_artifact
-from pipeline.config import Config, ModelConfig
+from models.config import ModelConfig
+from pipeline.config import Config
 from pipeline.deployment.selfcheck import selfcheck_difference, selfcheck_document
 from pipeline.deployment.verification import verify_endpoint
 from pipeline.evaluation.baseline import baseline

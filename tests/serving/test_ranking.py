@@ -30,7 +30,7 @@ from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.reader import History, OnlineReader
 from models.artifact import save_artifact
-from models.mixformer import MixFormer, MixFormerConfig
+from models.registry import build_model
 from serving.client import NoEndpointError, RankingClient
 from serving.deploy import error_in, start
 from serving.ports import endpoint_url
@@ -98,7 +98,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ServingSettings:
     apply(store)
     materialize(store, 0, 3 * NOW)
     torch.manual_seed(0)
-    model = MixFormer(SCHEMA, MixFormerConfig(), id_dropout=0.0)
+    model = build_model(SCHEMA, "ui-mixformer", "tiny", id_dropout=0.0)
     save_artifact(root / "model", model, {"metrics": {"auc": float("nan")}, "lineage": {}, "selfcheck": {}})
     return ServingSettings(str(root / "model"), store, ServingConfig(max_candidates=4), log_delay=2, ranker_threads=1)
 

@@ -17,9 +17,8 @@ from features.samples.source import SampleSource
 from features.schema import Aggregate, EventField, Feature, Schema, Sequence, Task, partition_bounds
 from features.store.online import FeatureStoreSettings, apply, materialize
 from models.artifact import save_artifact
-from models.config import MODELS, model_config
-from models.registry import build_model
-from models.tokens import check_fit
+from models.config import ModelConfig
+from models.registry import MODELS, build_model
 from pipeline.deployment.verification import asked_again, raw_contexts
 from pipeline.evaluation.scoring import score_rows
 from serving.ranking import Ranker, RankingService, build_api
@@ -124,4 +123,4 @@ def test_what_no_model_can_rank_by_is_refused(features: tuple[Feature, ...], mes
 
 def test_a_hyformer_without_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="hyformer decodes behaviour sequences"):
-        check_fit(SCHEMA.model_copy(update={"sequences": ()}), model_config("hyformer", "tiny"))
+        ModelConfig(name="hyformer").check_fit(SCHEMA.model_copy(update={"sequences": ()}))

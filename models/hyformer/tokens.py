@@ -1,43 +1,24 @@
-"""How features and sequences become tokens and heads (3.3.1 and 3.7 of HyFormer, 3.4.1 of MixFormer).
+"""How features and sequences become tokens (3.3.1 and 3.7 of HyFormer).
 
 Needs no PyTorch: a config is checked against its schema before anything starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from features.schema import Feature, FieldSpec, Schema, Sequence
-from models.config import AnyConfig, HyFormerConfig, MixFormerConfig
+from features.schema import Feature, Schema, Sequence
+from models.hyformer.config import HyFormerConfig
+from models.sizes import width_of
 
 
-def check_fit(schema: Schema, config: AnyConfig) -> None:
-    """Whether a model of these sizes can be built for a schema.
+def check_tokens(schema: Schema, config: HyFormerConfig) -> None:
+    """Whether there are tokens for all queries and groups.
 
     Raises:
         ValueError: says what does not fit and what would.
     """
-    if isinstance(config, MixFormerConfig):
-        decoupled_heads(schema, config)
-    else:
-        token_groups(schema, config, config.tokens - sum(query_tokens(schema, config)))
-
-
-def width_of(fields: Iterable[FieldSpec]) -> int:
-    """Embedding width of some fields side by side."""
-    return sum(field.dim for field in fields)
-
-
-def decoupled_heads(schema: Schema, config: MixFormerConfig) -> int:
-    """N_U: as configured, else N − N_G with N_G = ⌊D_ns^G · N / D_ns⌋ (3.4.1), both sides having at least one."""
-    if config.user_heads is not None:
-        return config.user_heads
-    N = config.heads
-    if N < 2:
-        raise ValueError("a ui-mixformer needs at least 2 heads, one for each side")
-    item_width = width_of(schema.item_side)
-    return N - min(max(item_width * N // width_of(schema.features), 1), N - 1)
+    token_groups(schema, config, config.tokens - sum(query_tokens(schema, config)))
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ attention, activations (SwiGLU per token as in MixFormer, SiLU in the query gene
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,37 +24,33 @@ from torch.nn import functional
 
 from features.batch import Items, Timeline, Users
 from features.schema import Schema
-from models.attention import Plan, Seen, attend, plan_attention
-from models.config import HyFormerConfig
-from models.layers import NORMS, Dropout, HeadMixing, HeadSplit, Norm, PerHeadLinear, PerHeadSwiGLU, TaskTowers
-from models.protocol import RankingModel, TimelineState
-from models.sequences import ENCODINGS, MultiHeadAttention, Window, make_window
-from models.tokens import query_tokens, sequence_streams, token_groups
+from models.blocks.attention import MultiHeadAttention, Plan, Seen, attend, plan_attention
+from models.blocks.dropout import Dropout
+from models.blocks.ffn import PerHeadSwiGLU
+from models.blocks.heads import HeadSplit, PerHeadLinear
+from models.blocks.mixing import HeadMixing
+from models.blocks.norms import NORMS, Norm
+from models.blocks.towers import TaskTowers
+from models.encoders import ENCODINGS, EncoderSizes, Window, make_window
+from models.hyformer.config import HyFormerConfig
+from models.hyformer.tokens import query_tokens, sequence_streams, token_groups
+from models.protocol import RankingModel
+from models.state import EncodedEvents, SeenEvents, TimelineState, UserState, requests_along
 
 
 @dataclass
-class SequenceState:
-    """Layer-wise keys and values of one stream, [H, E, W] each, and which events each request sees."""
-
-    layers: list[tuple[Tensor, ...]]
-    seen: Seen
-
-
-@dataclass
-class UserState:
-    """What no candidate can change.
+class HyFormerUserState(UserState):
+    """What no candidate can change; of each stream the layer-wise keys and values, [H, E, W] each.
 
     Attributes:
         queries: user part of the first layer of the query generation, [N, R, F].
         tokens: user-side non-sequential tokens, [U, R, D].
         features: user-side features that make a token together with item-side ones, [R, dim] each.
-        streams: what the queries of each stream attend to.
     """
 
-    queries: Tensor
-    tokens: Tensor
-    features: dict[str, Tensor]
-    streams: list[SequenceState]
+    queries: Tensor = field(metadata=requests_along(1))
+    tokens: Tensor = field(metadata=requests_along(1))
+    features: dict[str, Tensor] = field(metadata=requests_along(0))
 
 
 class QueryGeneration(nn.Module):
@@ -123,7 +118,16 @@ class HyFormerLayer(nn.Module):
 
     def __init__(self, queries: list[int], kept: int, config: HyFormerConfig) -> None:
         super().__init__()
-        self.encode = nn.ModuleList(ENCODINGS[config.encoding](config) for _ in queries)
+        sizes = EncoderSizes(
+            width=config.width,
+            hidden=round(config.sequence_ffn * config.width),
+            attention_heads=config.attention_heads,
+            norm=config.norm,
+            time_bias=config.time_bias,
+            dropout=config.dropout,
+            residual=config.attention_residual,
+        )
+        self.encode = nn.ModuleList(ENCODINGS[config.encoding](sizes) for _ in queries)
         self.decode = nn.ModuleList(QueryDecoding(count, config) for count in queries)
         self.boost = QueryBoosting(kept, config)
         self.queries = queries
@@ -157,6 +161,8 @@ class HyFormer(RankingModel):
     Raises:
         ValueError: fewer tokens than queries and groups need, or names that the schema lacks.
     """
+
+    config: HyFormerConfig
 
     def __init__(self, schema: Schema, config: HyFormerConfig, id_dropout: float = 0.01) -> None:
         D, tokens = config.width, config.tokens
@@ -192,15 +198,16 @@ class HyFormer(RankingModel):
             states.append(events)
         return TimelineState(states)
 
-    def encode_users(self, users: Users, timeline_state: TimelineState) -> UserState:
+    def encode_users(self, users: Users, timeline_state: TimelineState) -> HyFormerUserState:
         """User-side tokens, pooled sequences, the user part of the queries, and window-dependent encodings."""
         streams, pools = [], []
         for stream, events in enumerate(timeline_state.events):
-            seen = events.seen(self.streams[stream], users)
+            seen = events.seen(self.streams[stream], users).seen
             ((s_ED,), *layers) = events.layers
             if self.config.query == "full":
                 pools.append(mean_pool(s_ED, seen))
-            streams.append(SequenceState(layers, seen) if layers else self._encode_windows(stream, s_ED, seen))
+            encoded = SeenEvents(EncodedEvents(layers, events.ts, events.offsets), seen)
+            streams.append(encoded if layers else self._encode_windows(stream, s_ED, seen))
         embedded = {one.name: self.inputs.embed(one, users.fields[one.name]) for one in self.schema.user_side}
         tokens = [self._token(index, embedded) for index, group in enumerate(self.groups) if group.user_side]
         R, D = len(users.ts), self.config.width
@@ -209,10 +216,11 @@ class HyFormer(RankingModel):
         info_RX = torch.cat([*info, *pools, f_URD.new_zeros(R, 0)], dim=-1)
         mixed = [one.name for group in self.groups if not group.user_side for one in group.features]
         features = {name: value for name, value in embedded.items() if name in mixed}
-        return UserState(self.generate.of_user(info_RX), f_URD, features, streams)
+        return HyFormerUserState(streams, self.generate.of_user(info_RX), f_URD, features)
 
     def score(self, user_state: UserState, items: Items) -> Tensor:
         """Logits of every candidate, [C, K]."""
+        assert isinstance(user_state, HyFormerUserState)
         device = user_state.tokens.device
         request = items.request.to(device)
         embedded = {one.name: self.inputs.embed(one, items.fields[one.name]) for one in self.schema.item_side}
@@ -228,7 +236,7 @@ class HyFormer(RankingModel):
         ]
         x_TCD = torch.cat([q_NCD, f_MCD])
         for index, layer in enumerate(self._layers()):
-            keys_values = [stream.layers[index] for stream in user_state.streams]
+            keys_values = [stream.events.layers[index] for stream in user_state.streams]
             x_TCD = layer(x_TCD[: len(q_NCD)], f_MCD, keys_values, plans)
             if self.config.ns_tokens == "carried":
                 f_MCD = x_TCD[len(q_NCD) :]
@@ -241,19 +249,17 @@ class HyFormer(RankingModel):
         tokens: Tensor = self.split[group](e_BX)
         return tokens
 
-    def _encode_windows(self, stream: int, s_ED: Tensor, seen: Seen) -> SequenceState:
+    def _encode_windows(self, stream: int, s_ED: Tensor, seen: Seen) -> SeenEvents:
         """Keys and values of every request's own window."""
         newest = self.config.short_length if self.config.encoding == "longer" else None
         window = make_window(seen, newest, s_ED.device)
         s_windows = s_ED.index_select(0, window.rows)
         layers: list[tuple[Tensor, ...]] = [layer.keys_values(stream, s_windows, window) for layer in self._layers()]
-        return SequenceState(layers, window.seen)
+        own = window.seen  # one after the other, so that each begins where the one before ends
+        return SeenEvents(EncodedEvents(layers, own.event_ts, functional.pad(own.last, (1, 0))), own)
 
     def _layers(self) -> list[HyFormerLayer]:
         return [layer for layer in self.layers if isinstance(layer, HyFormerLayer)]
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": "hyformer"} | self.config.model_dump()
 
 
 def mean_pool(s_ED: Tensor, seen: Seen) -> Tensor:

@@ -15,52 +15,39 @@ events share one softmax. Event time enters with the event (``event_time``) and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from features.batch import Items, Timeline, Users
 from features.schema import Schema
-from models.attention import TIME_BUCKETS, Plan, Seen, attend, plan_attention
-from models.config import MixFormerConfig
-from models.layers import (
-    NORMS,
-    Dropout,
-    FeedForward,
-    HeadMixing,
-    HeadSplit,
-    Mixing,
-    NoFeedForward,
-    NoMixing,
-    NoNorm,
-    PerHeadLinear,
-    PerHeadSwiGLU,
-    SelfAttentionMixing,
-    SwiGLU,
-    TaskTowers,
-)
-from models.protocol import EncodedEvents, RankingModel, TimelineState
-from models.tokens import decoupled_heads, width_of
+from models.blocks.attention import TIME_BUCKETS, Plan, attend, plan_attention
+from models.blocks.dropout import Dropout
+from models.blocks.ffn import FeedForward, NoFeedForward, PerHeadSwiGLU, SwiGLU
+from models.blocks.heads import HeadSplit, PerHeadLinear
+from models.blocks.mixing import HeadMixing, Mixing, NoMixing, SelfAttentionMixing
+from models.blocks.norms import NORMS, NoNorm
+from models.blocks.towers import TaskTowers
+from models.mixformer.config import MixFormerConfig, decoupled_heads
+from models.protocol import RankingModel
+from models.sizes import width_of
+from models.state import EncodedEvents, TimelineState, UserState, requests_along
 
 
 @dataclass
-class UserState:
-    """What no candidate can change.
+class MixFormerUserState(UserState):
+    """What no candidate can change; the item heads attend to one stream.
 
     Attributes:
         features: e of the user side, which a MixFormer's heads all need, [R, D_U]; None for a UI-MixFormer.
         received: per layer what the item heads receive from the user heads in the mixing, [·, R, X].
         tower: the user heads' part of the towers' first layer, [R, K, H]; None for a MixFormer.
-        events: what the item heads attend to, and which of it each request sees.
     """
 
-    features: Tensor | None
-    received: list[Tensor]
-    tower: Tensor | None
-    events: EncodedEvents
-    seen: Seen
+    features: Tensor | None = field(metadata=requests_along(0))
+    received: list[Tensor] = field(metadata=requests_along(1))
+    tower: Tensor | None = field(metadata=requests_along(0))
 
 
 class MixFormerBlock(nn.Module):
@@ -131,12 +118,14 @@ class MixFormer(RankingModel):
         id_dropout: see :class:`models.inputs.InputLayer`.
     """
 
+    config: MixFormerConfig
+
     def __init__(self, schema: Schema, config: MixFormerConfig, id_dropout: float = 0.01) -> None:
         N, D = config.heads, config.head_dim
         super().__init__(schema, N * D, config.event_time, id_dropout)
-        self.config = config
         user_width, item_width = width_of(schema.user_side), width_of(schema.item_side)
         self.user_heads = decoupled_heads(schema, config)
+        self.config = config.model_copy(update={"user_heads": self.user_heads})
         self.user_side, self.item_side = slice(0, self.user_heads), slice(self.user_heads, N)
         if self.user_heads:
             self.user_split = HeadSplit(user_width, self.user_heads, D)
@@ -158,32 +147,33 @@ class MixFormer(RankingModel):
         layers = [block.encode_events(hidden[i % len(hidden)]) for i, block in enumerate(self._blocks())]
         return TimelineState([EncodedEvents(layers, events.ts, events.offsets)])
 
-    def encode_users(self, users: Users, timeline_state: TimelineState) -> UserState:
+    def encode_users(self, users: Users, timeline_state: TimelineState) -> MixFormerUserState:
         """User-side heads through every layer, and what item heads receive from them (eq. 10, 11)."""
-        events = timeline_state.events[0]
-        seen = events.seen(self.schema.sequences, users)
+        stream = timeline_state.events[0].seen(self.schema.sequences, users)
         e_RU = self.inputs.concatenate(self.schema.user_side, users.fields)
         if not self.user_heads:
-            return UserState(e_RU, [], None, events, seen)
+            return MixFormerUserState([stream], e_RU, [], None)
         x_URD = self.user_split(e_RU)
-        plan = plan_attention(seen, None, x_URD.device)
+        plan = plan_attention(stream.seen, None, x_URD.device)
         received = []
-        for block, layer in zip(self._blocks(), events.layers, strict=True):
+        for block, layer in zip(self._blocks(), stream.events.layers, strict=True):
             x_URD, sent = block.user_heads(x_URD, layer, plan)
             received.append(sent)
-        return UserState(None, received, self.towers.first_layer(x_URD, self.user_side), events, seen)
+        return MixFormerUserState([stream], None, received, self.towers.first_layer(x_URD, self.user_side))
 
     def score(self, user_state: UserState, items: Items) -> Tensor:
         """Logits of every candidate, [C, K]."""
+        assert isinstance(user_state, MixFormerUserState)
+        (stream,) = user_state.streams
         e_C = self.inputs.concatenate(self.schema.item_side, items.fields)
         request = items.request.to(e_C.device)
         if user_state.features is not None:
             e_C = torch.cat([user_state.features.index_select(0, request), e_C], dim=-1)
         x_GCD = self.item_split(e_C)
-        plan = plan_attention(user_state.seen, items.offsets.diff(), x_GCD.device)
+        plan = plan_attention(stream.seen, items.offsets.diff(), x_GCD.device)
         received: list[Tensor | None] = [one.index_select(1, request) for one in user_state.received]
         received = received or [None] * self.config.layers
-        for block, sent, layer in zip(self._blocks(), received, user_state.events.layers, strict=True):
+        for block, sent, layer in zip(self._blocks(), received, stream.events.layers, strict=True):
             x_GCD = block.item_heads(x_GCD, sent, layer, plan)
         first = self.towers.first_layer(x_GCD, self.item_side)
         if user_state.tower is not None:
@@ -193,7 +183,3 @@ class MixFormer(RankingModel):
 
     def _blocks(self) -> list[MixFormerBlock]:
         return [block for block in self.blocks if isinstance(block, MixFormerBlock)]
-
-    def describe(self) -> dict[str, Any]:
-        name = "ui-mixformer" if self.user_heads else "mixformer"
-        return {"name": name} | self.config.model_dump() | {"user_heads": self.user_heads}

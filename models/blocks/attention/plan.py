@@ -1,13 +1,10 @@
-"""Attention of packed queries over packed events: who sees what, and the softmax (eq. 8 of MixFormer).
+"""Who sees what: packed queries over packed events, grouped so that little is padded.
 
 Shape suffixes: H heads, D head width, B queries, E events, R requests, S sequences, U timelines;
 within a group of similar timelines: G timelines, Q queries, T events, each padded to the longest.
 
 Where things lie (offsets, times) is structure and stays on the host; only values are on the model's device, so that
 planning never waits for a GPU.
-
-What a query does not see cannot touch it. Zero times NaN is NaN, so that nothing is hidden by multiplication: rows
-without a place are filled with zero, and a group in which something is not finite is computed without it.
 """
 
 from __future__ import annotations
@@ -58,9 +55,13 @@ class Seen:
         """Positions of the visible events, request after request, and the offsets of the requests [R + 1]."""
         counts = (self.last - self.first).T.flatten()  # request-major, the sequences of a request side by side
         starts = self.first.T.flatten()
-        ends = counts.cumsum(0)
-        position = torch.arange(int(counts.sum())) + torch.repeat_interleave(starts - (ends - counts), counts)
-        return position, functional.pad((self.last - self.first).sum(0).cumsum(0), (1, 0))
+        return positions(starts, counts), functional.pad((self.last - self.first).sum(0).cumsum(0), (1, 0))
+
+
+def positions(first: Tensor, count: Tensor) -> Tensor:
+    """``first … first + count − 1`` of each entry, one entry after the other."""
+    ends = count.cumsum(0)
+    return torch.arange(int(count.sum())) + torch.repeat_interleave(first - (ends - count), count)
 
 
 @dataclass
@@ -149,22 +150,6 @@ class _Unpad(torch.autograd.Function):
         return None, *(gradients[0].index_select(1, index).masked_fill_(~real[:, None], 0) for index, real in pairs)
 
 
-class _Lookup(torch.autograd.Function):
-    """table[:, code]. The gradient is one scatter, where autograd would add element by element."""
-
-    @staticmethod
-    def forward(ctx: Any, table_HA: Tensor, code: Tensor) -> Tensor:
-        ctx.save_for_backward(code)
-        ctx.shape = table_HA.shape
-        return table_HA.index_select(1, code.flatten()).view(-1, *code.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (code,) = ctx.saved_tensors
-        flat = gradients[0].flatten(1)
-        return flat.new_zeros(ctx.shape).scatter_add_(1, code.flatten().expand_as(flat), flat), None
-
-
 @dataclass
 class Plan:
     """How packed queries attend to packed events; on the model's device."""
@@ -251,80 +236,3 @@ def _rows(parts: list[tuple[Tensor, Tensor]], packed: int, wanted: Tensor | None
         placed &= wanted
     same = len(parts) == 1 and len(all_index) == packed and bool((all_index == torch.arange(packed)).all())
     return Rows(None if same else index, real, inverse, None if bool(placed.all()) else placed)
-
-
-def attend(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, plan: Plan | None, bias_HA: Tensor | None) -> Tensor:
-    """Softmax attention of every query over what it sees; zero for a query that sees nothing (eq. 8).
-
-    Args:
-        bias_HA: relative-time bias per head and bucket of age, [H, TIME_BUCKETS], or None.
-
-    Returns:
-        [H, B, D].
-    """
-    if plan is None:  # Everything still takes part: data-parallel training waits for every parameter's gradient.
-        nothing = sum((one[:0].sum() for one in (q_HBD, k_HED, v_HED, bias_HA) if one is not None), q_HBD.new_zeros(()))
-        return nothing.expand(*q_HBD.shape[:2], v_HED.shape[-1])
-    table = bias_HA.to(q_HBD.dtype) if bias_HA is not None else q_HBD.new_zeros(1, TIME_BUCKETS)
-    # The lowest number and not −∞: a query without any event has a softmax too, and is set to zero afterwards.
-    table_HA = functional.pad(table, (0, 1), value=torch.finfo(q_HBD.dtype).min)
-    q, k = plan.queries.pad(q_HBD), plan.events.pad(k_HED)
-    v = k if v_HED is k_HED else plan.events.pad(v_HED)
-    groups = zip(plan.groups, q, k, v, strict=True)
-    return plan.queries.unpad([_attend_group(*one, table_HA) for one in groups])
-
-
-def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, table_HA: Tensor) -> Tensor:
-    """Attention within each timeline of a group, [H, G · Q, D]."""
-    q_HGQD, k_HGTD, v_HGTD = (x.unflatten(1, (group.size, -1)) for x in (q_HPD, k_HPD, v_HPD))
-    mask: Tensor = _Lookup.apply(table_HA, group.code)  # type: ignore[no-untyped-call]
-    out = _softmax_attention(q_HGQD, k_HGTD, v_HGTD, mask)
-    if not _is_finite(out.detach()):
-        # Computed again with zeros in place of what is not finite: the same sums for all that see none of it.
-        hidden = group.code == HIDDEN
-        lost_Q, lost_T = ~q_HGQD.isfinite().all(-1), ~(k_HGTD.isfinite() & v_HGTD.isfinite()).all(-1)
-        q, k, v = (
-            x.masked_fill(lost[..., None], 0) for x, lost in ((q_HGQD, lost_Q), (k_HGTD, lost_T), (v_HGTD, lost_T))
-        )
-        met = lost_Q | (lost_T[:, :, None] & ~hidden).any(-1)
-        out = _softmax_attention(q, k, v, mask).masked_fill(met[..., None], torch.nan)
-    if out.requires_grad:
-        out.register_hook(_without_lost_rows)
-    return out.flatten(1, 2)
-
-
-def _is_finite(x: Tensor) -> bool:
-    """Whether all of x is finite, by its sum; a tensor without values (meta) is."""
-    return x.is_meta or bool(x.sum().isfinite())
-
-
-def _without_lost_rows(gradient: Tensor) -> Tensor | None:
-    """The gradient of a query that is lost already would reach all events of its timeline, also those it did not see.
-
-    The parameters behind the attention have it in their gradients, so that it is not overlooked.
-    """
-    if _is_finite(gradient):
-        return None
-    return gradient.masked_fill(~gradient.isfinite().all(-1, keepdim=True), 0)
-
-
-def _softmax_attention(q_HGQD: Tensor, k_HGTD: Tensor, v_HGTD: Tensor, mask: Tensor) -> Tensor:
-    """softmax(q kᵀ / √D + mask) v, [H, G, Q, D]."""
-    H, G, Q, _ = q_HGQD.shape
-    if not mask.requires_grad:
-        mask = mask.expand(len(mask), G, Q, mask.shape[-1])
-        return functional.scaled_dot_product_attention(q_HGQD, k_HGTD, v_HGTD, attn_mask=mask)
-    # A mask that learns is beyond the fused kernels; this is what they compute, without the fallback's extra passes.
-    q, k, v = (x.flatten(0, 1) for x in (q_HGQD, k_HGTD, v_HGTD))
-    logits = torch.baddbmm(mask.expand(H, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(logits.softmax(-1), v).view(H, G, Q, -1)
-
-
-def attend_reference(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, sees_BE: Tensor, bias_HBE: Tensor | None) -> Tensor:
-    """What :func:`attend` computes, over all events at once; ``sees_BE`` tells what each query sees."""
-    logits_HBE = torch.bmm(q_HBD, k_HED.transpose(1, 2)) / q_HBD.shape[-1] ** 0.5
-    if bias_HBE is not None:
-        logits_HBE = logits_HBE + bias_HBE
-    weights_HBE = logits_HBE.masked_fill(~sees_BE, torch.finfo(logits_HBE.dtype).min).softmax(-1)
-    parts_HBED: Tensor = weights_HBE[..., None] * v_HED[:, None]
-    return parts_HBED.masked_fill(~sees_BE[..., None], 0).sum(2)

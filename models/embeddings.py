@@ -1,0 +1,104 @@
+"""Embedding tables behind one interface: look up rows, update those that were touched, export and import rows.
+
+A step of training costs by the rows that it touches, never by the size of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from features.batch import Ids, Jagged, RequestBatch, Values
+from features.schema import FieldSpec, Schema
+
+
+class EmbeddingTable(nn.Embedding):
+    """One table, [rows, dim]; its gradient is sparse and holds only rows that were looked up."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__(rows, dim, sparse=True)
+        nn.init.normal_(self.weight, std=0.01)
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        """These rows, [len(rows), dim]; they differ, so that the gradient has one row for each."""
+        found: Tensor = self(rows)
+        return found
+
+    @torch.no_grad()
+    def export_rows(self, rows: Tensor) -> Tensor:
+        """A copy of these rows, [len(rows), dim]."""
+        return self.weight.index_select(0, rows)
+
+    @torch.no_grad()
+    def import_rows(self, rows: Tensor, values: Tensor) -> None:
+        """Put values [len(rows), dim] in the place of these rows."""
+        self.weight.index_copy_(0, rows, values)
+
+
+class EmbeddingTables(nn.ModuleDict):
+    """The tables of a model by name."""
+
+    def table(self, name: str) -> EmbeddingTable:
+        table = self[name]
+        assert isinstance(table, EmbeddingTable)
+        return table
+
+    def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
+        """What applies sparse gradients: Adagrad, on touched rows only."""
+        return torch.optim.Adagrad(self.parameters(), lr=learning_rate, eps=1e-8)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the rows that were touched, table after table."""
+        gradients = [one.grad for one in self.parameters() if one.grad is not None]
+        return [one._values() if one.is_sparse else one for one in gradients]  # type: ignore[no-untyped-call]
+
+
+def share_rows(batch: RequestBatch, schema: Schema) -> tuple[RequestBatch, dict[str, Tensor]]:
+    """The batch with all compressed fields of a table over the same rows of it (HyFormer 3.8.1).
+
+    An id that a sequence shares with a candidate then is one row.
+
+    Returns:
+        the batch, and per table the rows that any of its compressed fields reads: row 0, then ascending.
+    """
+    parts: list[tuple[FieldSpec, Mapping[str, Values]]] = [
+        *((feature, batch.users.fields) for feature in schema.user_side),
+        *((feature, batch.items.fields) for feature in schema.item_side),
+        *((field, batch.timelines[one.name].fields) for one in schema.sequences for field in one.fields),
+    ]
+    read: dict[str, list[Tensor]] = {}
+    for field, fields in parts:
+        ids = _ids(fields[field.name])
+        if ids is not None:
+            read.setdefault(field.embedding, []).append(ids.unique)
+    rows = {name: some[0] if len(some) == 1 else torch.unique(torch.cat(some)) for name, some in read.items()}
+    if not rows:  # nothing is compressed, as in serving
+        return batch, rows
+
+    def shared(specs: Iterable[FieldSpec], fields: Mapping[str, Values]) -> dict[str, Values]:
+        return {one.name: _over(fields[one.name], rows.get(one.embedding)) for one in specs}
+
+    timelines = {}
+    for one in schema.sequences:
+        timeline = batch.timelines[one.name]
+        timelines[one.name] = replace(timeline, fields=shared(one.fields, timeline.fields))
+    users = replace(batch.users, fields=shared(schema.user_side, batch.users.fields))
+    items = replace(batch.items, fields=shared(schema.item_side, batch.items.fields))
+    return replace(batch, timelines=timelines, users=users, items=items), rows
+
+
+def _ids(values: Values) -> Ids | None:
+    inner = values.values if isinstance(values, Jagged) else values
+    return inner if isinstance(inner, Ids) else None
+
+
+def _over(values: Values, rows: Tensor | None) -> Values:
+    """A compressed field over these rows, of which its own are some."""
+    ids = _ids(values)
+    if ids is None or rows is None or ids.unique is rows:
+        return values
+    moved = Ids(rows, torch.searchsorted(rows, ids.unique)[ids.index])
+    return Jagged(moved, values.offsets) if isinstance(values, Jagged) else moved

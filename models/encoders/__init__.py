@@ -1,0 +1,29 @@
+"""Sequence encoders: what a layer makes of the aligned events S of a behaviour sequence, H of the same width.
+
+``local``: whether H of an event depends on nothing but the event, so that timelines are shared; the others encode each
+request's own window.
+"""
+
+from models.encoders.longer import LongerEncoding
+from models.encoders.sizes import EncoderSizes
+from models.encoders.swiglu import SwiGLUEncoding
+from models.encoders.transformer import TransformerEncoding
+from models.encoders.window import Window, make_window
+
+Encoding = SwiGLUEncoding | TransformerEncoding | LongerEncoding
+ENCODINGS: dict[str, type[SwiGLUEncoding | TransformerEncoding | LongerEncoding]] = {
+    "swiglu": SwiGLUEncoding,
+    "transformer": TransformerEncoding,
+    "longer": LongerEncoding,
+}
+
+__all__ = [
+    "ENCODINGS",
+    "EncoderSizes",
+    "Encoding",
+    "LongerEncoding",
+    "SwiGLUEncoding",
+    "TransformerEncoding",
+    "Window",
+    "make_window",
+]

@@ -1,0 +1,215 @@
+"""What the first two calls hand on to the next, and its algebra: ``append``, ``take``, ``concat`` and ``nbytes``.
+
+A state is a dataclass of tensors, so that ``features.batch.move`` takes it to a device. What is taken or concatenated
+is copied: it keeps nothing alive of where it came from.
+
+Shape suffixes: U timelines, E events, S sequences, R requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from features.batch import STRUCTURE, Users, nbytes
+from features.schema import Sequence
+from models.blocks.attention import Seen, positions
+
+
+@dataclass
+class EncodedEvents:
+    """What a model keeps of the events of some sequences, one sequence after the other.
+
+    Attributes:
+        layers: per layer the tensors kept, [..., E, width] each.
+        ts: microseconds UTC, [E].
+        offsets: where each sequence's timelines begin and end among the events, [S, U + 1].
+    """
+
+    layers: list[tuple[Tensor, ...]]
+    ts: Tensor = field(metadata=STRUCTURE)
+    offsets: Tensor = field(metadata=STRUCTURE)
+
+    @property
+    def timelines(self) -> int:
+        """U."""
+        return self.offsets.shape[1] - 1
+
+    def starts(self, timeline: Tensor) -> Tensor:
+        """Where the events of these timelines begin, [S, len(timeline)]; of timeline U, where all end."""
+        return self.offsets[:, timeline] if len(self.offsets) else self.offsets.new_zeros(0, len(timeline))
+
+    def append(self, later: EncodedEvents) -> EncodedEvents:
+        """The state of the timelines with later events at their ends; equals computing it whole."""
+        counts = torch.stack([self.offsets.diff(), later.offsets.diff()])  # [2, S, U]
+        timeline = torch.arange(counts[0].numel())
+        of_event = torch.cat([torch.repeat_interleave(timeline, one.flatten()) for one in counts])
+        order = of_event.argsort(stable=True)
+        layers = [
+            tuple(torch.cat(pair, -2).index_select(-2, order.to(pair[0].device)) for pair in zip(*both, strict=True))
+            for both in zip(self.layers, later.layers, strict=True)
+        ]
+        return EncodedEvents(layers, torch.cat([self.ts, later.ts])[order], offsets_of(counts.sum(0)))
+
+    def take(self, timelines: Tensor) -> EncodedEvents:
+        """The state of these timelines, in this order, with repeats."""
+        first, last = self.starts(timelines), self.starts(timelines + 1)
+        rows = positions(first.flatten(), (last - first).flatten())
+        layers = [tuple(one.index_select(-2, rows.to(one.device)) for one in layer) for layer in self.layers]
+        return EncodedEvents(layers, self.ts[rows], offsets_of(last - first))
+
+    @classmethod
+    def concat(cls, states: Several[EncodedEvents]) -> EncodedEvents:
+        """The state of the timelines of all these states, one state after the other."""
+        spans = [
+            (index, slice(int(ends[0]), int(ends[-1])))
+            for ends_of_sequence in zip(*(one.offsets for one in states), strict=True)
+            for index, ends in enumerate(ends_of_sequence)
+        ]
+
+        def joined(tensors: Several[Tensor]) -> Tensor:
+            return torch.cat([tensors[index][..., span, :] for index, span in spans] or list(tensors), -2)
+
+        layers = [
+            tuple(joined(kind) for kind in zip(*layer, strict=True))
+            for layer in zip(*(one.layers for one in states), strict=True)
+        ]
+        ts = joined([one.ts[:, None] for one in states])[:, 0]
+        return EncodedEvents(layers, ts, offsets_of(torch.cat([one.offsets.diff() for one in states], 1)))
+
+    def seen(self, sequences: tuple[Sequence, ...], users: Users) -> SeenEvents:
+        """These events with what each request sees of them: ``timeline[max(0, end − L):end]`` of every sequence."""
+        ends = [users.end[sequence.name] for sequence in sequences]
+        end = torch.stack(ends) if ends else users.ts.new_zeros(0, len(users.ts))
+        length = torch.tensor([sequence.length for sequence in sequences], dtype=torch.long)
+        start, first = self.starts(users.timeline), (end - length[:, None]).clamp(min=0)
+        seen = Seen(users.timeline, users.ts, start + first, start + end, self.ts, self.timelines)
+        return SeenEvents(self, seen)
+
+
+@dataclass
+class SeenEvents:
+    """Encoded events, and which of them each request sees; what the queries of a request attend to."""
+
+    events: EncodedEvents
+    seen: Seen
+
+    def take(self, requests: Tensor) -> SeenEvents:
+        """What these requests see, in this order, with repeats, and the events of their timelines alone."""
+        before = self.seen.timeline[requests]
+        taken, timeline = torch.unique_consecutive(before, return_inverse=True)  # requests lie by timeline
+        events = self.events.take(taken)
+        shift = events.starts(timeline) - self.events.starts(before)
+        first, last = self.seen.first[:, requests] + shift, self.seen.last[:, requests] + shift
+        return SeenEvents(events, Seen(timeline, self.seen.ts[requests], first, last, events.ts, events.timelines))
+
+    @classmethod
+    def concat(cls, states: Several[SeenEvents]) -> SeenEvents:
+        """What the requests of all these states see, one state after the other."""
+        events, timelines, parts = EncodedEvents.concat([one.events for one in states]), 0, []
+        for one in states:
+            timeline = one.seen.timeline + timelines
+            shift = events.starts(timeline) - one.events.starts(one.seen.timeline)
+            parts.append((timeline, one.seen.ts, one.seen.first + shift, one.seen.last + shift))
+            timelines += one.events.timelines
+        timeline, ts, first, last = (torch.cat(kind, -1) for kind in zip(*parts, strict=True))
+        return SeenEvents(events, Seen(timeline, ts, first, last, events.ts, events.timelines))
+
+
+@dataclass
+class TimelineState:
+    """What depends on nothing but the events, shared by all requests of a timeline.
+
+    Attributes:
+        events: one entry for every group of sequences that is encoded together.
+    """
+
+    events: list[EncodedEvents]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memory that this state keeps alive; what its tensors share counts once."""
+        return nbytes(self)
+
+    def append(self, later: TimelineState) -> TimelineState:
+        """The state with later events, encoded on their own, at the ends of the same timelines."""
+        return TimelineState([old.append(new) for old, new in zip(self.events, later.events, strict=True)])
+
+    def take(self, timelines: Tensor) -> TimelineState:
+        """The state of these timelines, in this order, with repeats."""
+        return TimelineState([one.take(timelines) for one in self.events])
+
+    @classmethod
+    def concat(cls, states: Several[TimelineState]) -> TimelineState:
+        """The state of the timelines of all these states, one state after the other."""
+        return TimelineState(
+            [EncodedEvents.concat(parts) for parts in zip(*(one.events for one in states), strict=True)]
+        )
+
+
+def requests_along(axis: int) -> dict[str, int]:
+    """Metadata of a :class:`UserState`'s field: along which axis of its tensor or tensors requests lie."""
+    return {"requests": axis}
+
+
+@dataclass
+class UserState:
+    """What no candidate can change. A model derives its own, each field of it a tensor, or a list or mapping of
+    tensors, with :func:`requests_along` as its metadata.
+
+    Attributes:
+        streams: what the queries of each stream attend to.
+    """
+
+    streams: list[SeenEvents]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memory that this state keeps alive, its timelines' included."""
+        return nbytes(self)
+
+    def take(self, requests: Tensor) -> Self:
+        """The state of these requests, in this order, with repeats; it keeps their timelines alone."""
+        return type(self)(*(_take(getattr(self, one.name), requests, _axis(one)) for one in fields(self)))
+
+    @classmethod
+    def concat(cls, states: Several[Self]) -> Self:
+        """The state of the requests of all these states, one state after the other."""
+        return cls(*(_concat([getattr(state, one.name) for state in states], _axis(one)) for one in fields(cls)))
+
+
+def _axis(declared: Any) -> int:
+    return int(declared.metadata.get("requests", 0))
+
+
+def _take(part: Any, requests: Tensor, axis: int) -> Any:
+    if isinstance(part, Tensor):
+        return part.index_select(axis, requests.to(part.device))
+    if isinstance(part, list):
+        return [_take(one, requests, axis) for one in part]
+    if isinstance(part, dict):
+        return {name: _take(one, requests, axis) for name, one in part.items()}
+    return None if part is None else part.take(requests)
+
+
+def _concat(parts: list[Any], axis: int) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts, axis)
+    if isinstance(first, list):
+        return [_concat(list(same), axis) for same in zip(*parts, strict=True)]
+    if isinstance(first, dict):
+        return {name: _concat([one[name] for one in parts], axis) for name in first}
+    return None if first is None else type(first).concat(parts)
+
+
+def offsets_of(counts_SU: Tensor) -> Tensor:
+    """Offsets [S, U + 1] among all events from the number of events per timeline."""
+    S, U = counts_SU.shape
+    ends = functional.pad(counts_SU.flatten().cumsum(0), (1, 0))
+    return ends[torch.arange(S)[:, None] * U + torch.arange(U + 1)]

@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.batch import collate, label_column
+from features.batch import collate
 from features.errors import CorankError
+from features.sample_table import label_column
 from features.samples.source import SampleSource
 from features.schema import Schema, Task
 from models.artifact import load_artifact
@@ -54,7 +55,7 @@ def _score(rows: pa.Table, artifact: str, batch_candidates: int, batch_events: i
 
 def score_rows(model: Any, rows: pa.Table, batch_candidates: int = 6_000, batch_events: int = 200_000) -> pa.Table:
     """Score rows of the sample table: user_id, request_id, item_id, labels, mask, scores per candidate."""
-    from features.batch import cut
+    from features.sample_table import cut
 
     parts: list[dict[str, Any]] = []
     for piece in cut(rows, batch_candidates, batch_events):

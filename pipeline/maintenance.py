@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from features.batch import timeline_column
 from features.builder.build import clear_copies
 from features.builder.states import SAMPLES
 from features.delta.maintenance import (
@@ -28,6 +27,7 @@ from features.delta.maintenance import (
 )
 from features.delta.table import Table
 from features.encoding import hash_id
+from features.sample_table import timeline_column
 from pipeline.registry import CHAMPION, PREVIOUS
 from pipeline.stages import Pipeline
 

@@ -288,7 +288,7 @@ class Workspace:
 
     def _request_ts(self, counts: dict[str, int], rank: int) -> int:
         """ts of the request of this rank (from 0) in time order."""
-        from features.batch import request_times
+        from features.sample_table import request_times
 
         for partition, count in counts.items():
             if rank < count:

@@ -33,8 +33,9 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from features.batch import collate, concatenate, cut
+from features.batch import collate
 from features.errors import CorankError, UnavailableError, message_of, raised
+from features.sample_table import concatenate, cut
 from features.schema import OTHER_UNITS, Schema
 from features.store.online import FeatureStoreSettings
 from features.store.push import EventsError, OnlineWriter

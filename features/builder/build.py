@@ -19,7 +19,6 @@ import polars as pl
 import pyarrow as pa
 from pyarrow import fs
 
-from features.batch import sample_schema
 from features.builder.fold import fold_bucket, fold_items, item_deltas
 from features.builder.states import (
     ITEM_AGGREGATES,
@@ -35,6 +34,7 @@ from features.builder.states import (
 from features.delta.table import DataFile, Table, replace_partition, write_file
 from features.encoding import bucket_column
 from features.errors import CorankError
+from features.sample_table import sample_schema
 from features.tasks import result_of
 
 LAID_OUT = "laid_out"

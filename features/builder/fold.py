@@ -16,10 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import polars as pl
 import pyarrow as pa
 
-from features.batch import (
-    candidate_counts,
-    sample_schema,
-)
 from features.builder.aggregates import (
     Tally,
     aggregate_of,
@@ -49,6 +45,7 @@ from features.builder.states import (
     user_aggregates_schema,
 )
 from features.encoding import bucket_column
+from features.sample_table import candidate_counts, sample_schema
 from features.schema import partition_bounds
 
 

@@ -7,12 +7,6 @@ from collections.abc import Mapping, Sequence
 import polars as pl
 import pyarrow as pa
 
-from features.batch import (
-    end_column,
-    feature_column,
-    label_column,
-    sample_schema,
-)
 from features.builder.aggregates import (
     KEY,
     Tally,
@@ -26,6 +20,7 @@ from features.builder.aggregates import (
 from features.builder.log_rows import join_as_of
 from features.builder.states import BuildSettings, timeline_lists, to_arrow, unpartitioned
 from features.encoding import encode, hash_ids
+from features.sample_table import end_column, feature_column, label_column, sample_schema
 from features.schema import Feature, Task
 
 POSITION, START, STOP = "__position", "__start", "__stop"

@@ -13,13 +13,9 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from features.batch import (
-    code_type,
-    event_id_column,
-    timeline_column,
-)
 from features.builder.aggregates import Tally, state_fields
 from features.delta.table import Table
+from features.sample_table import code_type, event_id_column, timeline_column
 from features.schema import Grain, Schema, partition_bounds, partition_number
 from features.schema import Sequence as BehaviourSequence
 

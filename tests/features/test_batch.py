@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batch import Ids, Jagged, RequestBatch, between, candidate_counts, collate, compress, cut
+from features.batch import Ids, Jagged, RequestBatch, collate, compress
+from features.sample_table import between, candidate_counts, cut
 from features.schema import SECOND
 from models.protocol import RankingModel
 from tests.models.batches import make_rows, make_schema

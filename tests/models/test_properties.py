@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from features.batch import Items, RequestBatch, Timeline, collate, cut, nbytes
+from features.batch import Items, RequestBatch, Timeline, collate, nbytes
+from features.sample_table import cut
 from models.losses import task_losses
 from models.mixformer import MixFormer
 from models.protocol import EncodedEvents, RankingModel

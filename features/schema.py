@@ -41,6 +41,9 @@ EPOCH_MONDAY = datetime(1970, 1, 5, tzinfo=UTC)
 TAKEN_NAMES = frozenset(("user_id", "event_id", "ts"))
 """What every event has besides the fields of its sequence."""
 
+TIMELINE_NAMES = ("ts", "event_id")
+"""What every timeline has columns of, besides the fields of its sequence."""
+
 
 class Declaration(BaseModel):
     """Base of all declarations: unknown keys are mistakes, values never change after loading."""
@@ -242,6 +245,7 @@ class Schema(Declaration):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"{what} {name!r} is declared {names.count(name)} times")
+        self._check_timeline_columns()
         delayed = {task.source for task in self.delayed_tasks}
         for feature in self.features:
             if (
@@ -266,6 +270,23 @@ class Schema(Declaration):
                     "but differ in kind, buckets, vocabulary or dim"
                 )
         return self
+
+    def _check_timeline_columns(self) -> None:
+        """Every column ``sequence__field`` has one meaning; columns of times and event ids are known by their ends."""
+        columns: dict[str, str] = {}
+        for sequence in self.sequences:
+            for name in (*TIMELINE_NAMES, *(field.name for field in sequence.fields)):
+                if name.endswith(tuple(f"__{own}" for own in TIMELINE_NAMES)):
+                    raise ValueError(
+                        f"field {name!r} of sequence {sequence.name!r}: the end of its name is taken; "
+                        f"choose another name, with `column: {name}`"
+                    )
+                here = f"field {name!r} of sequence {sequence.name!r}"
+                other = columns.setdefault(f"{sequence.name}__{name}", here)
+                if other != here:
+                    raise ValueError(
+                        f"{here} and {other} would have the same column {sequence.name}__{name}: rename one of them"
+                    )
 
     def side(self, *sides: Side) -> tuple[Feature, ...]:
         """The features that are read from columns of these sides' tables, in order of declaration."""

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from features.batch import RequestBatch, collate, cut
+from features.batch import RequestBatch, collate
+from features.sample_table import cut
 from models.protocol import RankingModel
 
 UNLIMITED = 2**62

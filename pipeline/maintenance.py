@@ -12,7 +12,6 @@ from typing import Any
 
 import polars as pl
 
-from features.batch import timeline_column
 from features.builder.build import clear_copies
 from features.delta.maintenance import (
     FoundUsers,
@@ -28,6 +27,7 @@ from features.delta.maintenance import (
 )
 from features.delta.table import Table
 from features.encoding import hash_id
+from features.sample_table import timeline_column
 from pipeline.stages.deployment import CURRENT, DEPLOYMENT
 from pipeline.stages.feature_store import store_settings
 from pipeline.stages.samples import SAMPLES, SamplesRecord

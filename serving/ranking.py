@@ -33,8 +33,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
-from features.batch import concatenate
 from features.errors import CorankError, UnavailableError, message_of, raised
+from features.sample_table import concatenate
 from features.schema import OTHER_UNITS, Schema
 from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader

@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.batch import end_column, label_column, sample_schema, timeline_column
 from features.errors import CorankError
+from features.sample_table import end_column, label_column, sample_schema, timeline_column
 from features.schema import Feature, Schema
 from features.store.reader import History, OnlineReader, encode_features
 from serving.settings import MissingContext
@@ -36,7 +36,7 @@ class RequestRow:
     """One request, ready to be scored.
 
     Attributes:
-        rows: one row in the layout of :func:`features.batch.sample_schema`, without labels and partition.
+        rows: one row in the layout of :func:`features.sample_table.sample_schema`, without labels and partition.
         item_known: [C].
     """
 

@@ -21,7 +21,6 @@ import polars as pl
 import pyarrow as pa
 from pyarrow import fs
 
-from features.batch import sample_schema
 from features.builder.fold import fold_bucket, fold_items, item_deltas
 from features.builder.states import (
     ITEM_AGGREGATES,
@@ -38,6 +37,7 @@ from features.delta.paths import address
 from features.delta.table import DataFile, Table, replace_partitions, write_file
 from features.encoding import bucket_column
 from features.errors import CorankError
+from features.sample_table import sample_schema
 from features.tasks import ended, result_of
 
 LAID_OUT = "laid_out"

@@ -18,10 +18,6 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 
-from features.batch import (
-    candidate_counts,
-    sample_schema,
-)
 from features.builder.aggregates import (
     Tally,
     aggregate_of,
@@ -56,6 +52,7 @@ from features.builder.states import (
 )
 from features.delta.table import together
 from features.encoding import bucket_column
+from features.sample_table import candidate_counts, sample_schema
 from features.schema import Sequence as BehaviourSequence
 from features.schema import partition_bounds
 

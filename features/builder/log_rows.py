@@ -6,10 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import polars as pl
 
-from features.batch import (
-    feature_column,
-    timeline_column,
-)
 from features.builder.aggregates import (
     KEY,
     cross_column,
@@ -17,6 +13,7 @@ from features.builder.aggregates import (
 from features.builder.states import CLOSE, EVENT_ID, BuildSettings
 from features.encoding import encode, hash_ids
 from features.errors import DataGateError
+from features.sample_table import feature_column, timeline_column
 from features.schema import FEEDBACK, OTHER_UNITS, Feature, FieldSpec, Grain, Schema, partition_bounds
 from features.schema import Sequence as BehaviourSequence
 from features.validation import bounds_of, distinct_events, quarantine

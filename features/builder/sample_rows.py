@@ -8,12 +8,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.batch import (
-    end_column,
-    feature_column,
-    label_column,
-    sample_schema,
-)
 from features.builder.aggregates import (
     KEY,
     Tally,
@@ -35,6 +29,7 @@ from features.builder.states import (
     unpartitioned,
 )
 from features.encoding import encode, hash_ids
+from features.sample_table import end_column, feature_column, label_column, sample_schema
 from features.schema import Feature, Task
 
 

@@ -14,14 +14,10 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.batch import (
-    code_type,
-    event_id_column,
-    timeline_column,
-)
 from features.builder.aggregates import Tally, state_fields
 from features.builder.lists import list_columns, parts_of, ranges
 from features.delta.table import Table, together
+from features.sample_table import code_type, event_id_column, timeline_column
 from features.schema import Grain, Schema, partition_bounds, partition_number
 from features.schema import Sequence as BehaviourSequence
 

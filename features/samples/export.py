@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
-from features.batch import code_type, end_column, feature_column, label_column, timeline_column
 from features.delta.paths import address
 from features.errors import ConfigError, CorankError
+from features.sample_table import code_type, end_column, feature_column, label_column, timeline_column
 from features.samples.source import SampleSource
 from features.schema import FieldSpec, Schema, Sequence
 from features.tasks import each, ray_runs
@@ -60,7 +60,7 @@ class Unnested:
 
     @classmethod
     def of(cls, rows: pa.Table) -> Unnested:
-        """Unnest rows in the layout of :func:`features.batch.sample_schema`, ``dt`` and ``bucket`` left out."""
+        """Unnest rows in the layout of :func:`features.sample_table.sample_schema`, ``dt`` and ``bucket`` left out."""
         requests = rows["requests"].combine_chunks()
         candidates = requests.flatten().field("candidates")
         return cls(rows, requests.flatten(), candidates.flatten(), _owners(requests), _owners(candidates))

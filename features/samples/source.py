@@ -14,9 +14,9 @@ from deltalake import DeltaTable
 from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
-from features.batch import between, concatenate, cut, sample_schema
 from features.delta.paths import address
 from features.errors import CorankError
+from features.sample_table import between, concatenate, cut, sample_schema
 from features.schema import Schema
 
 READ_CPUS = 0.25

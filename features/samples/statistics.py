@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.batch import feature_column
+from features.sample_table import feature_column
 from features.samples.export import CHUNK_BYTES, Unnested, chunk_bounds, flatten, flattened_bytes, parquet_bytes
 from features.samples.source import SampleSource
 from features.schema import Feature, FieldSpec, Schema
@@ -107,7 +107,7 @@ class SampleStatistics:
 
     @classmethod
     def of(cls, rows: pa.Table, schema: Schema) -> SampleStatistics:
-        """Counts of rows in the layout of :func:`features.batch.sample_schema`; bytes on disk are not known here."""
+        """Counts of rows in the layout of :func:`features.sample_table.sample_schema`; bytes on disk unknown."""
         if not rows.num_rows:
             return cls.empty(schema)
         samples = Unnested.of(rows)

@@ -20,11 +20,11 @@ import pyarrow as pa
 from feast import Entity, FeatureView, Field, ValueType
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.batch import event_id_column, timeline_column
 from features.builder.aggregates import key_column, state_columns, state_fields
 from features.delta.table import Table
 from features.digest import digest
 from features.errors import ConfigError
+from features.sample_table import event_id_column, timeline_column
 from features.schema import EventField, Feature, Schema
 from features.schema import Sequence as BehaviourSequence
 from features.store.delta import DeltaSource
@@ -103,8 +103,8 @@ def stored_views(
     Args:
         live: schemas of live models.
         users, items: profile tables, with ``updated_at``; None: no view, and nobody has a profile.
-        state: user_id, ts and per sequence of ``schema`` the list columns of :func:`features.batch.timeline_column`
-            and :func:`features.batch.event_id_column`.
+        state: user_id, ts and per sequence of ``schema`` the list columns of
+            :func:`features.sample_table.timeline_column` and :func:`features.sample_table.event_id_column`.
         counts: the tables of :mod:`features.builder.aggregates`, with ``ts``; none: no views.
         registered: by name; they know the types of columns that a profile table has lost.
 

@@ -18,12 +18,12 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.type_map import python_values_to_proto_values
 from feast.types import Int64, String
 
-from features.batch import event_id_column, timeline_column
 from features.builder.log_rows import new_events
 from features.builder.states import EVENT_ID
 from features.delta.columns import row_text
 from features.encoding import encode
 from features.errors import CorankError
+from features.sample_table import event_id_column, timeline_column
 from features.schema import OTHER_UNITS, SECOND, Sequence
 from features.store.definitions import ITEM_VIEW, UPDATED_AT, sequence_view
 from features.store.delta import microseconds

@@ -15,7 +15,6 @@ import polars as pl
 from feast import FeatureView
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.batch import event_id_column, feature_column, timeline_column
 from features.builder.aggregates import (
     KEY,
     Entries,
@@ -32,6 +31,7 @@ from features.builder.aggregates import (
 from features.delta.table import Table
 from features.encoding import encode
 from features.errors import CorankError
+from features.sample_table import event_id_column, feature_column, timeline_column
 from features.schema import Feature
 from features.store.definitions import (
     ITEM_VIEW,

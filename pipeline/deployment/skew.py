@@ -17,9 +17,9 @@ from typing import Any
 
 import polars as pl
 
-from features.batch import end_column, feature_column, timeline_column
 from features.builder.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
 from features.errors import CorankError
+from features.sample_table import end_column, feature_column, timeline_column
 from features.samples.export import Unnested
 from features.samples.source import SampleSource
 from features.schema import Schema, partition_bounds

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from features.batch import sample_schema
 from features.builder.fold import rows_after
 from features.builder.states import BuildSettings
 from features.errors import CorankError
+from features.sample_table import sample_schema
 from features.schema import Schema
 from features.validation import quarantine
 from models.artifact import load_artifact

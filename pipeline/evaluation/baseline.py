@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from features.batch import label_column
 from features.errors import CorankError
+from features.sample_table import label_column
 from features.samples.source import SampleSource
 from features.schema import Task
 

@@ -260,7 +260,7 @@ def choose_cuts(workspace: Workspace) -> Cuts:
 
 def _request_ts(workspace: Workspace, requests: Mapping[str, int], rank: int) -> int:
     """ts of the request of this rank (from 0) in time order."""
-    from features.batch import request_times
+    from features.sample_table import request_times
 
     for partition, count in requests.items():
         if rank < count:

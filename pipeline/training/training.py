@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from features.batch import candidate_counts, collate, compress
+from features.batch import collate, compress
 from features.errors import CorankError
+from features.sample_table import candidate_counts
 from features.samples.source import READ_CPUS, SampleSource
 from features.schema import Schema
 from models.config import ModelConfig

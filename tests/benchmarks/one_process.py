@@ -14,10 +14,10 @@ from pathlib import Path
 
 import polars as pl
 
-from features.batch import end_column, event_id_column, feature_column, label_column, timeline_column
 from features.builder.states import SAMPLES, STATE
 from features.delta.table import Table
 from features.encoding import encode, hash_ids
+from features.sample_table import end_column, event_id_column, feature_column, label_column, timeline_column
 from features.schema import Feature, partition_bounds
 from tests.benchmarks.worlds import LOG_DELAY, SCHEMA
 

@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from features.batch import Items, RequestBatch, Timeline, Users, collate, concatenate, cut
+from features.batch import Items, RequestBatch, Timeline, Users, collate
+from features.sample_table import concatenate, cut
 from features.schema import EventField, Feature, Schema, Sequence, Task
 from models.losses import task_losses
 from models.memory import keep_freed_memory

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features.batch import Ids, Jagged, RequestBatch, between, candidate_counts, collate, compress, cut
-from features.schema import SECOND
+from features.batch import Ids, Jagged, RequestBatch, collate, compress
+from features.sample_table import between, candidate_counts, cut
+from features.schema import SECOND, Schema
 from models.protocol import RankingModel
 from tests.models.batches import make_rows, make_schema
 from tests.models.variants import make_model
@@ -176,3 +177,23 @@ def test_no_sum_of_a_step_on_compressed_ids_depends_on_the_order_of_threads() ->
             pending += [one for one, _ in node.next_functions]
     assert {"EmbeddingBackward0", "EmbeddingBagBackward0"} <= names
     assert "IndexBackward0" not in names
+
+
+@pytest.mark.parametrize(
+    ("sequences", "message"),
+    [
+        ({"a": "b__c", "a__b": "c"}, "same column a__b__c"),
+        ({"a": "x__ts"}, "choose another name, with `column: x__ts`"),
+        ({"a": "x__event_id"}, "choose another name, with `column: x__event_id`"),
+    ],
+)
+def test_names_that_would_give_two_meanings_to_a_column_are_refused(sequences: dict[str, str], message: str) -> None:
+    declared = SCHEMA.model_dump()
+    fields = [{"name": name, "events": "events", "fields": [{"name": field}]} for name, field in sequences.items()]
+    with pytest.raises(ValueError, match=message):
+        Schema.model_validate({**declared, "sequences": fields})
+
+
+def test_names_with_two_underscores_stay_allowed_where_columns_differ() -> None:
+    fields = [{"name": name, "events": "events", "fields": [{"name": "c__d"}]} for name in ("a", "a__b")]
+    assert len(Schema.model_validate({**SCHEMA.model_dump(), "sequences": fields}).sequences) == 2

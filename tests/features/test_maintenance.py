@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from features.batch import candidate_counts, sample_schema, timeline_column
 from features.builder.fold import fold_bucket
 from features.builder.states import SAMPLES, state_schema
 from features.delta.maintenance import (
@@ -28,6 +27,7 @@ from features.delta.maintenance import (
     vacuum,
 )
 from features.delta.table import Table, replace_partition, write_file
+from features.sample_table import candidate_counts, sample_schema, timeline_column
 from features.samples.source import SampleSource
 from features.store.erase import erase_users as erase_online_users
 from features.store.online import FeatureStoreSettings, apply, materialize

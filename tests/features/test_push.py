@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from features.batch import end_column, timeline_column
 from features.delta.table import Table
 from features.encoding import hash_id
 from features.errors import CorankError
+from features.sample_table import end_column, timeline_column
 from features.schema import SECOND, partition_bounds
 from features.store.online import apply, materialize
 from features.store.push import EventsError, OnlineWriter

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from features.batch import candidate_counts
 from features.builder.states import SAMPLES, STATE
 from features.delta.maintenance import compact, derived_tables
 from features.delta.paths import address
 from features.delta.table import Table
+from features.sample_table import candidate_counts
 from features.samples.source import SampleSource
 from pipeline.records import Records
 from tests.features.worlds import COUNTING, DAYS, fold_all, settings, write_world

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from features.batch import feature_column, timeline_column
+from features.sample_table import feature_column, timeline_column
 from features.samples.export import Unnested, flatten
 from features.samples.statistics import SKETCH, SampleStatistics, ValueCounts, sample_statistics
 from features.schema import FieldSpec

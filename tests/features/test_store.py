@@ -12,10 +12,10 @@ import polars as pl
 import pytest
 from deltalake import DeltaTable
 
-from features.batch import feature_column
 from features.delta.table import Table
 from features.encoding import encode, hash_id
 from features.errors import ConfigError, CorankError, UnreadableError
+from features.sample_table import feature_column
 from features.schema import Aggregate, EventField, Feature, Schema
 from features.store.definitions import sequence_view
 from features.store.erase import erase_absent

@@ -12,7 +12,6 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from features.batch import end_column, feature_column, label_column, sample_schema, timeline_column
 from features.builder.fold import fold_bucket, fold_items, item_deltas
 from features.builder.states import (
     ITEM_AGGREGATES,
@@ -26,6 +25,7 @@ from features.builder.states import (
 )
 from features.delta.table import DataFile, Table, replace_partition, write_file
 from features.encoding import bucket_of, hash_id
+from features.sample_table import end_column, feature_column, label_column, sample_schema, timeline_column
 from features.schema import (
     GRAIN_LENGTH,
     SECOND,

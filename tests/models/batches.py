@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from features.batch import sample_schema
+from features.sample_table import sample_schema
 from features.schema import SECOND, EventField, Feature, Schema, Sequence, Task
 
 

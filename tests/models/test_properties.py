@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from features.batch import Items, Jagged, RequestBatch, Timeline, Values, collate, cut, nbytes
+from features.batch import Items, Jagged, RequestBatch, Timeline, Values, collate, nbytes
+from features.sample_table import cut
 from models.losses import task_losses
 from models.mixformer.model import MixFormer
 from models.protocol import RankingModel

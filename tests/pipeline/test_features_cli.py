@@ -9,9 +9,9 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from features.batch import sample_schema
 from features.delta.table import replace_partition, write_file
 from features.errors import ConfigError
+from features.sample_table import sample_schema
 from pipeline.commands.features import _print_registry
 from pipeline.config import load_config
 from pipeline.importers.synthetic import import_synthetic

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from deltalake import DeltaTable
 
-from features.batch import candidate_counts, request_times
 from features.delta.maintenance import find_users
 from features.delta.table import Table
+from features.sample_table import candidate_counts, request_times
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.config import Config

@@ -53,7 +53,9 @@ def with_candidates(rows: pa.Table, change: Any) -> pa.Table:
 
 
 def job_of(source: SampleSource, **training: Any) -> TrainingJob:
-    options = TrainingConfig(**{"epochs": 3, "batch_candidates": 60, "cpus_per_worker": 0.5, "num_workers": 0} | training)
+    options = TrainingConfig(
+        **{"epochs": 3, "batch_candidates": 60, "cpus_per_worker": 0.5, "num_workers": 0} | training
+    )
     return TrainingJob(
         name="job",
         schema=SCHEMA,

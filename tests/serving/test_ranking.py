@@ -22,10 +22,11 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.responses import PlainTextResponse
 
-from features.batch import collate, concatenate, feature_column, sample_schema
+from features.batch import collate
 from features.delta.table import Table
 from features.encoding import hash_id
 from features.errors import CorankError
+from features.sample_table import concatenate, feature_column, sample_schema
 from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.reader import History, OnlineReader

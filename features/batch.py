@@ -2,7 +2,7 @@
 
 Legend: U timelines, E events, R requests, C candidates, K tasks. Everything is packed: offsets say where a
 timeline's events and a request's candidates lie; padding exists only inside kernels, never as an id.
-Two levels of sharing: candidates share a request, requests share a timeline (DESIGN §2).
+Two levels of sharing: candidates share a request, requests share a timeline (docs/design.md#the-one-shape).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The sample table: the names of its columns, its Arrow layout, and how its rows are cut and joined.
 
-One row per user and partition: timelines once, requests with candidates inside (DESIGN §2). Nothing here needs torch,
-so that a build worker does not load it; :mod:`features.batch` makes tensors of these rows.
+One row per user and partition: timelines once, requests with candidates inside (docs/design.md#the-one-shape).
+Nothing here needs torch, so that a build worker does not load it; :mod:`features.batch` makes tensors of these rows.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def code_type(field: FieldSpec) -> pa.DataType:
 
 
 def sample_schema(schema: Schema) -> pa.Schema:
-    """Arrow schema of the sample table: one row per user and partition (DESIGN §2)."""
+    """Arrow schema of the sample table: one row per user and partition (docs/design.md#the-one-shape)."""
     candidate = pa.struct(
         [
             pa.field("item_id", pa.string()),

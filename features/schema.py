@@ -102,7 +102,7 @@ class FieldSpec(Declaration):
 
 
 class Aggregate(Declaration):
-    """What to count in the log, over how many partitions (DESIGN §2).
+    """What to count in the log, over how many partitions.
 
     A feature of side ``user`` or ``item`` counts the rows of its user or item; one of side ``cross`` the rows of
     its user and a ``key`` of the item, such as its genre. A request reads the counts as of the close of the newest

@@ -1,4 +1,4 @@
-"""What every model is: three calls, in training as in serving (DESIGN §4).
+"""What every model is: three calls, in training as in serving (docs/design.md#models).
 
 Shape suffixes: U timelines, E events, S sequences, R requests, C candidates, K tasks.
 """

@@ -1,4 +1,4 @@
-"""Windowed aggregates (DESIGN §2): counts and sums per user, per item, and per user and key of the item.
+"""Windowed aggregates: counts and sums per user, per item, and per user and key of the item.
 
 Kept per partition, so that a new partition costs in proportion to itself; several are folded in one go. A feature
 without a window is a running total. One with a window of w partitions is what each partition added, with the time

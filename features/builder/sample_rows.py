@@ -1,4 +1,4 @@
-"""Sample rows of one bucket: a user's timelines once, its requests, their candidates (DESIGN §2)."""
+"""Sample rows of one bucket: a user's timelines once, its requests, their candidates (docs/design.md)."""
 
 from __future__ import annotations
 

@@ -237,7 +237,7 @@ def expected_rows(
     days: list[str] = DAYS,
     grain: Grain = "day",
 ) -> dict[str, dict[str, Any]]:
-    """Rows of one partition by user, read off DESIGN §2 sentence by sentence."""
+    """Rows of one partition by user, read off docs/design.md#point-in-time sentence by sentence."""
     world = World(tables, days, aggregates_delay, grain)
     impressions, events = world.rows["impressions"], world.rows["events"]
     result: dict[str, dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -114,8 +115,8 @@ def _print_places(console: Console, workspace: Workspace, evaluation: Evaluation
     for what, where in (
         ("report", (evaluation or EvaluationRecord()).report),
         ("Data Docs", newest.data_docs),
-        ("MLflow", f"mlflow ui --backend-store-uri {workspace.registry.uri}"),
-        ("Dagster", f"DAGSTER_HOME={home} CORANK_CONFIG=… dagster dev -m pipeline.definitions"),
+        ("MLflow", f"mlflow ui --backend-store-uri {shlex.quote(workspace.registry.uri)}"),
+        ("Dagster", f"DAGSTER_HOME={shlex.quote(str(home))} CORANK_CONFIG=… dagster dev -m pipeline.definitions"),
         ("everything", config.path()),
     ):
         console.print(f"{what:<11} {where}", soft_wrap=True)

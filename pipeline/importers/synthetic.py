@@ -13,17 +13,17 @@ one more day changes none before it.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import ray
 import xxhash
 from deltalake import DeltaTable
 from numpy.typing import NDArray
@@ -33,7 +33,9 @@ from features.delta.table import DataFile, replace_partition, write_file
 from features.encoding import bucket_column
 from features.errors import ConfigError, CorankError
 from features.schema import SECOND
+from features.tasks import each, ray_runs
 from pipeline.importers.target import imported, table_path, write_table
+from pipeline.runtime import RayConfig, ensure_ray, stop_ray
 
 LATENT = 8
 """Width of taste and item vectors."""
@@ -51,6 +53,8 @@ DAY = 86_400 * SECOND
 LAST_REQUEST = DAY - 3_600 * SECOND
 """No request begins later in the day, so that all it leads to still falls into the same day."""
 REPORT_SECONDS = 2.0
+WORTH_RAY = 20_000
+"""Users × days from which on it is worth starting Ray."""
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """The step of splitmix64."""
 
@@ -239,14 +243,14 @@ def import_synthetic(
     there = _partitions(paths["impressions"])
     missing = [day for day in range(days) if world.partition(day) not in there]
     if missing:
-        started_ray = not ray.is_initialized()
-        if started_ray:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        starts_ray = not ray_runs() and users * len(missing) > WORTH_RAY
+        if starts_ray:
+            ensure_ray(RayConfig())
         try:
             _write_days(world, missing, paths, say)
         finally:
-            if started_ray:
-                ray.shutdown()
+            if starts_ray:
+                stop_ray()
     else:
         say(f"{target} already holds these {days} days; nothing to do")
     return {table: DeltaTable(address(path)).count() for table, path in paths.items()}
@@ -366,33 +370,25 @@ class _Picker:
 
 
 def _write_days(world: World, days: list[int], paths: dict[str, str], say: Callable[[str], None]) -> None:
-    """One Ray task per (day, bucket) writes Parquet files; each (table, day) becomes visible in one commit."""
+    """Each (day, bucket) writes Parquet files, in a Ray task where Ray runs; each (table, day) becomes visible in one
+    commit."""
     everyone = pl.DataFrame({"user_id": _names("u", np.arange(world.user_count(max(days))))})
     bucket_of_user = everyone.select(bucket_column(pl.col("user_id"), world.buckets)).to_series().to_numpy()
-    members = [ray.put(np.flatnonzero(bucket_of_user == bucket)) for bucket in range(world.buckets)]
-    write_slice = ray.remote(_write_slice)
-    tasks = {
-        day: [write_slice.remote(world, day, members[bucket], bucket, paths) for bucket in range(world.buckets)]
-        for day in days
-    }
-    for done, (day, slices) in enumerate(tasks.items()):
-        for finished, total in _until_done(slices):
-            say(f"{world.partition(day)} ({done + 1}/{len(days)}): {finished} of {total} buckets written")
-        files: list[dict[str, DataFile]] = ray.get(slices)
+    members = [np.flatnonzero(bucket_of_user == bucket) for bucket in range(world.buckets)]
+    calls = ((world, day, members[bucket], bucket, paths) for day in days for bucket in range(world.buckets))
+    slices, told = each(_write_slice, calls, ray_runs()), time.monotonic()
+    for done, day in enumerate(days, start=1):
+        files: list[dict[str, DataFile]] = []
+        for written in islice(slices, world.buckets):
+            files.append(written)
+            if time.monotonic() - told > REPORT_SECONDS:
+                told = time.monotonic()
+                say(f"{world.partition(day)} ({done}/{len(days)}): {len(files)} of {world.buckets} buckets written")
         for table, schema in SCHEMAS.items():
             replace_partition(paths[table], world.partition(day), [of[table] for of in files], schema, {})
         rows = {table: sum(of[table].rows for of in files) for table in SCHEMAS if table != "truth"}
         counts = ", ".join(f"{count:,} {table}" for table, count in rows.items())
-        say(f"{world.partition(day)} ({done + 1}/{len(days)}): {counts}")
-
-
-def _until_done(tasks: list[ray.ObjectRef[Any]]) -> Iterator[tuple[int, int]]:
-    """(finished, all), every REPORT_SECONDS until all have finished."""
-    while True:
-        finished, pending = ray.wait(tasks, num_returns=len(tasks), timeout=REPORT_SECONDS)
-        if not pending:
-            return
-        yield len(finished), len(tasks)
+        say(f"{world.partition(day)} ({done}/{len(days)}): {counts}")
 
 
 def _write_slice(world: World, day: int, members: Array, bucket: int, paths: dict[str, str]) -> dict[str, DataFile]:

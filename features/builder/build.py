@@ -6,8 +6,8 @@
 
 Tasks write Parquet files; nothing is visible until the driver commits the partitions, table by table, samples last.
 
-Plain Ray tasks, not a Ray Data plan: that cancels its tasks after a failure but does not wait for their end, so they
-would still write; it tells nothing before it ends; and its ``Datasink`` keeps all blocks of a task in memory.
+Plain Ray tasks, not yet a plan of Ray Data: as its source reads, a plan that fails does not wait for the end of the
+tasks that it cancels, and a write tells nothing before it ends.
 """
 
 from __future__ import annotations

@@ -13,18 +13,18 @@ from itertools import compress, islice
 import polars as pl
 from feast import FeatureStore, FeatureView
 from feast.infra.key_encoding_utils import serialize_entity_key, serialize_entity_key_prefix
-from feast.infra.online_stores.helpers import _mmh3, compute_table_id, compute_versioned_name
+from feast.infra.online_stores.helpers import compute_table_id
 from feast.infra.online_stores.sqlite import SqliteOnlineStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 
 from features.errors import CorankError
 from features.store.definitions import SEQUENCE_VIEW
+from features.store.feast_internals import online_store, read, redis_client, redis_fields, sqlite_connection, write
 from features.store.online import (
     LOCKED_ROWS,
     WRITE_ROWS,
     FeatureStoreSettings,
-    backend,
     entity_values,
     keep_pushed,
     open_store,
@@ -100,15 +100,14 @@ def erase_absent(
 
 def _without_pushed(store: FeatureStore, view: FeatureView, absent: pl.DataFrame, logged_until: int) -> list[str]:
     """Those who have no pushed events; of the others the sequence is reduced to these."""
-    provider = store._get_provider()
     empty = [pl.lit([]).alias(feature.name) for feature in view.features]
     entries = entity_values(view, absent.with_columns(*empty, pl.lit(logged_until).alias(TIME)))
-    stored = provider.online_read(store.config, view, [key for key, *_ in entries], None)
+    stored = read(store, view, [key for key, *_ in entries], None)
     pushed = [
         keep_pushed(view, entry[1], before or {}, logged_until)
         for entry, (_, before) in zip(entries, stored, strict=True)
     ]
-    provider.online_write_batch(store.config, view, list(compress(entries, pushed)), None)
+    write(store, view, list(compress(entries, pushed)))
     return [user for user, kept in zip(absent.to_series(), pushed, strict=True) if not kept]
 
 
@@ -132,18 +131,17 @@ def _stored_ids(store: FeatureStore, view: FeatureView) -> Iterator[str]:
     """Every entity with a row of this view."""
     (name,) = view.join_keys
     prefix = serialize_entity_key_prefix([name], store.config.entity_key_serialization_version)
-    online = backend(store)
-    if isinstance(online, SqliteOnlineStore):
+    if isinstance(online_store(store), SqliteOnlineStore):
         select = f"SELECT DISTINCT entity_key FROM {_quoted(_table(store, view))}"
-        for (key,) in online._get_conn(store.config).execute(select):
+        for (key,) in sqlite_connection(store).execute(select):
             yield _value_in(key, prefix)[0].decode()
         return
-    client, project = online._get_client(store.config.online_store), store.config.project.encode()
+    client, project = redis_client(store), store.config.project.encode()
     found = client.scan_iter(prefix + b"*", count=WRITE_ROWS)
     while keys := list(islice(found, WRITE_ROWS)):
         with client.pipeline(transaction=False) as pipe:
             for key in keys:
-                pipe.hexists(key, _fields(store, view)[0])
+                pipe.hexists(key, redis_fields(store, view)[0])
             held = pipe.execute()
         for key in compress(keys, held):
             value, rest = _value_in(key, prefix)
@@ -161,27 +159,18 @@ def _value_in(key: bytes, prefix: bytes) -> tuple[bytes, bytes]:
 def _erase_from_view(store: FeatureStore, view: FeatureView, ids: list[str]) -> None:
     (name,) = view.join_keys
     keys = {one: _serialized(store, _entity_key(name, one)) for one in ids}
-    online = backend(store)
-    if isinstance(online, SqliteOnlineStore):
+    if isinstance(online_store(store), SqliteOnlineStore):
         _erase_sqlite(store, [view], keys)
         return
     project = store.config.project.encode()
-    with online._get_client(store.config.online_store).pipeline(transaction=False) as pipe:
+    with redis_client(store).pipeline(transaction=False) as pipe:
         for key in keys.values():
-            pipe.hdel(key + project, *_fields(store, view))  # a hash without fields is gone
+            pipe.hdel(key + project, *redis_fields(store, view))  # a hash without fields is gone
         pipe.execute()
 
 
-def _fields(store: FeatureStore, view: FeatureView) -> list[bytes]:
-    """Names that Feast gives to a view's fields in a hash of Redis, that of its time first."""
-    name = compute_versioned_name(view, store.config.registry.enable_online_feature_view_versioning)
-    return [f"_ts:{name}".encode(), *[_mmh3(f"{name}:{feature.name}") for feature in view.features]]
-
-
 def _erase_sqlite(store: FeatureStore, views: list[FeatureView], keys: dict[str, bytes]) -> dict[str, int]:
-    online = backend(store)
-    assert isinstance(online, SqliteOnlineStore)
-    connection = online._get_conn(store.config)
+    connection = sqlite_connection(store)
     connection.execute("PRAGMA secure_delete = ON")  # freed pages are overwritten: the bytes go, not only the rows
     existing = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     removed = dict.fromkeys(keys, 0)
@@ -204,6 +193,6 @@ def _quoted(table: str) -> str:
 
 
 def _erase_redis(store: FeatureStore, keys: dict[str, bytes]) -> dict[str, int]:
-    client = backend(store)._get_client(store.config.online_store)
+    client = redis_client(store)
     project = store.config.project.encode()
     return {user: int(client.delete(key + project)) for user, key in keys.items()}

@@ -42,6 +42,7 @@ from features.store.definitions import (
     timeline_prefix,
 )
 from features.store.delta import DeltaOfflineStoreConfig, delta_source, moment
+from features.store.feast_internals import read, redis_client, retry_for_a_second, write
 from features.store.query import SLICE_BYTES, TIME, Partitions, Query, latest, together
 from features.store.registry import DamagedRegistryError, WholeRegistryStore
 
@@ -146,7 +147,7 @@ def open_store(settings: FeatureStoreSettings) -> FeatureStore:
         Path(settings.registry).parent.mkdir(parents=True, exist_ok=True)
         store_type = f"{WholeRegistryStore.__module__}.{WholeRegistryStore.__qualname__}"
     tables = settings.tables
-    return FeatureStore(
+    store = FeatureStore(
         config=RepoConfig(
             project=settings.project,
             provider="local",
@@ -160,11 +161,9 @@ def open_store(settings: FeatureStoreSettings) -> FeatureStore:
             entity_key_serialization_version=3,
         )
     )
-
-
-def backend(store: FeatureStore) -> Any:
-    """Feast's class of the online store, which depends on the config."""
-    return store._get_provider().online_store
+    if settings.online == "redis":
+        retry_for_a_second(store)
+    return store
 
 
 def apply(settings: FeatureStoreSettings) -> list[str]:
@@ -295,7 +294,7 @@ def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_un
     if not view.name.startswith(SEQUENCE_VIEW):
         for portion in rows.iter_slices(WRITE_ROWS) if rows.height else ():
             with reachable(store):
-                store._get_provider().online_write_batch(store.config, view, entity_values(view, portion), None)
+                write(store, view, entity_values(view, portion))
             yield portion.height
         return
     (key,) = view.join_keys
@@ -303,10 +302,10 @@ def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_un
         for portion in stripe.iter_slices(LOCKED_ROWS):
             entries = entity_values(view, portion)
             with reachable(store), sole_writer(store, portion[key]):
-                stored = store._get_provider().online_read(store.config, view, [one for one, *_ in entries], None)
+                stored = read(store, view, [one for one, *_ in entries], None)
                 for (_, values, _, _), (_, before) in zip(entries, stored, strict=True):
                     keep_pushed(view, values, before or {}, logged_until)
-                store._get_provider().online_write_batch(store.config, view, entries, None)
+                write(store, view, entries)
             yield portion.height
 
 
@@ -342,7 +341,7 @@ def sole_writer(store: FeatureStore, users: pl.Series) -> Iterator[None]:
         if isinstance(online, SqliteOnlineStoreConfig):  # the file is local, and so are all its writers
             fcntl.flock(held.enter_context(Path(f"{online.path}.lock").open("a")), fcntl.LOCK_EX)
         else:
-            client = backend(store)._get_client(online)
+            client = redis_client(store)
             stripes = users.to_frame("user_id").select(_stripe("user_id").unique().sort()).to_series()
             names = [f"{store.config.project}:sequences:{stripe}" for stripe in stripes]
             locks = [client.lock(name, timeout=LOCKED_SECONDS, sleep=0.005) for name in names]

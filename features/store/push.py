@@ -27,6 +27,7 @@ from features.sample_table import event_id_column, timeline_column
 from features.schema import OTHER_UNITS, SECOND, Sequence
 from features.store.definitions import ITEM_VIEW, UPDATED_AT, sequence_view
 from features.store.delta import microseconds
+from features.store.feast_internals import read, write
 from features.store.online import (
     LOCKED_ROWS,
     FeatureStoreSettings,
@@ -214,8 +215,8 @@ class OnlineWriter:
         view = self._views[sequence.name]
         columns = _columns(sequence)
         keys = python_values_to_proto_values(users, String.to_value_type())
-        found = self._store._get_provider().online_read(
-            self._store.config,
+        found = read(
+            self._store,
             view,
             [EntityKey(join_keys=["user_id"], entity_values=[key]) for key in keys],
             list(columns),
@@ -248,7 +249,7 @@ class OnlineWriter:
             pl.max_horizontal(pl.col(AS_OF).max(), pl.col("ts").max()).alias(TIME),
             *[pl.col(name).alias(column) for column, name in columns.items()],
         )
-        self._store._get_provider().online_write_batch(self._store.config, view, entity_values(view, lists), None)
+        write(self._store, view, entity_values(view, lists))
 
 
 def _columns(sequence: Sequence) -> dict[str, str]:

@@ -21,6 +21,14 @@ from features.schema import Sequence
 from models.blocks.attention import Seen, positions
 
 
+def compact(x: Tensor) -> Tensor:
+    """What a state is to keep: where x is a view of more memory, a copy, so that the rest is not kept alive.
+
+    In training nothing is kept for later requests, and x stays the view that it is.
+    """
+    return x if x.requires_grad or x.untyped_storage().nbytes() == x.nbytes else x.clone()
+
+
 @dataclass
 class EncodedEvents:
     """What a model keeps of the events of some sequences, one sequence after the other.

@@ -32,7 +32,7 @@ from models.blocks.towers import TaskTowers
 from models.mixformer.config import MixFormerConfig, decoupled_heads
 from models.protocol import RankingModel
 from models.sizes import width_of
-from models.state import EncodedEvents, TimelineState, UserState, requests_along
+from models.state import EncodedEvents, TimelineState, UserState, compact, requests_along
 
 
 @dataclass
@@ -145,6 +145,8 @@ class MixFormer(RankingModel):
         ((s_EX,),) = events.layers
         hidden = [ffn(s_EX).unflatten(-1, (self.config.heads, -1)).transpose(0, 1) for ffn in self.sequence]  # eq. 5, 6
         layers = [block.encode_events(hidden[i % len(hidden)]) for i, block in enumerate(self._blocks())]
+        if self.config.sequence_ffn_per_layer or not self.user_heads:  # else h is one for all layers, which share it
+            layers = [(compact(h_UED.transpose(0, 1)).transpose(0, 1), k, v) for h_UED, k, v in layers]
         return TimelineState([EncodedEvents(layers, events.ts, events.offsets)])
 
     def encode_users(self, users: Users, timeline_state: TimelineState) -> MixFormerUserState:
@@ -158,7 +160,7 @@ class MixFormer(RankingModel):
         received = []
         for block, layer in zip(self._blocks(), stream.events.layers, strict=True):
             x_URD, sent = block.user_heads(x_URD, layer, plan)
-            received.append(sent)
+            received.append(compact(sent))
         return MixFormerUserState([stream], None, received, self.towers.first_layer(x_URD, self.user_side))
 
     def score(self, user_state: UserState, items: Items) -> Tensor:

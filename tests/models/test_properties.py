@@ -333,6 +333,31 @@ def test_a_state_that_was_taken_keeps_nothing_of_the_others_alive(variant: str) 
     assert users.take(rows_from(0, 1)).nbytes < users.nbytes / 2
 
 
+def tensors_of(state: object) -> list[Tensor]:
+    """Every tensor of a state or a batch."""
+    if isinstance(state, Tensor):
+        return [state]
+    parts = vars(state) if is_dataclass(state) else state
+    parts = parts.values() if isinstance(parts, dict) else parts if isinstance(parts, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_state_keeps_no_memory_alive_that_it_does_not_use(variant: str) -> None:
+    model, batch = make_model(SCHEMA, variant), batch_of(8)
+    of_batch = {one.untyped_storage().data_ptr() for one in tensors_of(batch)}
+    with torch.no_grad():
+        timelines = model.encode_timelines(batch.timelines)
+        states = timelines, model.encode_users(batch.users, timelines)
+    for state in states:
+        unused: dict[int, int] = {}
+        for one in tensors_of(state):
+            storage = one.untyped_storage()
+            unused.setdefault(storage.data_ptr(), storage.nbytes())
+            unused[storage.data_ptr()] -= one.nbytes
+        assert [size for memory, size in unused.items() if size > 0 and memory not in of_batch] == []
+
+
 @every_model
 def test_no_sum_of_a_training_step_depends_on_the_order_of_threads(variant: str) -> None:
     """Indexing with a tensor adds its gradients up by atomics, in whatever order the threads come."""

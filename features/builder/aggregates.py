@@ -69,7 +69,7 @@ def key_column(feature: Feature) -> str:
 
 def cross_column(key: str) -> str:
     """A column of items that features cross with the user, as text, beside the encoded ones."""
-    return f"cross__{key}"
+    return f"__cross__{key}"  # no name of a config begins so
 
 
 def value_columns(features: Iterable[Feature]) -> list[str]:

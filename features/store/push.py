@@ -312,7 +312,9 @@ def _identified(events: pl.DataFrame, identity: Mapping[str, Any], table: str) -
     content = []
     for name, kind in identity.items():
         try:
-            content.append(events[name].cast(kind))
+            values = events[name]
+            is_moment = isinstance(kind, pl.Datetime) and values.dtype == pl.String  # JSON has no moments
+            content.append((values.str.to_datetime(time_zone="UTC") if is_moment else values).cast(kind))
         except pl.exceptions.PolarsError as failure:
             problem = f"{name} is {kind} in the table, which has no event_id, so that its value identifies the event"
             raise EventsError(

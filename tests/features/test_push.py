@@ -120,6 +120,7 @@ def test_a_push_to_a_table_without_event_ids_makes_the_ids_that_its_log_has(tmp_
     tables = write_world(tmp_path, seed=5, users=USERS)
     rows = tables["events"].scan().collect().drop("event_id").unique()
     rows = rows.with_columns(price=pl.lit(0.1, pl.Float32), seen=pl.lit(True))
+    rows = rows.with_columns(pl.from_epoch("ts", "us").dt.replace_time_zone("UTC").alias("shown_at"))
     rows.drop([] if layout else ["dt", "bucket"]).write_delta(
         str(tmp_path / "plain"), delta_write_options={"partition_by": layout} if layout else {}
     )
@@ -132,6 +133,7 @@ def test_a_push_to_a_table_without_event_ids_makes_the_ids_that_its_log_has(tmp_
     # as a client sends them: JSON's types, and ids as text
     sent = rows.filter(pl.col("dt") == DAYS[1]).drop("dt", "bucket")
     sent = sent.with_columns(pl.col("user_id").cast(pl.String), pl.col("price").cast(pl.String).cast(pl.Float64))
+    sent = sent.with_columns(pl.col("shown_at").dt.strftime("%Y-%m-%dT%H:%M:%S%.6fZ"))
     assert writer.columns("events")[:2] == ["user_id", "ts"]
     assert {"price", "seen"} < set(writer.columns("events"))
     assert sum(writer.push(sent).values()) == sent.height

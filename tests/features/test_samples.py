@@ -38,6 +38,7 @@ from features.errors import CorankError
 from features.schema import SECOND, EventField, Feature, Grain, Schema, Sequence, partition_bounds
 from features.store.query import Query
 from tests.features.worlds import (
+    COLORS,
     COUNTING,
     DAY,
     DAYS,
@@ -382,3 +383,16 @@ def test_a_column_called_like_a_time_may_be_of_any_type(tmp_path: Path) -> None:
     rows = rows.set_column(2, "own__event_id", pa.array([None], pa.int64()))
     file = write_file(str(tmp_path), rows, {"dt": DAYS[0]}, {})
     assert pl.read_parquet(tmp_path / file.path, hive_partitioning=False).to_dicts() == rows.to_pylist()
+
+
+def test_a_sequence_may_be_called_as_the_keys_that_features_cross(tmp_path: Path) -> None:
+    tables, rows = write_world(tmp_path, seed=3), {}
+    shade = EventField(name="colors", column="shade", of="item", kind="category", vocabulary=COLORS)
+    for name in ("plain", "cross"):
+        sequence = COUNTING.sequences[0].model_copy(update={"name": name, "fields": (shade,)})
+        schema = Schema.model_validate({**COUNTING.model_dump(), "sequences": [sequence.model_dump()]})
+        one = settings(tables, tmp_path / name, schema=schema)
+        fold_all(one, DAYS, [])
+        samples = one.table(SAMPLES).scan().collect().sort("dt", "user_id")
+        rows[name] = [samples["requests"].to_list(), samples[f"{name}__colors"].to_list()]
+    assert str(rows["cross"]).replace("end__cross", "end__plain") == str(rows["plain"])

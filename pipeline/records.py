@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from pyarrow import fs
 from pydantic import TypeAdapter, ValidationError
 
-from features.delta.paths import address
+from features.delta.paths import file_system
 from features.errors import CorankError
 
 FORMER_NAMES = {"challenger": "candidate"}
@@ -79,9 +79,7 @@ class Records:
     """The records of one workspace (a local folder or an ``s3://`` prefix)."""
 
     def __init__(self, root: str) -> None:
-        self.fs: fs.FileSystem
-        self.root: str
-        self.fs, self.root = fs.FileSystem.from_uri(address(root)) if "://" in root else (fs.LocalFileSystem(), root)
+        self.fs, self.root = file_system(root)
 
     def read(self, stage: Recorded[R], key: str) -> R | None:
         """The record, or None when the stage never finished for this key.

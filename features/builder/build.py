@@ -33,7 +33,7 @@ from features.builder.states import (
     state_schema,
     user_aggregates_schema,
 )
-from features.delta.paths import address
+from features.delta.paths import file_system
 from features.delta.table import DataFile, Table, replace_partitions, write_file
 from features.encoding import bucket_column
 from features.errors import CorankError
@@ -183,7 +183,7 @@ def _laid_out(
 
 def clear_copies(root: str) -> None:
     """Delete the copies of the user's tables that a build, or a killed one, left below the builder's tables."""
-    store, path = fs.FileSystem.from_uri(address(root)) if "://" in root else (fs.LocalFileSystem(), root)
+    store, path = file_system(root)
     if store.get_file_info(f"{path}/{LAID_OUT}").type != fs.FileType.NotFound:
         store.delete_dir(f"{path}/{LAID_OUT}")
 

@@ -20,7 +20,7 @@ from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
-from features.delta.paths import address
+from features.delta.paths import address, file_system
 from features.delta.table import DataFile, Table, committing, write_file
 from features.errors import CorankError
 
@@ -62,7 +62,7 @@ class FoundUsers:
 
 def derived_tables(root: str) -> list[Table]:
     """Every Delta table directly below a folder (or ``s3://`` prefix), by name; none when there is no folder."""
-    store, path = fs.FileSystem.from_uri(address(root)) if "://" in root else (fs.LocalFileSystem(), root)
+    store, path = file_system(root)
     entries = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
     names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
     return [table for table in (Table(name, f"{root}/{name}") for name in names) if table.exists()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from urllib.parse import quote
 
+from pyarrow import fs
+
 ESCAPE = re.compile("%[0-9a-fA-F]{2}")
 
 UNREADABLE = re.compile(rf"[\[\]^|\\]|{ESCAPE.pattern}")
@@ -17,6 +19,11 @@ def address(path: str) -> str:
         return path
     scheme, _, rest = path.partition("://")
     return f"{scheme}://{quote(rest, safe='/:@=+~')}"
+
+
+def file_system(path: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a folder, local or on S3, and the folder's path in it."""
+    return fs.FileSystem.from_uri(address(path)) if "://" in path else (fs.LocalFileSystem(), path)
 
 
 def check_openable(path: str) -> None:

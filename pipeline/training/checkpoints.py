@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from pyarrow import fs
 
-from features.delta.paths import address
+from features.delta.paths import file_system
 from features.errors import CorankError
 
 KEPT = 2
@@ -26,9 +26,7 @@ class Checkpoints:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self.fs: fs.FileSystem
-        self.root: str
-        self.fs, self.root = fs.FileSystem.from_uri(address(uri)) if "://" in uri else (fs.LocalFileSystem(), uri)
+        self.fs, self.root = file_system(uri)
 
     def newest(self, say: Callable[[str], None]) -> int:
         """Epoch of the newest checkpoint that is whole, or 0; every newer one that is not is said."""

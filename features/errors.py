@@ -152,3 +152,8 @@ def allowed_keys(key: str, model: type[BaseModel]) -> str:
     close = difflib.get_close_matches(key, model.model_fields, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Allowed: {', '.join(model.model_fields)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; the rest is for those who wrote it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -34,7 +34,8 @@ from features.builder.states import (
     user_aggregates_schema,
 )
 from features.delta.paths import file_system
-from features.delta.table import DataFile, Table, replace_partitions, write_file
+from features.delta.table import Table
+from features.delta.write import DataFile, replace_partitions, write_file
 from features.encoding import bucket_column
 from features.errors import CorankError
 from features.sample_table import sample_schema

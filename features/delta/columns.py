@@ -16,6 +16,19 @@ MOMENTS = ("ts", "updated_at")
 INT64_DIGITS = 18
 """Whole decimals of so many digits fit into 64 bits; larger ones are read as text."""
 
+WIDER = (("int8", "int16", "int32", "int64"), ("float32", "float64"))
+"""Types that read as any later one of their row, without a loss."""
+
+SAME_TYPES = {
+    "large_string": "string",
+    "string_view": "string",
+    "large_binary": "binary",
+    "binary_view": "binary",
+    "float": "float32",
+    "double": "float64",
+}
+"""Arrow's other names of one Delta type."""
+
 FIELD = "\x1f"
 """Between the columns of a row's text; no log has it in a value."""
 
@@ -86,3 +99,26 @@ def row_text(kinds: Mapping[str, Any]) -> pl.Expr:
             text = pl.when(pl.col(name).is_not_null()).then(pl.struct(name).struct.json_encode())
         parts.append(pl.lit(f"{name}=") + text)
     return pl.concat_str(parts, separator=FIELD, ignore_nulls=True)
+
+
+def type_name(kind: pa.DataType) -> str:
+    """Name of a type as Delta tells types apart: encodings, list layouts and time units do not count."""
+    if pa.types.is_dictionary(kind):
+        return type_name(kind.value_type)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
+        return f"list<{type_name(kind.value_type)}>"
+    if pa.types.is_nested(kind):
+        return "map" if pa.types.is_map(kind) else "struct"
+    if pa.types.is_timestamp(kind):
+        return "timestamp"
+    name = str(kind)
+    return SAME_TYPES.get(name, name)
+
+
+def reads_as(stored: str, wanted: str) -> bool:
+    """Whether values of one type (:func:`type_name`) read as another without a loss."""
+    if stored in (wanted, "null"):
+        return True
+    if stored.startswith("list<") and wanted.startswith("list<"):
+        return reads_as(stored[5:-1], wanted[5:-1])
+    return any(stored in row and wanted in row[row.index(stored) :] for row in WIDER)

@@ -21,7 +21,8 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.delta.paths import address, file_system
-from features.delta.table import DataFile, Table, committing, write_file
+from features.delta.table import Table
+from features.delta.write import DataFile, committing, write_file
 from features.errors import CorankError
 
 KEEP_HOURS = 168

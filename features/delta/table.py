@@ -1,15 +1,12 @@
-"""Delta tables: reading partitions, their fingerprints, and replacing a partition in one commit."""
+"""Delta tables: reading partitions under canonical names, and their fingerprints."""
 
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,36 +14,22 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
-from deltalake.exceptions import CommitFailedError, DeltaError, DeltaProtocolError
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, DeltaProtocolError
 from deltalake.fs import DeltaStorageHandler
-from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
-from features.delta.columns import partition_column, read, read_type, row_text
+from features.delta.columns import partition_column, read, read_type, reads_as, row_text, type_name
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
 from features.delta.paths import address
 from features.encoding import bucket_column
-from features.errors import CorankError, UnreadableError
+from features.errors import CorankError, UnreadableError, first_line
 from features.schema import Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
 
 READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, DeltaError, OSError)
 """What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
-
-WIDER = (("int8", "int16", "int32", "int64"), ("float32", "float64"))
-"""Types that read as any later one of their row, without a loss."""
-
-SAME_TYPES = {
-    "large_string": "string",
-    "string_view": "string",
-    "large_binary": "binary",
-    "binary_view": "binary",
-    "float": "float32",
-    "double": "float64",
-}
-"""Arrow's other names of one Delta type."""
 
 SHOWN_FILES = 5
 
@@ -122,11 +105,11 @@ class Table:
             table = LocalPaths(address(self.uri), version=self.version, storage_options=dict(self.storage_options))
             unread = _unread_features(table)
         except DeltaProtocolError as error:
-            unread = _first_line(error)
+            unread = first_line(error)
         except (DeltaError, OSError) as error:
             at = "" if self.version is None else f" at version {self.version}"
             raise UnreadableError(
-                f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({_first_line(error)}); "
+                f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({first_line(error)}); "
                 "restore its files in _delta_log"
             ) from error
         if unread:
@@ -557,29 +540,6 @@ def _logged_extent(action: Mapping[str, Any], clock: str) -> tuple[int, int] | N
     return round(low.timestamp() * 1e6), round(high.timestamp() * 1e6) + 999
 
 
-def type_name(kind: pa.DataType) -> str:
-    """Name of a type as Delta tells types apart: encodings, list layouts and time units do not count."""
-    if pa.types.is_dictionary(kind):
-        return type_name(kind.value_type)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
-        return f"list<{type_name(kind.value_type)}>"
-    if pa.types.is_nested(kind):
-        return "map" if pa.types.is_map(kind) else "struct"
-    if pa.types.is_timestamp(kind):
-        return "timestamp"
-    name = str(kind)
-    return SAME_TYPES.get(name, name)
-
-
-def reads_as(stored: str, wanted: str) -> bool:
-    """Whether values of one type (:func:`type_name`) read as another without a loss."""
-    if stored in (wanted, "null"):
-        return True
-    if stored.startswith("list<") and wanted.startswith("list<"):
-        return reads_as(stored[5:-1], wanted[5:-1])
-    return any(stored in row and wanted in row[row.index(stored) :] for row in WIDER)
-
-
 def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
     """What is wrong with a Parquet file that the Delta log says to have this size and these columns."""
     try:
@@ -595,7 +555,7 @@ def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[
                 for group in range(file.num_row_groups):
                     file.read_row_group(group)
     except READ_ERRORS as error:
-        return f"is no readable Parquet file ({_first_line(error)})"
+        return f"is no readable Parquet file ({first_line(error)})"
     differing = [
         f"stores column {column} as {kind}, but the table says {types[column]}"
         for column, kind in stored.items()
@@ -609,88 +569,6 @@ def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:
     return {name: kind for name, kind in kinds.items() if name not in ("dt", "bucket")}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A Parquet file that was written but is not visible until :func:`replace_partition` commits it.
-
-    Attributes:
-        times: least and largest ``ts``, where the rows have one of their own; readers of a window skip other files.
-    """
-
-    path: str
-    size: int
-    rows: int
-    partition: dict[str, str]
-    times: tuple[int, int] | None = None
-
-    @property
-    def statistics(self) -> str:
-        """As the Delta log has them."""
-        statistics: dict[str, Any] = {"numRecords": self.rows}
-        if self.times is not None:
-            low, high = self.times
-            statistics |= {"minValues": {"ts": low}, "maxValues": {"ts": high}, "nullCount": {"ts": 0}}
-        return json.dumps(statistics)
-
-
-def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options: Mapping[str, str]) -> DataFile:
-    """Write one Parquet file below a table's root, under a name nobody else uses.
-
-    Args:
-        rows: without the partition columns.
-        partition: partition column → value, e.g. ``{"dt": "2026-01-05", "bucket": "3"}``.
-    """
-    directory = "/".join(f"{column}={value}" for column, value in partition.items())
-    path = f"{directory}/part-{uuid.uuid4().hex}.parquet"
-    if "://" not in root:
-        (Path(root) / directory).mkdir(parents=True, exist_ok=True)
-    store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
-    leaves = _leaves(rows.schema)
-    times = [
-        path
-        for name, path, kind in leaves
-        if (name == "ts" or name.endswith("__ts")) and pa.types.is_signed_integer(kind)
-    ]
-    # no value comes twice, so a dictionary of them is only work
-    plain = [path for name, path, _ in leaves if name.endswith("__event_id")]
-    with store.open_output_stream(path) as sink:
-        pq.write_table(
-            rows,
-            sink,
-            compression="zstd",
-            use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
-            column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
-        )
-    return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition), _times(rows))
-
-
-def _times(rows: pa.Table) -> tuple[int, int] | None:
-    """Least and largest ``ts``, where all rows have one."""
-    ts = rows["ts"] if "ts" in rows.column_names else pa.chunked_array([], pa.int64())
-    if not len(ts) or ts.null_count or not pa.types.is_integer(ts.type):
-        return None
-    return pc.min(ts).as_py(), pc.max(ts).as_py()
-
-
-def _leaves(schema: pa.Schema) -> list[tuple[str, str, pa.DataType]]:
-    """Name, path and type of every column that Parquet stores; parts of a list or struct have paths of their own."""
-
-    def below(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
-        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            yield from below(f"{path}.list.element", kind.value_type)
-        elif pa.types.is_struct(kind):
-            for part in kind:
-                yield from below(f"{path}.{part.name}", part.type)
-        else:
-            yield path, kind
-
-    return [(column.name, *leaf) for column in schema for leaf in below(column.name, column.type)]
-
-
 def together(sizes: Mapping[str, int], limit: int, most: int) -> list[list[str]]:
     """Consecutive partitions in groups of at most so many and this size altogether, or of one that is larger."""
     groups: list[list[str]] = []
@@ -702,68 +580,3 @@ def together(sizes: Mapping[str, int], limit: int, most: int) -> list[list[str]]
         groups[-1].append(partition)
         room -= size
     return groups
-
-
-def replace_partition(
-    root: str, partition: str, files: Iterable[DataFile], schema: pa.Schema, options: Mapping[str, str]
-) -> int:
-    """Make exactly these files the content of partition ``dt``, in one commit (:func:`replace_partitions`)."""
-    return replace_partitions(root, {partition: files}, schema, options)
-
-
-def replace_partitions(
-    root: str, files: Mapping[str, Iterable[DataFile]], schema: pa.Schema, options: Mapping[str, str]
-) -> int:
-    """Make exactly these files the content of their partitions ``dt``, all in one commit. Idempotent.
-
-    Args:
-        files: by partition; one without any is emptied.
-        schema: of the whole table, partition columns (``dt``, ``bucket``) included.
-
-    Returns:
-        the version of the table that shows the new content.
-
-    Raises:
-        CorankError: another writer came first; nothing is replaced.
-    """
-    options, uri = dict(options), address(root)
-    if DeltaTable.is_deltatable(uri, options):
-        table = DeltaTable(uri, storage_options=options)
-    else:
-        if "://" not in root:
-            Path(root).mkdir(parents=True, exist_ok=True)
-        table = DeltaTable.create(
-            uri, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
-        )
-    actions: list[AddAction | RemoveAction] = [
-        AddAction(file.path, file.size, file.partition, 0, True, file.statistics)
-        for own in files.values()
-        for file in own
-    ]
-    with committing(root):
-        table.create_write_transaction(
-            actions,
-            mode="overwrite",
-            schema=Schema.from_arrow(schema),
-            partition_by=["dt", "bucket"],
-            partition_filters=[("dt", "in", list(files))],
-            commit_properties=CommitProperties(custom_metadata={"corank.partitions": ",".join(files)}),
-            post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
-        )
-    return DeltaTable(uri, storage_options=options).version()
-
-
-@contextmanager
-def committing(root: str) -> Iterator[None]:
-    """A commit to a table that others may write to.
-
-    Raises:
-        CorankError: another writer changed the same files meanwhile, and came first.
-    """
-    try:
-        yield
-    except CommitFailedError as error:
-        raise CorankError(
-            f"table at {root}: another writer changed it meanwhile, so nothing was committed ({_first_line(error)}). "
-            "Run again when the other one has ended."
-        ) from error

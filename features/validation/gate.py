@@ -18,7 +18,8 @@ import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 
-from features.delta.table import Table, replace_partition, replace_partitions, together, write_file
+from features.delta.table import Table, together
+from features.delta.write import replace_partition, replace_partitions, write_file
 from features.errors import ConfigError, UnreadableError
 from features.schema import SECOND, Grain, Schema, partition_bounds
 from features.validation.layout import columns_read, joins, layout_checks, roles

@@ -29,7 +29,7 @@ from deltalake import DeltaTable
 from numpy.typing import NDArray
 
 from features.delta.paths import address
-from features.delta.table import DataFile, replace_partition, write_file
+from features.delta.write import DataFile, replace_partition, write_file
 from features.encoding import bucket_column
 from features.errors import ConfigError, CorankError
 from features.schema import SECOND

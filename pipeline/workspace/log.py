@@ -12,8 +12,9 @@ from typing import Any
 import polars as pl
 
 from features.builder.log_rows import feedback_partitions
+from features.delta.columns import reads_as
 from features.delta.fingerprints import WHOLE_TABLE
-from features.delta.table import Table, reads_as
+from features.delta.table import Table
 from features.digest import digest
 from features.errors import ConfigError, CorankError, DataGateError
 from features.schema import FEEDBACK, SECOND, partition_bounds, partition_of

@@ -22,7 +22,8 @@ from deltalake import write_deltalake
 from numpy.typing import NDArray
 
 from features.builder.states import BuildSettings
-from features.delta.table import DataFile, Table, replace_partition, write_file
+from features.delta.table import Table
+from features.delta.write import DataFile, replace_partition, write_file
 from features.encoding import bucket_column
 from features.schema import SECOND, EventField, Feature, Schema, Sequence, Task, partition_bounds
 

@@ -16,7 +16,8 @@ from ray.exceptions import RayTaskError
 
 from features.builder.build import build_partitions
 from features.builder.fold import fold_bucket
-from features.delta.table import Table, reads_as
+from features.delta.columns import reads_as
+from features.delta.table import Table
 from features.errors import CorankError, DataGateError, UnreadableError, known_cause
 from features.schema import SECOND, partition_bounds
 from features.validation import PartitionValidation, ValidationRules, distinct_events, quarantine, validate_partitions

@@ -15,7 +15,7 @@ import pytest
 
 from features.builder.fold import fold_bucket
 from features.builder.states import SAMPLES
-from features.delta.table import replace_partition, write_file
+from features.delta.write import replace_partition, write_file
 from features.errors import ConfigError, CorankError
 from features.sample_table import feature_column, label_column, sample_schema, timeline_column
 from features.samples.export import MANIFEST, Unnested, chunk_bounds, export_impressions, flatten, flattened_bytes

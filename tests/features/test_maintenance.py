@@ -26,7 +26,8 @@ from features.delta.maintenance import (
     size_in_storage,
     vacuum,
 )
-from features.delta.table import Table, replace_partition, write_file
+from features.delta.table import Table
+from features.delta.write import replace_partition, write_file
 from features.sample_table import candidate_counts, sample_schema, timeline_column
 from features.samples.source import SampleSource
 from features.store.erase import erase_users as erase_online_users

@@ -32,7 +32,8 @@ from features.builder.states import (
     BuildSettings,
     restore_items,
 )
-from features.delta.table import DataFile, Table, replace_partition, write_file
+from features.delta.table import Table
+from features.delta.write import DataFile, replace_partition, write_file
 from features.encoding import bucket_of, encode
 from features.errors import CorankError
 from features.schema import SECOND, EventField, Feature, Grain, Schema, Sequence, partition_bounds

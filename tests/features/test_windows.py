@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from features.builder.aggregates import counts_column, until_column
 from features.builder.fold import rows_after
 from features.builder.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
-from features.delta.table import Table, replace_partition, write_file
+from features.delta.table import Table
+from features.delta.write import replace_partition, write_file
 from features.sample_table import feature_column
 from features.schema import Grain, partition_bounds, partition_of
 from features.store.definitions import aggregates_view

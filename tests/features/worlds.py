@@ -23,7 +23,8 @@ from features.builder.states import (
     state_schema,
     user_aggregates_schema,
 )
-from features.delta.table import DataFile, Table, replace_partition, write_file
+from features.delta.table import Table
+from features.delta.write import DataFile, replace_partition, write_file
 from features.encoding import bucket_of, hash_id
 from features.sample_table import end_column, feature_column, label_column, sample_schema, timeline_column
 from features.schema import (

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from features.delta.table import replace_partition, write_file
+from features.delta.write import replace_partition, write_file
 from features.errors import ConfigError
 from features.sample_table import sample_schema
 from pipeline.commands.features import _print_registry

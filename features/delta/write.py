@@ -1,0 +1,166 @@
+"""Writing the tables that corank derives: files nobody sees, and the commit that shows them."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
+from deltalake.exceptions import CommitFailedError
+from deltalake.fs import DeltaStorageHandler
+from deltalake.transaction import AddAction, RemoveAction
+from pyarrow import fs
+
+from features.delta.paths import address
+from features.errors import CorankError, first_line
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file that was written but is not visible until :func:`replace_partition` commits it.
+
+    Attributes:
+        times: least and largest ``ts``, where the rows have one of their own; readers of a window skip other files.
+    """
+
+    path: str
+    size: int
+    rows: int
+    partition: dict[str, str]
+    times: tuple[int, int] | None = None
+
+    @property
+    def statistics(self) -> str:
+        """As the Delta log has them."""
+        statistics: dict[str, Any] = {"numRecords": self.rows}
+        if self.times is not None:
+            low, high = self.times
+            statistics |= {"minValues": {"ts": low}, "maxValues": {"ts": high}, "nullCount": {"ts": 0}}
+        return json.dumps(statistics)
+
+
+def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options: Mapping[str, str]) -> DataFile:
+    """Write one Parquet file below a table's root, under a name nobody else uses.
+
+    Args:
+        rows: without the partition columns.
+        partition: partition column → value, e.g. ``{"dt": "2026-01-05", "bucket": "3"}``.
+    """
+    directory = "/".join(f"{column}={value}" for column, value in partition.items())
+    path = f"{directory}/part-{uuid.uuid4().hex}.parquet"
+    if "://" not in root:
+        (Path(root) / directory).mkdir(parents=True, exist_ok=True)
+    store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
+    leaves = _leaves(rows.schema)
+    times = [
+        path
+        for name, path, kind in leaves
+        if (name == "ts" or name.endswith("__ts")) and pa.types.is_signed_integer(kind)
+    ]
+    # no value comes twice, so a dictionary of them is only work
+    plain = [path for name, path, _ in leaves if name.endswith("__event_id")]
+    with store.open_output_stream(path) as sink:
+        pq.write_table(
+            rows,
+            sink,
+            compression="zstd",
+            use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
+            column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
+        )
+    return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition), _times(rows))
+
+
+def _times(rows: pa.Table) -> tuple[int, int] | None:
+    """Least and largest ``ts``, where all rows have one."""
+    ts = rows["ts"] if "ts" in rows.column_names else pa.chunked_array([], pa.int64())
+    if not len(ts) or ts.null_count or not pa.types.is_integer(ts.type):
+        return None
+    return pc.min(ts).as_py(), pc.max(ts).as_py()
+
+
+def _leaves(schema: pa.Schema) -> list[tuple[str, str, pa.DataType]]:
+    """Name, path and type of every column that Parquet stores; parts of a list or struct have paths of their own."""
+
+    def below(path: str, kind: pa.DataType) -> Iterator[tuple[str, pa.DataType]]:
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            yield from below(f"{path}.list.element", kind.value_type)
+        elif pa.types.is_struct(kind):
+            for part in kind:
+                yield from below(f"{path}.{part.name}", part.type)
+        else:
+            yield path, kind
+
+    return [(column.name, *leaf) for column in schema for leaf in below(column.name, column.type)]
+
+
+def replace_partition(
+    root: str, partition: str, files: Iterable[DataFile], schema: pa.Schema, options: Mapping[str, str]
+) -> int:
+    """Make exactly these files the content of partition ``dt``, in one commit (:func:`replace_partitions`)."""
+    return replace_partitions(root, {partition: files}, schema, options)
+
+
+def replace_partitions(
+    root: str, files: Mapping[str, Iterable[DataFile]], schema: pa.Schema, options: Mapping[str, str]
+) -> int:
+    """Make exactly these files the content of their partitions ``dt``, all in one commit. Idempotent.
+
+    Args:
+        files: by partition; one without any is emptied.
+        schema: of the whole table, partition columns (``dt``, ``bucket``) included.
+
+    Returns:
+        the version of the table that shows the new content.
+
+    Raises:
+        CorankError: another writer came first; nothing is replaced.
+    """
+    options, uri = dict(options), address(root)
+    if DeltaTable.is_deltatable(uri, options):
+        table = DeltaTable(uri, storage_options=options)
+    else:
+        if "://" not in root:
+            Path(root).mkdir(parents=True, exist_ok=True)
+        table = DeltaTable.create(
+            uri, Schema.from_arrow(schema), mode="ignore", partition_by=["dt", "bucket"], storage_options=options
+        )
+    actions: list[AddAction | RemoveAction] = [
+        AddAction(file.path, file.size, file.partition, 0, True, file.statistics)
+        for own in files.values()
+        for file in own
+    ]
+    with committing(root):
+        table.create_write_transaction(
+            actions,
+            mode="overwrite",
+            schema=Schema.from_arrow(schema),
+            partition_by=["dt", "bucket"],
+            partition_filters=[("dt", "in", list(files))],
+            commit_properties=CommitProperties(custom_metadata={"corank.partitions": ",".join(files)}),
+            post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
+        )
+    return DeltaTable(uri, storage_options=options).version()
+
+
+@contextmanager
+def committing(root: str) -> Iterator[None]:
+    """A commit to a table that others may write to.
+
+    Raises:
+        CorankError: another writer changed the same files meanwhile, and came first.
+    """
+    try:
+        yield
+    except CommitFailedError as error:
+        raise CorankError(
+            f"table at {root}: another writer changed it meanwhile, so nothing was committed ({first_line(error)}). "
+            "Run again when the other one has ended."
+        ) from error

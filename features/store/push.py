@@ -80,7 +80,7 @@ class OnlineWriter:
         items = registered_view(self._store, ITEM_VIEW).features if joined else []
         self._item_types = {one.name: one.dtype for one in items}
         # as the tables are now; of which type a column is, is part of an id that is made of a row's content
-        self._identifying = {name: table.identifying() for name, table in settings.events.items()}
+        self._identifying = {name: table.pinned().identifying() for name, table in settings.events.items()}
 
     def table(self, name: str | None) -> str:
         """The event table of this name, or the one there is.

@@ -27,9 +27,13 @@ def models_promote(
     config: ConfigOption,
     debug: DebugOption = False,
 ) -> None:
-    """Make a version the champion, whatever its gate said. `corank serve` then verifies and serves it."""
+    """Make a version the champion, whatever its gate said; that is recorded. `corank serve` verifies and serves it."""
     with guarded(debug):
-        promoted = open_workspace(load(config)).registry.promote(version)
+        from pipeline.workspace.registry import REFUSED
+
+        promoted = open_workspace(load(config)).registry.promote_by_hand(version)
+        for reason in promoted.tags.get(REFUSED, "").splitlines():
+            typer.echo(f"its gate had refused it: {reason}")
         typer.echo(f"version {promoted.number} is champion; restart `corank serve` to serve it")
 
 

@@ -35,13 +35,17 @@ def selfcheck_document(model: RankingModel, source: SampleSource) -> dict[str, A
     return {"rows": rows.to_pylist(), "scores": scores}
 
 
+def selfcheck_rows(document: dict[str, Any], layout: pa.Schema) -> pa.Table:
+    """The stored rows in the layout of the sample table."""
+    columns = pa.schema([field for field in layout if field.name not in ("dt", "bucket")])
+    return pa.Table.from_pylist(document["rows"], schema=columns)
+
+
 def selfcheck_difference(model: RankingModel, document: dict[str, Any], layout: pa.Schema) -> float:
     """Largest difference between the stored scores and the model's scores of the same rows; NaN when one is NaN."""
     if not document["rows"]:
         return 0.0
-    columns = pa.schema([field for field in layout if field.name not in ("dt", "bucket")])
-    rows = pa.Table.from_pylist(document["rows"], schema=columns)
-    scores = score_rows(model, rows)["scores"].to_pylist()
+    scores = score_rows(model, selfcheck_rows(document, layout))["scores"].to_pylist()
     return float(np.abs(np.array(scores) - np.array(document["scores"])).max())
 
 

@@ -50,6 +50,8 @@ class Champion(Stage[ChampionRecord]):
         Raises:
             CorankError: it did not pass and there is no champion to keep.
         """
+        from pipeline.workspace.registry import verdict_tags
+
         (key,) = parts
         config, partitions = workspace.config, workspace.partitions
         challenger = workspace.records.require(CHALLENGER, CHALLENGER.key(workspace))
@@ -66,7 +68,7 @@ class Champion(Stage[ChampionRecord]):
             }
             known = [v for v in registry.versions() if v.tags.get("content") == published.version]
             if known:
-                version = registry.judged(known[0].number, key)
+                version = registry.judged(known[0].number, key, evaluation.reasons)
             else:
                 flat = {
                     f"{section}.{name}": value
@@ -85,7 +87,7 @@ class Champion(Stage[ChampionRecord]):
                     "content": published.version,
                     "judged": challenger.version,
                     "started from": str(challenger.warm_start or "scratch"),
-                    "evaluation": key,
+                    **verdict_tags(key, evaluation.reasons),
                     "partition": partitions[-1],
                     "trained": max(challenger.partitions),
                 }

@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from pipeline.evaluation.criterion import COLUMNS, cells, counts_text
@@ -86,7 +87,7 @@ def _print_gate(console: Console, evaluation: EvaluationRecord) -> None:
     if shown:
         table = Table(*COLUMNS, title="gate")
         for one in shown:
-            table.add_row(*cells(one))
+            table.add_row(*map(escape, cells(one)))
         console.print(table)
     console.print(
         f"gate        {'passed' if evaluation.passed else 'failed'}: {counts_text(criteria)}; all of them in the report"
@@ -220,6 +221,6 @@ def print_models(workspace: Workspace) -> None:
             version.tags.get("partition", ""),
             number_text(entry and entry["auc"]),
             f"{entry['auc_gain_over_baseline']['difference']:+.4f}" if entry else "–",
-            gate_text(version, evaluation),
+            escape(gate_text(version, evaluation)),
         )
     console.print(table)

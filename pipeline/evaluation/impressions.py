@@ -28,7 +28,8 @@ class Impressions:
 
     Attributes:
         shown: all of them: :data:`IDENTITY` and the label of every task (null while it is not known).
-        before: those before the test set, drawn at random, with features and the visible events of every sequence.
+        before: those of some requests before the test set, drawn at random, with features and the visible events of every
+            sequence.
         test: those of the test set with the same columns, in the order of the sample table's files and rows: that of
             :func:`pipeline.evaluation.scoring.score_source`.
     """
@@ -57,13 +58,17 @@ def read_impressions(source: SampleSource, cut: int, rows: int, candidates: int,
         read = source.read(file, ("user_id", "requests"))
         if not read.num_rows:
             continue
-        frame = pl.DataFrame(pl.from_arrow(read)).explode("requests").unnest("requests")
-        frame = frame.explode("candidates").unnest("candidates").drop_nulls("item_id")
-        frame = frame.with_columns(_visible_events(schema)).drop([end_column(one) for one in schema.sequences])
-        shown.append(frame.select(*IDENTITY, *labels))
+        requests = pl.DataFrame(pl.from_arrow(read)).explode("requests").unnest("requests")
+        one = pl.col("candidates").struct
+        light = requests.select("user_id", "request_id", "ts", "candidates").explode("candidates")
+        light = light.with_columns(one.field("item_id"), *map(one.field, labels)).drop_nulls("item_id")
+        shown.append(light.select(*IDENTITY, *labels))
         is_test = pl.col("ts") >= cut
-        before.append(frame.filter(~is_test & pl.Series(draw.random(frame.height) < share)))
-        test.append(frame.filter(is_test))
+        drawn = requests.filter(is_test | pl.Series(draw.random(requests.height) < share))
+        drawn = drawn.with_columns(_visible_events(schema)).drop([end_column(one) for one in schema.sequences])
+        drawn = drawn.explode("candidates").unnest("candidates").drop_nulls("item_id")
+        before.append(drawn.filter(~is_test))
+        test.append(drawn.filter(is_test))
     if not shown:
         raise CorankError("evaluation: there are no impressions")
     return Impressions(pl.concat(shown), pl.concat(before), pl.concat(test))

@@ -223,7 +223,7 @@ def write_report(folder: Path, config: Config, challenger: ChallengerRecord, ver
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
-        *["| " + " | ".join(cells(one)) + " |" for one in verdict.criteria],
+        *["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(one)) + " |" for one in verdict.criteria],
         "",
     ]
     for task, entry in verdict.tasks.items():

@@ -270,11 +270,12 @@ class ModelRegistry:
         """
         version, before = self.version(number), self.champion()
         place = f" in place of version {before.number}" if before is not None else ""
-        failed = "; ".join(version.tags.get(REFUSED, "").splitlines()) or "nothing"
+        failed = "; ".join(version.tags.get(REFUSED, "unknown").splitlines()) or "nothing"
         line = f"{datetime.now(UTC).isoformat(timespec='seconds')}{place}, failed: {failed}"
         lines = [*version.tags.get(PROMOTED_BY_HAND, "").splitlines(), line]
         self.client.set_model_version_tag(self.name, str(number), PROMOTED_BY_HAND, "\n".join(lines)[-TAG_LENGTH:])
-        return self.promote(number)
+        self.promote(number)
+        return self.version(number)
 
     def rollback(self) -> ModelVersion:
         """Make the champion before this one the champion again.

@@ -28,7 +28,7 @@ from features.errors import CorankError, DataGateError
 from features.store.online import apply
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
-from pipeline.commands.summary import print_status, print_summary
+from pipeline.commands.summary import gate_text, print_status, print_summary
 from pipeline.config import Config
 from pipeline.dag import open_instance, run_dag
 from pipeline.deployment.skew import replay
@@ -50,6 +50,7 @@ from pipeline.stages.samples import FOREVER, SAMPLES, build_settings, sample_sou
 from pipeline.stages.stage import Stage
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
+from pipeline.workspace.registry import PROMOTED_BY_HAND
 from serving.client import RankingClient
 from serving.deploy import stop
 from serving.ports import endpoint_url
@@ -377,6 +378,13 @@ def test_retraining_takes_the_next_partition_from_the_champions_weights(config: 
     evaluation = workspace.records.read(EVALUATION, EVALUATION.key(workspace))
     assert evaluation is not None
     assert evaluation.champion == before.number
+    measured = {one.measured: one for one in evaluation.criteria}
+    over = f"gain over champion version {before.number}"
+    for what in ("click AUC", "click GAUC", "purchase AUC", "click AUC, new items", "click AUC, device mobile"):
+        assert measured[f"{what}, {over}"].interval is not None
+    slowdown = measured[f"time of scoring the self-check requests ÷ that of champion version {before.number}"]
+    assert slowdown.passed is True
+    assert evaluation.tasks["click"]["references"]["boosting on 9 numbers"]["auc"] is not None
     assert {day: workspace.records.read(SAMPLES, day) for day in DAYS[:2]} == state
     assert pending(Workspace(config, Progress())) == []
     assert workspace.registry.rollback().number == before.number
@@ -482,7 +490,21 @@ def test_a_rejected_first_challenger_is_registered_but_not_served(config: Config
     assert make(REFIT, workspace).why == "not refitted: it did not pass its gate"
     with pytest.raises(CorankError, match=r"not promoted.*no champion to serve"):
         make(CHAMPION, workspace)
-    assert [version.aliases for version in workspace.registry.versions()] == [()]
+    (refused,) = workspace.registry.versions()
+    assert refused.aliases == ()
+    verdict = workspace.records.require(EVALUATION, refused.tags["evaluation"])
+    assert verdict.reasons == [one.reason for one in verdict.criteria if one.passed is False]
+    assert gate_text(refused, verdict) == f"failed: {verdict.reasons[0]}"
+    assert "| click AUC, gain over the baseline | " in Path(verdict.report).read_text()
+    registry = workspace.registry
+    other = registry.register(refused.artifact, registry.log_run("run", "other", {}, {}, [], refused.artifact), {})
+    registry.promote(other.number)
+    forced = registry.promote_by_hand(refused.number)
+    assert forced.aliases == ("champion",)
+    assert f" in place of version {other.number}, failed: click AUC" in forced.tags[PROMOTED_BY_HAND]
+    assert gate_text(forced, verdict).endswith(forced.tags[PROMOTED_BY_HAND])
+    passed = registry.judged(refused.number, "another", [])
+    assert gate_text(passed, replace(verdict, passed=True)).startswith("passed; promoted by hand ")
 
 
 def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
         console.print(_metrics_table(evaluation))
         for task, entry in evaluation.tasks.items():
             console.print(f"{task:<11} {classes_text(entry)}")
-        _print_gate(console, evaluation)
+        if evaluation.criteria:  # a record of an earlier version has none
+            print_gate(console, evaluation)
     challenger = records.read(CHALLENGER, CHALLENGER.key(workspace))
     if challenger:
         steps = sum(entry.get("steps", FEW_STEPS) for entry in challenger.history)
@@ -80,7 +81,7 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
     _print_places(console, workspace, evaluation)
 
 
-def _print_gate(console: Console, evaluation: EvaluationRecord) -> None:
+def print_gate(console: Console, evaluation: EvaluationRecord) -> None:
     """The verdict: all its criteria when they are few, else those that failed, and how many there are."""
     criteria = evaluation.criteria
     shown = criteria if len(criteria) <= SHOWN_CRITERIA else [one for one in criteria if one.passed is False]

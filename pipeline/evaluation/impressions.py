@@ -28,8 +28,8 @@ class Impressions:
 
     Attributes:
         shown: all of them: :data:`IDENTITY` and the label of every task (null while it is not known).
-        before: those of some requests before the test set, drawn at random, with features and the visible events of every
-            sequence.
+        before: those of some requests before the test set, drawn at random, with features and the visible events of
+            every sequence.
         test: those of the test set with the same columns, in the order of the sample table's files and rows: that of
             :func:`pipeline.evaluation.scoring.score_source`.
     """

@@ -278,6 +278,9 @@ def test_segments_are_those_counted_by_hand(impressions: Impressions) -> None:
         if request["ts"] >= CUT
     ]
     events = np.array([min(request["end__seen"], 4) + min(request["end__bought"], 2) for request, _ in shown])
+    assert impressions.test.select(
+        pl.sum_horizontal(f"{EVENTS} of seen", f"{EVENTS} of bought")
+    ).to_series().to_list() == (events.tolist())
     assert found["new users"].tolist() == (events == 0).tolist()
     activity = [
         found[f"users with {which} events"]

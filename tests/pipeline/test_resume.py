@@ -20,6 +20,7 @@ from pipeline.progress import Progress
 from pipeline.stages import pending
 from pipeline.stages.feature_store import online_record
 from pipeline.workspace import Workspace
+from serving.ports import is_free
 from tests.pipeline.workspaces import START, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -27,10 +28,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, command: str = "run") -> subprocess.Popen[str]:
     log = (folder / "run.log").open("a")
     return subprocess.Popen(
-        [*COMMAND, "run", "--config", str(folder / "config.yaml")],
+        [*COMMAND, command, "--config", str(folder / "config.yaml")],
         stdout=log,
         stderr=subprocess.STDOUT,
         text=True,
@@ -73,20 +74,20 @@ def outcome(config: Config) -> dict[str, Any]:
     }
 
 
-def interrupt_when(folder: Path, happened: Any) -> None:
-    """Ctrl-C two seconds after something is seen in its workspace and Ray runs; no process stays behind."""
-    process = start(folder)
+def interrupt_when(folder: Path, happened: Any, number: signal.Signals, subcommand: str = "run") -> None:
+    """A signal to the group two seconds after something is seen and Ray runs; it ends in time, and nothing is left."""
+    process = start(folder, subcommand)
     command = psutil.Process(process.pid)
     while not happened() or not any(one.name() == "raylet" for one in command.children()):
         assert process.poll() is None, (folder / "run.log").read_text()
         time.sleep(0.05)
     time.sleep(2)
     started = command.children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (folder / "run.log").read_text()
-    _, left = psutil.wait_procs(started, timeout=15)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=15) == 128 + number, (folder / "run.log").read_text()
+    _, left = psutil.wait_procs(started, timeout=2)
     assert not left
-    assert "stopped" in (folder / "run.log").read_text()
+    assert f"{number.name}: corank {subcommand} stopped" in (folder / "run.log").read_text().splitlines()[-1]
 
 
 def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_same(tmp_path: Path) -> None:
@@ -103,7 +104,9 @@ def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_sa
     for name, happened in stages.items():
         started = kill_when(tmp_path / "b", happened)
         if name == "feature_store":  # in the middle of training
-            interrupt_when(tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))))
+            interrupt_when(
+                tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))), signal.SIGTERM
+            )
         if name == "challenger":  # and what it saved is damaged
             psutil.wait_procs(started, timeout=60)
             for state in work.glob("checkpoints/*/*/state.pt"):
@@ -113,3 +116,6 @@ def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_sa
     finish(tmp_path / "b")
     assert "is damaged or was not finished" in (tmp_path / "b" / "run.log").read_text()
     assert outcome(killed) == outcome(undisturbed)
+    serving = killed.serving
+    interrupt_when(tmp_path / "b", lambda: not is_free(serving.host, serving.port), signal.SIGINT, "serve")
+    assert is_free(serving.host, serving.port)

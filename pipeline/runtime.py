@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from pydantic import Field
 
 from features.schema import Declaration
 from pipeline.interrupts import deferred
+
+SESSIONS, OWNER = "corank-", "owner"
+"""Start of the name of a folder for Ray's sessions, and the file in it that the process they belong to has locked."""
+
+LONGEST_FOLDER = 27
+"""Letters; 80 more follow up to the end of a socket's name, which may have 107."""
 
 LEAST_OBJECT_STORE = 80_000_000
 """Bytes; Ray starts with no smaller object store."""
@@ -50,6 +60,40 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_owner: TextIO | None = None  # its lock says that the owner of a folder of sessions lives
+
+
+def _own_folder() -> Path:
+    """A new folder in Ray's temporary folder for the sessions of a Ray of this process, instead of the one that all
+    share; those of processes that have ended, whose logs nobody has looked at until now, are deleted."""
+    global _owner
+    clear_sessions()
+    folder = Path(tempfile.mkdtemp(prefix=SESSIONS, dir=_temporary_folder()))
+    _owner = (folder / f".{OWNER}").open("w")
+    fcntl.flock(_owner, fcntl.LOCK_EX)
+    (folder / f".{OWNER}").rename(folder / OWNER)  # nobody sees it unlocked
+    return folder
+
+
+def _temporary_folder() -> str:
+    """Ray's, or /tmp where the paths of Ray's sockets would become too long below that."""
+    from ray._common.utils import get_default_system_temp_dir
+
+    folder: str = get_default_system_temp_dir()  # type: ignore[no-untyped-call]
+    return folder if len(folder) <= LONGEST_FOLDER or "RAY_TMPDIR" in os.environ else "/tmp"
+
+
+def clear_sessions() -> None:
+    """Delete the folders of local Rays whose commands, of this user, have ended or were killed."""
+    for owner in Path(_temporary_folder()).glob(f"{SESSIONS}*/{OWNER}"):
+        with suppress(FileNotFoundError), owner.open() as lock:
+            if os.fstat(lock.fileno()).st_uid != os.getuid():
+                continue
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(owner.parent, ignore_errors=True)  # its last processes may be writing still
 
 
 def _listen_on_loopback() -> None:
@@ -87,6 +131,7 @@ def ensure_ray(config: RayConfig) -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         local = {"num_cpus": config.num_cpus, "include_dashboard": False}
         local["object_store_memory"] = config.object_store_memory
+        local["_temp_dir"] = str(_own_folder())
         _listen_on_loopback()
         _in_sessions_of_their_own()
         if shlex.quote(sys.executable) != sys.executable:  # Ray hands it to a shell as it is
@@ -136,3 +181,5 @@ def stop_ray() -> None:
 
         stop()
     ray.shutdown()
+    if _owner is not None:
+        _owner.close()

@@ -6,16 +6,22 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import psutil
 import pytest
 
+from features.delta.maintenance import remove_uncommitted
 from features.delta.table import Table
 from pipeline.config import Config
+from pipeline.dag import open_instance
 from pipeline.importers.synthetic import import_synthetic
+from pipeline.leftovers import DERIVED
 from pipeline.progress import Progress
 from pipeline.stages import pending
 from pipeline.stages.feature_store import online_record
@@ -90,7 +96,26 @@ def interrupt_when(folder: Path, happened: Any, number: signal.Signals, subcomma
     assert f"{number.name}: corank {subcommand} stopped" in (folder / "run.log").read_text().splitlines()[-1]
 
 
-def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_same(tmp_path: Path) -> None:
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder of the commands; its path is short, as Ray's sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def assert_nothing_is_left(config: Config, temporary: Path) -> None:
+    with open_instance(config) as instance:
+        runs = instance.get_runs()
+    assert {run.status for run in runs} == {dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS}
+    assert sum(remove_uncommitted(Table(name, config.path(name))) for name in DERIVED) == 0
+    assert [path.name for path in temporary.iterdir() if not (path / "owner").exists()] == []
+    assert len(list(temporary.iterdir())) == 1  # the logs of the last Ray
+
+
+def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_same(
+    tmp_path: Path, temporary: Path
+) -> None:
     data = tmp_path / "data"
     import_synthetic(data, days=2, users=80, items=80, seed=2, start=START, buckets=2, say=lambda _: None)
     undisturbed, killed = load(tmp_path / "a", data), load(tmp_path / "b", data)
@@ -115,6 +140,7 @@ def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_sa
                 state.write_bytes(content)
     finish(tmp_path / "b")
     assert "is damaged or was not finished" in (tmp_path / "b" / "run.log").read_text()
+    assert_nothing_is_left(killed, temporary)
     assert outcome(killed) == outcome(undisturbed)
     serving = killed.serving
     interrupt_when(tmp_path / "b", lambda: not is_free(serving.host, serving.port), signal.SIGINT, "serve")

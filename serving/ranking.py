@@ -42,8 +42,9 @@ from models.artifact import load_artifact
 from models.memory import keep_freed_memory
 from models.scoring import score_batches
 from serving.bodies import BodyError, bounded_route
+from serving.proxy import ADMITTED
 from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
-from serving.settings import MOST_BODY_BYTES, ServingSettings
+from serving.settings import MOST_BODY_BYTES, ServingConfig, ServingSettings
 
 APPLICATION = "corank"
 
@@ -150,8 +151,14 @@ class Service(Protocol):
     async def describe(self) -> ModelDescription: ...
 
 
-def build_api(service: Service, max_body_bytes: int = MOST_BODY_BYTES) -> FastAPI:
-    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``."""
+def build_api(
+    service: Service, max_body_bytes: int = MOST_BODY_BYTES, admitted: int = ServingConfig().admitted
+) -> FastAPI:
+    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``.
+
+    Args:
+        admitted: requests to rank, and pushes, that all replicas hold together; the proxy turns away what is more.
+    """
     api = FastAPI(title="corank")
     api.router.route_class = bounded_route(max_body_bytes)
 
@@ -170,7 +177,7 @@ def build_api(service: Service, max_body_bytes: int = MOST_BODY_BYTES) -> FastAP
         except Exception as error:
             LOG.exception("the model does not answer")
             return _error(503, "not_ready", None, _told(error))
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok"}, headers={ADMITTED: str(admitted)})
 
     @api.get("/v1/model")
     async def model() -> JSONResponse:
@@ -324,7 +331,8 @@ class RankingService:
         self._admitted = {"rank": 0, "push": 0}
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self, self._settings.options.max_body_bytes)
+        options = self._settings.options
+        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas)
 
     async def describe(self) -> ModelDescription:
         """What the ranker serves, asked anew each time; also proves that the store can be read.

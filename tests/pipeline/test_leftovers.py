@@ -9,13 +9,16 @@ from pathlib import Path
 import dagster as dg
 import pyarrow as pa
 import pytest
+from mlflow.exceptions import MlflowException
 
 from features.delta.table import Table
 from features.delta.write import replace_partition, write_file
 from pipeline.config import Config
 from pipeline.dag import open_instance
 from pipeline.leftovers import exclusive
+from pipeline.progress import Progress
 from pipeline.runtime import clear_sessions
+from pipeline.workspace import Workspace
 from tests.pipeline.workspaces import load
 
 ROWS = pa.table({"user_id": ["u1", "u2"]})
@@ -135,3 +138,16 @@ def test_folders_of_rays_of_dead_processes_are_deleted_and_no_other(
     starts[1].communicate("\n", timeout=10)
     clear_sessions()
     assert not folders[1].exists()
+
+
+def test_mlflow_learns_that_a_run_which_was_not_logged_whole_has_ended(config: Config, tmp_path: Path) -> None:
+    registry = Workspace(config, Progress()).registry
+    files = str(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(MlflowException):  # in the middle
+        registry.log_run("a", "content", {}, {"no name for a metric!": 1.0}, [], files)
+    run = registry.log_run("a", "content", {}, {"auc": 0.5}, [], files)
+    assert run == registry.log_run("a", "content", {}, {"auc": 0.5}, [], files)
+    experiment = registry.client.get_experiment_by_name(registry.name)
+    runs = registry.client.search_runs([experiment.experiment_id])
+    assert sorted(one.info.status for one in runs) == ["FINISHED", "KILLED"]

@@ -109,8 +109,8 @@ def assert_nothing_is_left(config: Config, temporary: Path) -> None:
         runs = instance.get_runs()
     assert {run.status for run in runs} == {dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS}
     assert sum(remove_uncommitted(Table(name, config.path(name))) for name in DERIVED) == 0
-    assert [path.name for path in temporary.iterdir() if not (path / "owner").exists()] == []
-    assert len(list(temporary.iterdir())) == 1  # the logs of the last Ray
+    left = [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]  # a cache
+    assert [(path / "owner").exists() for path in left] == [True]  # the logs of the last Ray
 
 
 def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_same(

@@ -22,8 +22,9 @@ HEALTH, LIMITED = "/healthz", ("/v1/rank", "/v1/events")
 
 
 def announce() -> None:
-    """Let the proxies of a Ray that starts later answer so."""
+    """Let the proxies of a Ray that starts later answer so, and one that was killed be replaced soon."""
     os.environ.setdefault(VARIABLE, f"{middlewares.__module__}:{middlewares.__qualname__}")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")  # three in a row fail before; by default 30 s
 
 
 def middlewares() -> list[Middleware]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -468,6 +470,35 @@ def test_a_ranker_that_fails_is_told_without_words_of_ray(
     assert response.status_code == status
     assert response.json()["error"]["message"].startswith(message)
     assert not any(word in response.text for word in ("ray::", "Traceback", "10.0.0.1", "actor"))
+
+
+def test_while_no_ranker_is_there_nobody_waits_for_one(settings: ServingSettings) -> None:
+    """Ray lets requests wait for the next replica."""
+    handle = InProcess(Ranker(settings))
+    describe, rank, there = handle.describe, handle.rank, threading.Event()
+
+    class Waiting:
+        async def remote(self) -> Any:
+            while not there.is_set():
+                await asyncio.sleep(0.01)
+            return await describe.remote()
+
+    def die(_: Any) -> Any:
+        handle.describe = Waiting()  # type: ignore[assignment]
+        handle.rank = rank
+        raise ActorDiedError()
+
+    service = RankingService(settings, handle)  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        assert client.post("/v1/rank", json=body()).status_code == 200
+        handle.rank = Remote(die)
+        for _ in range(3):
+            assert client.post("/v1/rank", json=body()).status_code == 503
+        assert client.get("/healthz").status_code == 503
+        there.set()
+        until = time.monotonic() + 5
+        while client.post("/v1/rank", json=body()).status_code != 200:
+            assert time.monotonic() < until
 
 
 @pytest.mark.parametrize("answer", ["none", "text"])

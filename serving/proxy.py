@@ -18,6 +18,8 @@ ADMITTED = "x-corank-admitted"
 """Header of the answer of ``/healthz``, which whoever starts an endpoint asks for first: how many requests of each path
 of ``LIMITED`` its replicas hold together."""
 UNAVAILABLE = "no process of the service answers; try again"
+GONE = "corank.gone"
+"""In the scope of a request that no replica answered."""
 HEALTH, LIMITED = "/healthz", ("/v1/rank", "/v1/events")
 
 
@@ -36,12 +38,14 @@ class Admission:
     """Answers 503 where a path has as many requests as the service admits, before they cost it anything.
 
     Each of them would else wait in the proxy and in a replica for what came before it, only to be turned away there.
+    After a replica was gone, one request alone waits for the next one, until it is answered.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._admitted: dict[str, int] = {}
         self._ongoing: Counter[str] = Counter()
+        self._lost: set[str] = set()  # paths whose last answer was none of a replica
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["type"] == "http" else ""
@@ -49,6 +53,8 @@ class Admission:
             await self._app(scope, receive, self._learning(path.removesuffix(HEALTH), send))
         elif path not in self._admitted:
             await self._app(scope, receive, send)
+        elif path in self._lost and self._ongoing[path]:
+            await _send_error(send, "unavailable", UNAVAILABLE)
         elif self._ongoing[path] >= self._admitted[path]:
             message = f"{self._ongoing[path]} requests are being worked on, which is the limit; try again later"
             await _send_error(send, "overloaded", message)
@@ -58,6 +64,10 @@ class Admission:
                 await self._app(scope, receive, send)
             finally:
                 self._ongoing[path] -= 1
+            if GONE in scope:
+                self._lost.add(path)
+            else:
+                self._lost.discard(path)
 
     def _learning(self, root: str, send: Send) -> Send:
         async def forward(message: Message) -> None:
@@ -84,13 +94,17 @@ class JsonErrors:
                 text = any(name == b"content-type" and b"text/plain" in value for name, value in message["headers"])
                 started, replaced = True, text and message["status"] in (408, 429, 503)
                 if replaced:
-                    await _send_error(send, "unavailable", UNAVAILABLE)
+                    await self._replace(scope, send)
             if not replaced:
                 await send(message)
 
         await self._app(scope, receive, forward)
         if scope["type"] == "http" and not started:
-            await _send_error(send, "unavailable", UNAVAILABLE)
+            await self._replace(scope, send)
+
+    async def _replace(self, scope: Scope, send: Send) -> None:
+        scope[GONE] = True
+        await _send_error(send, "unavailable", UNAVAILABLE)
 
 
 async def _send_error(send: Send, kind: str, message: str) -> None:

@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 ADMITTED = "x-corank-admitted"
-"""Header of the answer of ``/healthz``, which whoever starts an endpoint asks for first: how many requests of each path
-of ``LIMITED`` its replicas hold together."""
+"""Header of the service's answers: how many requests of each path of ``LIMITED`` its replicas hold together. Whoever
+starts an endpoint asks ``/healthz`` first; a proxy that is replaced learns it from the next answer."""
 UNAVAILABLE = "no process of the service answers; try again"
 GONE = "corank.gone"
 """In the scope of a request that no replica answered."""
@@ -49,10 +49,8 @@ class Admission:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["type"] == "http" else ""
-        if path.endswith(HEALTH):
-            await self._app(scope, receive, self._learning(path.removesuffix(HEALTH), send))
-        elif path not in self._admitted:
-            await self._app(scope, receive, send)
+        if path not in self._admitted:
+            await self._app(scope, receive, self._learning(path, send))
         elif path in self._lost and self._ongoing[path]:
             await _send_error(send, "unavailable", UNAVAILABLE)
         elif self._ongoing[path] >= self._admitted[path]:
@@ -69,11 +67,12 @@ class Admission:
             else:
                 self._lost.discard(path)
 
-    def _learning(self, root: str, send: Send) -> Send:
+    def _learning(self, path: str, send: Send) -> Send:
         async def forward(message: Message) -> None:
             for name, value in message.get("headers", []):
                 if name == ADMITTED.encode():
-                    self._admitted |= {root + path: int(value) for path in LIMITED}
+                    root = next(path.removesuffix(own) for own in (HEALTH, *LIMITED) if path.endswith(own))
+                    self._admitted |= {root + limited: int(value) for limited in LIMITED}
             await send(message)
 
         return forward

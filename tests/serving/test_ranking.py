@@ -564,18 +564,17 @@ def test_while_no_replica_is_there_one_request_alone_waits_for_one() -> None:
 
         async def application(scope: Any, receive: Any, send: Any) -> None:
             nonlocal died
-            if scope["path"] == "/healthz":
-                await PlainTextResponse("ok", headers={ADMITTED: "10"})(scope, receive, send)
-            elif died:
+            if died:
                 await there.wait()
-                await PlainTextResponse("ok")(scope, receive, send)
+            if scope["path"] == "/v1/events" or died:
+                await PlainTextResponse("ok", headers={ADMITTED: "10"})(scope, receive, send)
             died = died or scope["path"] == "/v1/rank"  # without an answer
 
         proxy = httpx.ASGITransport(application)
         for middleware in middlewares():
             proxy.app = middleware.cls(proxy.app)
         async with httpx.AsyncClient(transport=proxy, base_url="http://proxy") as client:
-            await client.get("/healthz")
+            await client.post("/v1/events")  # tells the proxy how many are admitted
             assert (await client.post("/v1/rank")).status_code == 503
             waiting = asyncio.ensure_future(client.post("/v1/rank"))
             await asyncio.sleep(0.1)

@@ -195,14 +195,15 @@ def build_api(
     """
     api = FastAPI(title="corank")
     api.router.route_class = bounded_route(max_body_bytes)
+    limits = {ADMITTED: str(admitted)}
 
     @api.post("/v1/rank")
     async def rank(request: RankRequest) -> JSONResponse:
-        return JSONResponse(await service.rank(request))
+        return JSONResponse(await service.rank(request), headers=limits)
 
     @api.post("/v1/events")
     async def events(request: EventsRequest) -> JSONResponse:
-        return JSONResponse(await service.push(request))
+        return JSONResponse(await service.push(request), headers=limits)
 
     @api.get("/healthz")
     async def healthz() -> JSONResponse:
@@ -211,7 +212,7 @@ def build_api(
         except Exception as error:
             LOG.exception("the model does not answer")
             return _error(503, "not_ready", None, _told(error))
-        return JSONResponse({"status": "ok"}, headers={ADMITTED: str(admitted)})
+        return JSONResponse({"status": "ok"}, headers=limits)
 
     @api.get("/v1/model")
     async def model() -> JSONResponse:

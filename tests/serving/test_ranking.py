@@ -41,7 +41,7 @@ from models.registry import build_model
 from serving.client import NoEndpointError, RankingClient
 from serving.deploy import error_in, start
 from serving.ports import endpoint_url
-from serving.proxy import JsonErrors, middlewares
+from serving.proxy import ADMITTED, JsonErrors, middlewares
 from serving.ranking import Ranker, RankingService, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
 from serving.settings import ServingConfig, ServingSettings
@@ -559,6 +559,37 @@ def test_the_proxy_turns_away_what_the_service_would_not_admit_at_once_and_by_pa
     for response in turned_away["/beside/v1/rank"]:
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert response.json()["error"]["type"] == "overloaded"
+
+
+def test_while_no_replica_is_there_one_request_alone_waits_for_one() -> None:
+    async def kill() -> None:
+        there, died = asyncio.Event(), False
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal died
+            if died:
+                await there.wait()
+            if scope["path"] == "/v1/events" or died:
+                await PlainTextResponse("ok", headers={ADMITTED: "10"})(scope, receive, send)
+            died = died or scope["path"] == "/v1/rank"  # without an answer
+
+        proxy = httpx.ASGITransport(application)
+        for middleware in middlewares():
+            proxy.app = middleware.cls(proxy.app)
+        async with httpx.AsyncClient(transport=proxy, base_url="http://proxy") as client:
+            await client.post("/v1/events")  # tells the proxy how many are admitted
+            assert (await client.post("/v1/rank")).status_code == 503
+            waiting = asyncio.ensure_future(client.post("/v1/rank"))
+            await asyncio.sleep(0.1)
+            turned_away = await client.post("/v1/rank")
+            assert (turned_away.status_code, turned_away.json()["error"]["type"]) == (503, "unavailable")
+            there.set()
+            assert (await waiting).status_code == 200
+            assert {one.status_code for one in await asyncio.gather(*(client.post("/v1/rank") for _ in range(5)))} == {
+                200
+            }
+
+    asyncio.run(kill())
 
 
 def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() -> None:

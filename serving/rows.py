@@ -130,7 +130,8 @@ def encode_context(schema: Schema, context: Mapping[str, Any], missing: MissingC
     """Codes of the context features, by ``feature_column``.
 
     Args:
-        context: source column → text, number, boolean, null or (multi-valued) a list of them.
+        context: source column → text, number, boolean, null or (multi-valued) a list of them; as in the log's columns
+            a boolean is a number where one is read, and nulls in a list are left out.
         missing: whether a column that it lacks is an error or unknown.
 
     Raises:
@@ -162,14 +163,14 @@ def _raw(feature: Feature, value: Any) -> Any:
     if value is None:
         return None
     if feature.kind == "number":
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST <= value <= MOST:
+        if not isinstance(value, (int, float)) or not -MOST <= value <= MOST:  # a boolean is a number in tables, too
             raise InvalidRequestError(field, "must be a finite number or null")
         return float(value)
     if not feature.multi:
         return _text(field, value)
     if not isinstance(value, list):
         raise InvalidRequestError(field, "must be a list or null")
-    return [_text(f"{field}.{index}", one) for index, one in enumerate(value)]
+    return [_text(f"{field}.{index}", one) for index, one in enumerate(value) if one is not None]
 
 
 def _text(field: str, value: Any) -> str:

@@ -381,7 +381,7 @@ class Table:
         hidden = set(mapped.values()) | set(self.columns)
         if self.grain is not None:
             column = self.partition_column()
-            hidden |= {"dt"} if column is None else {column}
+            hidden |= {"dt"} if column is None else {"dt", column}
             mapped |= {} if column is None else {"dt": column}
         names = mapped | {column: column for column in own if column not in hidden}
         return dict(sorted(names.items(), key=lambda one: own.index(one[1])))

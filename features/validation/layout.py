@@ -10,7 +10,14 @@ import pyarrow as pa
 
 from features.delta.table import Table
 from features.schema import FEEDBACK, Feature, FieldSpec, Schema
-from features.validation.rules import PROFILE_KEYS, Finding, columns_counted, columns_of_events
+from features.validation.rules import (
+    KEYS_AS_TEXT,
+    PROFILE_KEYS,
+    Finding,
+    columns_counted,
+    columns_of_events,
+    conditions_of,
+)
 
 
 def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
@@ -37,10 +44,16 @@ def joins(schema: Schema) -> list[tuple[str, str, str]]:
     """The joins that a pipeline rests on: (table, other table, id that both have)."""
     first, *events = schema.logs
     found = [(first, "users", "user_id"), (first, "items", "item_id")]
+    items = {feature.embedding for feature in schema.side("item") if feature.source == "item_id"}
     for role in events:
         found.append((role, first, "user_id"))
-        if any(one.joined for one in schema.sequences if one.events == role):
+        fields = [one for sequence in schema.sequences if sequence.events == role for one in sequence.fields]
+        counts = [one.aggregate.key for one in schema.counts_of(role) if one.aggregate and one.side != "user"]
+        if any(one.of == "item" for one in fields) or any(key not in (None, "item_id") for key in counts):
             found.append((role, "items", "item_id"))
+        # what was done is known by the rows that what is shown has, or counted for it
+        if counts or any(one.source == "item_id" and one.embedding in items for one in fields):
+            found.append((role, first, "item_id"))
     if schema.delayed_tasks:
         found += [(FEEDBACK, first, "request_id"), (FEEDBACK, first, "item_id")]
     return found
@@ -89,26 +102,21 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
         checks |= _partition_checks(table, where)
     if any(broken for broken, _ in checks.values()):
         return checks
-    conditions = [("sequence", one.name, one.where) for one in schema.sequences if one.events == role]
-    conditions += [
-        ("feature", one.name, one.aggregate.where if one.aggregate else None) for one in schema.counts_of(role)
-    ]
-    for what, name, condition in conditions:
-        if condition is not None:
-            problem = _problem_of_condition(condition, table.scan().collect_schema())
-            shown = f"table {role}: the condition {condition!r} of {what} {name}"
-            checks[f"condition_{name}"] = (bool(problem), f"{shown} {problem}; correct {what}s in the config")
+    for what, name, condition in conditions_of(role, schema):
+        problem = _problem_of_condition(condition, _columns_of_conditions(table))
+        shown = f"table {role}: the condition {condition!r} of {what} {name}"
+        checks[f"condition_{name}"] = (bool(problem), f"{shown} {problem}; correct {what}s in the config")
     return checks
 
 
 def _reachable(table: Table, layout: pa.Schema, own_names: Sequence[str]) -> str:
-    """The columns that a config can name, and those of the table's own that a mapping hides."""
-    targets = set(table.columns.values())
-    hidden = [name for name in own_names if name in table.columns and name not in targets]
-    shadows = "".join(
-        f"; its own column {name} is hidden, as {name} is mapped to {table.columns[name]}" for name in hidden
-    )
-    return ", ".join(layout.names) + shadows
+    """The columns that a config can name, and those of the table's own that a mapping or the partition hides."""
+    targets, partition = set(table.columns.values()), table.partition_column()
+    taken = {name: f"{name} is mapped to {own}" for name, own in table.columns.items()}
+    if table.grain is not None and partition != "dt":
+        taken["dt"] = f"dt is the partition, {'cut from ts' if partition is None else f'the column {partition}'}"
+    hidden = [name for name in own_names if name in taken and name not in targets]
+    return ", ".join(layout.names) + "".join(f"; its own column {name} is hidden, as {taken[name]}" for name in hidden)
 
 
 def _partition_checks(table: Table, where: str) -> dict[str, tuple[bool, str]]:
@@ -128,6 +136,14 @@ def _partition_checks(table: Table, where: str) -> dict[str, tuple[bool, str]]:
     return checks
 
 
+def _columns_of_conditions(table: Table) -> dict[str, Any]:
+    """Name and Polars type of the columns that a condition sees in the builder."""
+    kinds = dict(table.scan().collect_schema())
+    if table.is_bucketed():
+        del kinds["bucket"]
+    return kinds
+
+
 def _problem_of_condition(condition: str, kinds: Mapping[str, Any]) -> str:
     """What is wrong with an SQL condition on columns of these Polars types, as the builder has them; empty if nothing
     is."""
@@ -144,6 +160,8 @@ def _problem_of_condition(condition: str, kinds: Mapping[str, Any]) -> str:
         return f"is not valid SQL ({reason}{'; ' if of else ''}{of}; ids are text)"
     if result.dtype != pl.Boolean:
         return f"gives {str(result.dtype).lower()}, not true or false"
+    if len(result) and expression.meta.root_names():  # one value of no rows at all
+        return "aggregates rows, but must say of each row by itself whether it counts"
     return ""
 
 
@@ -155,9 +173,6 @@ def _names_in(condition: str, kinds: Mapping[str, Any]) -> list[str]:
 
 
 Accepts = Callable[[pa.DataType], bool]
-
-KEYS_AS_TEXT = {"request_id", "user_id", "item_id"}
-"""Columns that the builder reads as text, also in conditions."""
 
 
 def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]]:

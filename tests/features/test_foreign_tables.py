@@ -94,6 +94,22 @@ def test_logs_partitioned_otherwise_or_not_at_all_give_the_same_samples(
     assert samples(settings(other, tmp_path / "other")) == samples(settings(tables, tmp_path / "one"))
 
 
+def test_a_partition_column_takes_the_place_of_a_dt_of_the_tables_own(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    rows = tables["events"].scan().collect().drop("bucket")
+    renamed = rows.with_columns(pl.col("dt").alias("ds"), pl.lit("a draft").alias("dt"))
+    uri = written(tmp_path, "events", renamed, ["ds"]).uri
+    table = Table("events", uri, {"draft": "dt"}, grain="day", partition="ds")
+    assert table.scan([DAYS[0]]).collect()["dt"].unique().to_list() == [DAYS[0]]
+    assert table.scan([DAYS[0]]).collect()["draft"].unique().to_list() == ["a draft"]
+    ours = samples(settings({**tables, "events": table}, tmp_path / "out"))
+    assert ours == samples(settings(tables, tmp_path / "one"))
+    hidden = Table("events", uri, grain="day", partition="ds")
+    schema = SCHEMA.model_copy(update={"sequences": (with_field("written"),)})
+    (finding,) = check_tables({**tables, "events": hidden}, schema)
+    assert "its own column dt is hidden, as dt is the partition, the column ds" in finding.message
+
+
 def test_rows_of_no_partition_and_columns_that_are_none_are_named(tmp_path: Path) -> None:
     tables = write_world(tmp_path / "own", seed=4)
     rows = tables["events"].scan().collect().drop("dt", "bucket")
@@ -297,6 +313,44 @@ def test_ids_that_never_meet_stop_the_log_with_examples_of_both_sides(tmp_path: 
         assert gate(tmp_path, {**tables, role: other})[0].passed
 
 
+def test_items_that_nobody_was_shown_under_that_id_stop_the_log(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    rows = tables["events"].scan().collect().with_columns(pl.format("i{}", "item_id").alias("item_id"))
+    changed = {**tables, "events": written(tmp_path, "events", rows, ["dt", "bucket"])}
+    first = gate(tmp_path, changed, SCHEMA.model_copy(update={"sequences": SCHEMA.sequences[1:]}), **MATCHED)[0]
+    assert ["no item_id in common with table impressions" in one.message for one in first.failures] == [True]
+    # where nothing is made of both, they may be of two worlds
+    own = with_field("item_id", table="done", buckets=7)
+    assert gate(tmp_path, changed, SCHEMA.model_copy(update={"sequences": (own,)}), **MATCHED)[0].passed
+
+
+def test_feedback_on_requests_that_nobody_made_stops_the_log(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    schema = SCHEMA.model_copy(update={"tasks": (*SCHEMA.tasks, Task(name="bought", attribution_window_seconds=9.0))})
+    shown = tables["impressions"].scan().collect()
+    given = shown.select("request_id", "item_id", "ts", "dt", label=pl.lit("bought"), value=pl.lit(1))
+    strange = given.with_columns(pl.format("R-{}", "request_id").alias("request_id"))
+    for name, rows, passes in (("known", given, True), ("strange", strange, False)):
+        result = gate(tmp_path, {**tables, "feedback": written(tmp_path, name, rows, ["dt"])}, schema, **MATCHED)[0]
+        assert result.passed == passes
+    assert "table feedback has (almost) no request_id in common with table impressions" in result.failures[0].message
+
+
+def test_a_few_ids_that_are_strangers_by_chance_stop_nothing(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    rows = tables["events"].scan().collect()
+    alone = rows.filter((pl.col("dt") != DAYS[2]) | (pl.col("user_id") == 0))
+    shown = tables["impressions"].scan().collect().filter((pl.col("dt") != DAYS[2]) | (pl.col("user_id") != 0))
+    tables["events"] = written(tmp_path, "events", alone, ["dt", "bucket"], grain="day")
+    tables["impressions"] = written(tmp_path, "impressions", shown, ["dt", "bucket"], grain="day")
+    limits, root = ValidationRules(max_outside_vocabulary=1), str(tmp_path / "quarantine")
+    newest = validate_partitions(tables, SCHEMA, DAYS[2:], "day", limits, tmp_path / "gx", root, NOW, lambda _: None)
+    assert [result.passed for result in newest[0]] == [True]
+
+
+MATCHED = {"min_matched_share": 0.01}
+
+
 def test_values_outside_a_vocabulary_are_said_above_a_threshold(tmp_path: Path) -> None:
     tables = write_world(tmp_path, seed=4)
     said = [
@@ -375,6 +429,8 @@ def test_decimals_are_numbers_and_dates_ids_by_their_iso_text(tmp_path: Path) ->
         ("user_id > 5", "is not valid SQL"),
         ("action = ", "is not valid SQL"),
         ("kind = 'buy'", "reads kind, but there are only"),
+        ("bucket = '0'", "reads bucket, but there are only"),
+        ("MAX(seconds) > 1", "aggregates rows"),
     ],
 )
 def test_a_condition_is_checked_for_its_type(tmp_path: Path, condition: str, problem: str) -> None:
@@ -388,6 +444,17 @@ def test_a_condition_is_checked_for_its_type(tmp_path: Path, condition: str, pro
         (finding,) = check_tables(tables, schema)
         assert problem in finding.message
         assert f"of {what}" in finding.message
+
+
+def test_a_condition_that_fails_on_values_stops_their_partition(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=4)
+    for condition, passes in (("CAST(user_id AS BIGINT) > 1", True), ("CAST(action AS BIGINT) > 1", False)):
+        sequence = with_field("item_id").model_copy(update={"where": condition})
+        schema = SCHEMA.model_copy(update={"sequences": (sequence,)})
+        result = gate(tmp_path, tables, schema)[0]
+        assert result.passed == passes
+        messages = [finding.message for finding in result.failures]
+        assert passes or ("TRY_CAST" in messages[0] and f"partition {DAYS[0]}" in messages[0])
 
 
 def test_a_number_is_no_date_and_an_id_no_fraction(tmp_path: Path) -> None:

@@ -186,10 +186,9 @@ def test_unknown_by_the_time_of_the_request_reads_as_unknown(settings: ServingSe
     [
         ({"device": ["ios"]}, "context.device"),
         ({"hour": "3"}, "context.hour"),
-        ({"hour": True}, "context.hour"),
         ({"hour": 1e300}, "context.hour"),
         ({"modes": "dark"}, "context.modes"),
-        ({"modes": ["dark", None]}, "context.modes.1"),
+        ({"modes": ["dark", {}]}, "context.modes.1"),
         ({"other": 1}, "context.other"),
     ],
 )
@@ -203,6 +202,8 @@ def test_context_codes() -> None:
     codes = encode_context(SCHEMA, {"device": 42, "hour": None, "modes": None})
     names = [feature_column(feature) for feature in SCHEMA.side("context")]
     assert codes == dict(zip(names, [hash_id("42"), None, []], strict=True))
+    as_columns = encode_context(SCHEMA, {"device": True, "hour": True, "modes": ["dark", None]})
+    assert as_columns == dict(zip(names, [hash_id("true"), 1.0, [hash_id("dark")]], strict=True))
 
 
 def test_answer(client: TestClient, settings: ServingSettings) -> None:

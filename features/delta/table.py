@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from features.delta.fingerprints import WHOLE_TABLE, fingerprints
 from features.delta.paths import address
 from features.encoding import bucket_column
 from features.errors import CorankError, UnreadableError, first_line
-from features.schema import Grain, partition_bounds, partition_of
+from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
 
@@ -42,6 +43,9 @@ MADE_OF = {
 
 READ_FEATURES = {"deletionVectors", "timestampNtz"}
 """Delta's table features that deltalake and Polars can read."""
+
+UNSUPPORTED = re.compile("unsupported|not supported|catalog-managed", re.IGNORECASE)
+"""What deltalake says of a feature, or a version of the protocol, that it does not know; the log itself is whole."""
 
 MAPPING_VERSION = 2
 """Delta's reader version that brought column mapping."""
@@ -107,11 +111,13 @@ class Table:
         except DeltaProtocolError as error:
             unread = first_line(error)
         except (DeltaError, OSError) as error:
-            at = "" if self.version is None else f" at version {self.version}"
-            raise UnreadableError(
-                f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({first_line(error)}); "
-                "restore its files in _delta_log"
-            ) from error
+            unread = first_line(error)
+            if not UNSUPPORTED.search(unread):
+                at = "" if self.version is None else f" at version {self.version}"
+                raise UnreadableError(
+                    f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({unread}); "
+                    "restore its files in _delta_log"
+                ) from error
         if unread:
             raise UnreadableError(
                 f"table {self.name} at {self.uri} uses a Delta feature that cannot be read: {unread}. Write a copy "
@@ -423,6 +429,15 @@ class Table:
         bounds = [None if None in row else (int(row[0]), int(row[1]) + slack) for row in ends.rows()]
         return dict(zip(paths, bounds, strict=True))
 
+    def wrong_unit(self) -> tuple[str, int] | None:
+        """Of a log whose partitions are cut from ``ts``: the unit other than microseconds that it seems to be written
+        in, by the log's statistics, and an example; else its partitions would be early in 1970, or far off."""
+        for extent in self._extents().values() if self.is_cut else ():
+            for unit, (low, high) in OTHER_UNITS.items():
+                if extent is not None and low <= extent[0] and extent[1] < high:
+                    return unit, extent[0]
+        return None
+
     def _within(self, partitions: Sequence[str], extent: tuple[int, int] | None) -> list[str]:
         """Those of some partitions that a file of this extent may hold rows of."""
         grain = self.grain or "day"
@@ -512,12 +527,11 @@ def _spans(partitions: Iterable[str], grain: Grain) -> list[tuple[int, int]]:
 
 
 def _moment(ts: int, kind: Any) -> pl.Expr:
-    """Microseconds UTC as a column of times stores them."""
-    return (
-        pl.lit(ts, pl.Int64).cast(pl.Datetime("us")).cast(pl.Date)
-        if kind == pl.Date
-        else pl.lit(ts, pl.Int64).cast(kind)
-    )
+    """Microseconds UTC as a column of times stores them; a narrower integer is compared as the wider one."""
+    moment = pl.lit(ts, pl.Int64)
+    if kind == pl.Date:
+        return moment.cast(pl.Datetime("us")).cast(pl.Date)
+    return moment.cast(kind) if isinstance(kind, pl.Datetime) else moment
 
 
 def _meets(extent: tuple[int, int] | None, spans: Iterable[tuple[int, int]]) -> bool:

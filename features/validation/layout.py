@@ -133,6 +133,9 @@ def _partition_checks(table: Table, where: str) -> dict[str, tuple[bool, str]]:
         lost = "ts" if column is None else "dt" if column == "dt" else f"{column} (its partition)"
         text = f"{where} has rows without a {lost}, which belong to no partition; give them theirs"
         checks["null_dt"] = (table.unpartitioned_rows(), text)
+        unit, example = table.wrong_unit() or ("", 0)
+        text = f"{where} has a wrong unit: ts looks like {unit} (for example {example}); cast to microseconds"
+        checks["ts_unit"] = (bool(unit), text)
     return checks
 
 

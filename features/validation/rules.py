@@ -218,7 +218,12 @@ def _clock_rules(start: pl.Expr, close: pl.Expr, now: int) -> dict[str, tuple[pl
         "milliseconds": (start // 1_000, close // 1_000),
         "nanoseconds": (start * 1_000, close * 1_000),
     }
-    units = {unit: (ts.is_between(*span, closed="left") & ~inside).fill_null(False) for unit, span in spans.items()}
+    # of a log that is cut from ts these lie inside of a partition, early in 1970
+    far = {unit: ts.is_between(*span, closed="left") for unit, span in OTHER_UNITS.items()}
+    units = {
+        unit: ((ts.is_between(*span, closed="left") & ~inside) | far[unit]).fill_null(False)
+        for unit, span in spans.items()
+    }
     right_unit = ~pl.any_horizontal(*units.values())
     outside = (~inside & right_unit).fill_null(False)
     future = ((ts > now) & right_unit).fill_null(False)

@@ -33,6 +33,7 @@ from features.schema import (
     partition_of,
 )
 from features.validation import PartitionValidation, ValidationRules, check_tables, validate_partitions
+from features.validation.rules import event_rules
 from tests.features.worlds import DAY, DAYS, SCHEMA, fold_all, settings, write_world
 
 OPENING = partition_bounds(DAYS[0], "day")[0]
@@ -121,6 +122,44 @@ def test_rows_of_no_partition_and_columns_that_are_none_are_named(tmp_path: Path
         uri = written(tmp_path, name, frame).uri
         (finding,) = check_tables({**tables, "events": Table("events", uri, grain="day", partition=column)}, SCHEMA)
         assert text in finding.message
+
+
+@pytest.mark.parametrize(
+    ("unit", "ts"),
+    [
+        ("seconds", (pl.col("ts") // SECOND).cast(pl.Int32)),
+        ("milliseconds", pl.col("ts") // 1_000),
+        ("nanoseconds", pl.col("ts") * 1_000),
+    ],
+)
+@pytest.mark.parametrize("by_statistics", [True, False])
+def test_times_in_another_unit_are_named_where_partitions_are_cut_from_them(
+    tmp_path: Path, unit: str, ts: pl.Expr, by_statistics: bool
+) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    before = (
+        [] if by_statistics else [pl.lit(number).alias(f"c{number}") for number in range(40)]
+    )  # Delta counts so many
+    rows = tables["events"].scan().collect().drop("dt", "bucket").with_columns(ts.alias("ts")).select(*before, pl.all())
+    cut = {**tables, "events": written(tmp_path, "events", rows, grain="day")}
+    messages = [finding.message for finding in check_tables(cut, SCHEMA)]
+    if by_statistics:
+        assert ["has a wrong unit: ts looks like" in one and unit in one for one in messages] == [True]
+        return
+    rules = event_rules("events", SCHEMA, "1970-01-21", "day", ValidationRules(), NOW)
+    counts = cut["events"].scan().select(rule.metric.alias(rule.name) for rule in rules).collect()
+    assert not messages
+    assert counts[f"ts_in_{unit}"].item() == rows.height
+
+
+def test_a_time_of_any_integer_type_is_read(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    first = tables["users"].scan().collect().filter(pl.col("updated_at") == 0)
+    narrow = first.with_columns(pl.col("updated_at").cast(pl.Int8))
+    one, other = (
+        {**tables, "users": written(tmp_path, name, frame)} for name, frame in (("wide", first), ("narrow", narrow))
+    )
+    assert samples(settings(other, tmp_path / "other")) == samples(settings(one, tmp_path / "one"))
 
 
 # --- fingerprints -------------------------------------------------------------------------------------
@@ -505,6 +544,25 @@ def test_a_delta_feature_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             line["metaData"]["schemaString"] = json.dumps(fields)
     commit.write_text("\n".join(json.dumps(line) for line in lines))
     with pytest.raises(UnreadableError, match=r"table events at .* cannot be read: column mapping"):
+        Table("events", str(tmp_path / "t")).scan()
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        {"minReaderVersion": 9, "minWriterVersion": 9},
+        {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["newer"], "writerFeatures": ["newer"]},
+        {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["v2Checkpoint"]}
+        | {"writerFeatures": ["v2Checkpoint"]},
+    ],
+    ids=["version", "feature", "known feature"],
+)
+def test_a_protocol_that_nobody_knows_yet_is_named(tmp_path: Path, protocol: dict[str, Any]) -> None:
+    write_deltalake(str(tmp_path / "t"), pa.table({"x": [1]}))
+    commit = tmp_path / "t" / "_delta_log" / f"{0:020d}.json"
+    lines = [json.loads(line) for line in commit.read_text().splitlines()]
+    commit.write_text("\n".join(json.dumps({"protocol": protocol} if "protocol" in one else one) for one in lines))
+    with pytest.raises(UnreadableError, match=r"table events at .* uses a Delta feature that cannot be read: "):
         Table("events", str(tmp_path / "t")).scan()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import locale
+import os
 import sys
 from io import TextIOWrapper
 
@@ -29,10 +31,19 @@ app.add_typer(features_app, name="features")
 
 def main() -> None:
     """Entry point of the command ``corank``."""
+    _in_utf8()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a terminal that has no ✓ shows ? instead of a stack trace
             stream.reconfigure(errors="replace")
     app()
+
+
+def _in_utf8() -> None:
+    """Under another locale start again in Python's UTF-8 mode: libraries write their files in the locale's encoding."""
+    if sys.flags.utf8_mode or locale.getencoding().lower() in ("utf-8", "utf8"):
+        return
+    streams = {"PYTHONIOENCODING": f"{sys.stdout.encoding}:replace"}  # a terminal stays what it is
+    os.execve(sys.executable, sys.orig_argv, streams | dict(os.environ) | {"PYTHONUTF8": "1"})
 
 
 if __name__ == "__main__":

@@ -221,8 +221,7 @@ def _is_identifier(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_identifier(kind.value_type)
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
-    return bool(text or whole or pa.types.is_boolean(kind) or pa.types.is_date(kind))
+    return bool(text or _is_whole(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind))
 
 
 def _is_partition(kind: pa.DataType) -> bool:
@@ -238,7 +237,11 @@ def _is_moment(kind: pa.DataType) -> bool:
 
 
 def _is_label(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+    return _is_whole(kind) or bool(pa.types.is_boolean(kind))
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0))
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -252,7 +255,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 OPTIONAL: dict[str, tuple[Accepts, str]] = {
-    "position": (lambda kind: bool(pa.types.is_integer(kind)), "an integer"),
+    "position": (_is_whole, "an integer"),
     "weight": (_is_number, "a number"),
 }
 """Columns of impressions that may be missing."""

@@ -128,6 +128,7 @@ def row_rules(schema: Schema, partitions: Sequence[str], grain: Grain, now: int)
     rules |= _clock_rules(start, close, now)
     weight = cs.by_name("weight", require_all=False)
     unfit = pl.any_horizontal(~is_finite(weight) | (weight < 0)).fill_null(False)
+    rules["negative_position"] = (is_negative("position"), "have a negative position; leave unknown ones null")
     rules["weight"] = (unfit, "have a weight that is negative or not finite")
     # with the user, so that a bucket of users never depends on the rows of another
     within = [start.alias("partition")] if len(partitions) > 1 else []

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from pipeline.evaluation.texts import classes_text, number_text
+from pipeline.evaluation.texts import classes_text, gain_text, number_text
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
@@ -181,7 +181,7 @@ def print_models(workspace: Workspace) -> None:
             version.tags.get("content", ""),
             version.tags.get("partition", ""),
             number_text(entry and entry["auc"]),
-            f"{entry['auc_gain_over_baseline']['difference']:+.4f}" if entry else "–",
+            gain_text(entry and entry["auc_gain_over_baseline"]),
             ("passed" if evaluation.passed else "failed") if evaluation else "–",
         )
     console.print(table)

@@ -435,7 +435,9 @@ def test_decimals_are_numbers_and_dates_ids_by_their_iso_text(tmp_path: Path) ->
             pl.lit([True, False]).alias("flags"), pl.lit(day).alias("released")
         ),
         "impressions": tables["impressions"].scan().collect().with_columns(
-            pl.lit(Decimal("1.25")).cast(money).alias("price"), pl.lit(day).alias("slot")
+            pl.col("click", "position").cast(pl.Decimal(3, 0)),
+            pl.lit(Decimal("1.25")).cast(money).alias("price"),
+            pl.lit(day).alias("slot"),
         ),
         "events": tables["events"].scan().collect().with_columns(
             pl.lit(Decimal("0.50")).cast(money).alias("paid"), pl.lit(day).alias("day")

@@ -25,6 +25,7 @@ from pipeline.deployment.verification import verify_endpoint
 from pipeline.evaluation.baseline import baseline
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.scoring import Scored
+from pipeline.evaluation.texts import gain_text
 from pipeline.progress import Eta
 from pipeline.stages.challenger import ChallengerRecord
 from pipeline.stages.evaluation import EvaluationRecord, gate_reasons, write_report
@@ -184,7 +185,9 @@ def test_a_second_task_without_labels_or_of_one_class_has_no_metrics_and_stops_n
     )
     entries = {name: one.as_dict() for name, one in compare(SCHEMA, scored, baselines, scored, 50).items()}
     json.dumps(entries, allow_nan=False)
-    assert entries["task0"]["auc_gain_over_baseline"] is not None
+    told = [gain_text(entries[name]["auc_gain_over_baseline"]) for name in ("task0", "task1")]
+    assert float(told[0]) == round(entries["task0"]["auc_gain_over_baseline"]["difference"], 4)
+    assert told[1] == "–"
     unknown = ("auc", "uauc", "gauc", "query_auc", "baseline", "auc_gain_over_baseline", "auc_gain_over_champion")
     assert [entries["task1"][name] for name in unknown] == [None] * len(unknown)
     assert entries["task1"]["impressions"] == (0 if label is None else count)

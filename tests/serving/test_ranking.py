@@ -554,6 +554,19 @@ def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
             start(settings, port=port)
 
 
+def own_address() -> str:
+    """This machine's address of the network, as others reach it; on a machine without any, loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+OWN_ADDRESS = own_address()
+
+
 @pytest.fixture
 def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
@@ -572,6 +585,7 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("::1", "http://[::1]:{}"),
         ("::", "http://[::1]:{}"),
         ("localhost", "http://localhost:{}"),
+        (OWN_ADDRESS, f"http://{OWN_ADDRESS}:{{}}"),
     ],
 )
 def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host: str, url: str) -> None:
@@ -580,6 +594,10 @@ def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host
         with RankingClient(endpoint_url(host, port)) as client:
             assert client.healthz() == {"status": "ok"}
     assert asked == ["/healthz"]
+
+
+def test_an_address_of_ipv6_may_be_written_as_in_a_url() -> None:
+    assert ServingConfig(host="[::1]").host == "::1"
 
 
 def test_other_machines_are_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch, proxies: None) -> None:

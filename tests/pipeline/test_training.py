@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 import torch
@@ -17,11 +18,12 @@ import pipeline.progress
 from features.builder.states import BuildSettings
 from features.errors import CorankError
 from features.samples.source import SampleSource
+from features.schema import Feature
 from models.artifact import save_artifact
 from models.config import ModelConfig
 from pipeline.config import Config
 from pipeline.deployment.selfcheck import selfcheck_difference, selfcheck_document
-from pipeline.deployment.verification import verify_endpoint
+from pipeline.deployment.verification import raw_contexts, verify_endpoint
 from pipeline.evaluation.baseline import baseline
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.scoring import Scored
@@ -217,6 +219,16 @@ def test_a_model_that_scores_no_numbers_is_never_verified(tmp_path: Path) -> Non
     limits = Config.model_fields["evaluation"].default
     assert gate_reasons(limits, np.nan, None)
     assert gate_reasons(limits, 1.0, (1, np.nan))
+
+
+def test_a_context_is_sent_as_the_log_is_read() -> None:
+    features = (Feature(name="x", side="context", kind="number"), Feature(name="again", column="x", side="context"))
+    schema = SCHEMA.model_copy(update={"features": features})
+    values = [1.5, float("nan"), float("-inf"), 1e300, None]
+    rows = pl.DataFrame({"request_id": list("abcde"), "item_id": ["i"] * 5, "x": values})
+    contexts = raw_contexts(schema, rows)
+    assert [contexts[one]["x"] for one in "abcde"] == [1.5, None, None, None, None]
+    json.dumps(contexts, allow_nan=False)
 
 
 @pytest.mark.parametrize(

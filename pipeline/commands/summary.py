@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -51,12 +52,8 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
             console.print(f"{task:<11} {classes_text(entry)}")
     challenger = records.read(CHALLENGER, CHALLENGER.key(workspace))
     if challenger:
-        steps = sum(entry.get("steps", FEW_STEPS) for entry in challenger.history)
-        if steps < FEW_STEPS:
-            console.print(
-                f"warning     the training had {steps} steps only; more data, more `training.epochs` or a smaller "
-                "`training.batch_candidates` give it more"
-            )
+        if warning := few_steps(challenger.history):
+            console.print(f"warning     {warning}")
     champion, deployment = records.read(CHAMPION, key), records.read(DEPLOYMENT, CURRENT)
     if champion:
         console.print(f"model       {config.name} {champion.model}: {champion.outcome}")
@@ -72,6 +69,17 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
     if answer:
         print_answer(answer["request"], answer["answer"])
     _print_places(console, workspace, evaluation)
+
+
+def few_steps(history: Sequence[Mapping[str, Any]]) -> str:
+    """What is said of a training that had too few steps to learn; empty for all others."""
+    steps = sum(entry.get("steps", FEW_STEPS) for entry in history)
+    if steps >= FEW_STEPS:
+        return ""
+    return (
+        f"the training had {steps} steps only; more data, more `training.epochs` or a smaller "
+        "`training.batch_candidates` give it more"
+    )
 
 
 def _metrics_table(evaluation: EvaluationRecord) -> Table:

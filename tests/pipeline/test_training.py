@@ -21,6 +21,7 @@ from features.samples.source import SampleSource
 from features.schema import Feature
 from models.artifact import save_artifact
 from models.config import ModelConfig
+from pipeline.commands.summary import few_steps
 from pipeline.config import Config
 from pipeline.deployment.selfcheck import selfcheck_difference, selfcheck_document
 from pipeline.deployment.verification import raw_contexts, verify_endpoint
@@ -246,6 +247,11 @@ def test_batches_and_warm_up_follow_the_data(candidates: int, epochs: int, pace:
     assert (found.batch_candidates, found.warmup_steps) == pace
     chosen = TrainingConfig(epochs=epochs, batch_candidates=7, warmup_steps=0).pace(candidates)
     assert (chosen.batch_candidates, chosen.warmup_steps) == (7, 0)
+
+
+def test_a_training_of_few_steps_is_told_so() -> None:
+    assert few_steps([{"steps": 30}, {"steps": 30}]).startswith("the training had 60 steps only")
+    assert few_steps([{"steps": 50}, {"steps": 50}]) == ""
 
 
 def test_the_rate_is_smoothed_and_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

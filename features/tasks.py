@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from itertools import islice
+from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any, TypeVar
 
 import polars as pl
@@ -44,34 +43,6 @@ def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: b
             running.append(remote.remote(*call))
         while running:
             yield _oldest(running)
-    finally:
-        _cancel(running)
-
-
-def ended(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], at_once: int | None, returns: int = 1
-) -> Generator[tuple[int, list[Any]]]:
-    """``function(*call)`` of every call in Ray tasks, as they end: the call's number, references to what it returned.
-
-    Args:
-        at_once: tasks that run at a time; None: as many as there are CPUs.
-        returns: what the function returns is a list of so many.
-    """
-    import ray
-
-    remote = ray.remote(function).options(num_returns=returns)
-    waiting = iter(enumerate(calls))
-    running: dict[Any, tuple[int, list[Any]]] = {}
-    try:
-        while True:
-            for number, call in islice(waiting, None if at_once is None else at_once - len(running)):
-                # with a single return value Ray gives the reference itself
-                references = remote.remote(*call) if returns > 1 else [remote.remote(*call)]
-                running[references[0]] = number, references
-            if not running:
-                return
-            (first, *_), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
-            yield running.pop(first)
     finally:
         _cancel(running)
 

@@ -130,13 +130,22 @@ def open_instance(config: Config) -> dg.DagsterInstance:
             home.rename(aside)
         if not home.exists():
             make_whole(home, _make_home)
+        _configure(home)
     return dg.DagsterInstance.from_config(str(sqlalchemy_path(home)))
 
 
 def _make_home(home: Path) -> None:
     home.mkdir()
-    (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n", encoding="utf-8")
+    _configure(home)
     _open_home(home)
+
+
+def _configure(home: Path) -> None:
+    """Runs of the queue one at a time: two retrainings would meet at the workspace's lock."""
+    text = "telemetry:\n  enabled: false\nconcurrency:\n  runs:\n    max_concurrent_runs: 1\n"
+    path = home / "dagster.yaml"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def _open_home(home: Path) -> None:

@@ -1,13 +1,11 @@
 """The sample builder's plan on Ray: which bucket is folded where, and what becomes visible when.
 
     log laid out otherwise ──► a copy by (dt, bucket), for as long as the build takes
-    log ──► deltas of items, by bucket of users ──(shuffle)──► fold of items ──► item_aggregates
+    log ──► deltas of items, by bucket of users ──► files by bucket of items ──► fold of items ──► item_aggregates
     log + item_aggregates ──► fold of users, by bucket ──► samples, state, user_aggregates
 
-Tasks write Parquet files; nothing is visible until the driver commits the partitions, table by table, samples last.
-
-Plain Ray tasks, not yet a plan of Ray Data: as its source reads, a plan that fails does not wait for the end of the
-tasks that it cancels, and a write tells nothing before it ends.
+Each arrow is a plan of Ray Data (:mod:`features.builder.plan`). Its tasks write Parquet files; nothing is visible until
+the driver commits the partitions, table by table, samples last.
 """
 
 from __future__ import annotations
@@ -35,17 +33,20 @@ from features.builder.states import (
 )
 from features.delta.paths import file_system
 from features.delta.table import Table
-from features.delta.write import DataFile, replace_partitions, write_file
+from features.delta.write import DataFile, read_files, replace_partitions, write_file
 from features.encoding import bucket_column
 from features.errors import CorankError
 from features.sample_table import sample_schema
-from features.tasks import ended, result_of
+from features.tasks import arrow
 
 LAID_OUT = "laid_out"
-"""Folder of the copies by (dt, bucket) of tables that their owner laid out otherwise."""
+"""Folder of what a build writes for itself: copies by (dt, bucket) of tables that their owner laid out otherwise, and
+the deltas of items by bucket of items."""
+
+ITEM_DELTAS = f"{LAID_OUT}/item_deltas"
 
 WHOLE = "all"
-"""The one partition of a copied profile table."""
+"""The one partition of what is not cut in time: a copied profile table, the deltas of items."""
 
 SHARDS = 16
 """Largest number of tasks that fold items; each takes its share of the buckets."""
@@ -93,12 +94,11 @@ def build_partitions(
     impressions: Mapping[str, int],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, PartitionCounts]:
-    """Build these partitions in Ray tasks, and commit them together: one atomic commit per table.
+    """Build these partitions on Ray Data, and commit them together: one atomic commit per table.
 
     A task holds the states of one bucket, the rows of a group of small partitions or of one that is larger, and the
     profiles and counts of the items that its rows name; so memory is bounded by these times the tasks that run at once
-    (``settings.at_once``), whatever the size of the object store, which only ever holds the deltas of items in these
-    partitions.
+    (``settings.at_once``).
 
     Args:
         partitions: consecutive, oldest first.
@@ -112,7 +112,8 @@ def build_partitions(
             committed then.
         UnreadableError: a file of a log cannot be read; it is named.
     """
-    with _laid_out(settings, partitions, progress) as by_bucket:
+    with _scratch(settings.root):
+        by_bucket = _laid_out(settings, partitions, progress)
         files = _fold_all_items(by_bucket, partitions, earlier, progress)
         _commit(settings, ITEM_AGGREGATES, item_aggregates_schema(settings.schema), partitions, files)
         calls = [(by_bucket, bucket, partitions, earlier) for bucket in range(settings.buckets)]
@@ -135,27 +136,40 @@ def _fold_all_items(
     """Count every bucket of users' items, exchange the counts by bucket of items, and fold them."""
     shards = min(settings.buckets, SHARDS)
     buckets = [(settings, bucket, partitions, shards) for bucket in range(settings.buckets)]
-    counted: list[list[Any]] = [[] for _ in buckets]
-    with closing(ended(_count_items, buckets, settings.at_once, shards)) as tasks:
-        for done, (bucket, shares) in enumerate(tasks, start=1):
-            counted[bucket] = shares
-            progress("buckets counted", done, settings.buckets)
+    counted, _ = _gathered(settings, _count_items, buckets, "buckets counted", [WHOLE], progress)
+    deltas = counted[ITEM_DELTAS, WHOLE]
     calls = [
-        (settings, shard, shards, partitions, earlier, *(own[shard] for own in counted)) for shard in range(shards)
+        (
+            settings,
+            shard,
+            shards,
+            partitions,
+            earlier,
+            [file for file in deltas if file.partition["bucket"] == str(shard)],
+        )
+        for shard in range(shards)
     ]
     return _gathered(settings, _fold_items, calls, "shares of items", partitions, progress)[0]
 
 
 @contextmanager
+def _scratch(root: str) -> Iterator[None]:
+    """What a build writes for itself goes when it ends; what a killed one left, when the next one begins."""
+    clear_copies(root)
+    try:
+        yield
+    finally:
+        clear_copies(root)
+
+
 def _laid_out(
     settings: BuildSettings, partitions: Sequence[str], progress: Callable[[str, int, int], None]
-) -> Iterator[BuildSettings]:
+) -> BuildSettings:
     """Settings whose tables are all laid out by (dt, bucket).
 
     A user's own table that is not is read once, hashed by user, and written by bucket; else every bucket would have
-    to read it whole. The copies are deleted in the end; those of a killed build, when the next one begins.
+    to read it whole.
     """
-    clear_copies(settings.root)
     roles = []
     for role in (*settings.schema.logs, *(["users"] if "users" in settings.tables else [])):
         if settings.tables[role].is_bucketed():
@@ -163,27 +177,22 @@ def _laid_out(
         else:
             roles.append(role)
     if not roles:
-        yield settings
-        return
+        return settings
     slices = {role: list(partitions) if role != "users" else [WHOLE] for role in roles}
     calls = [(settings, role, dt) for role in roles for dt in slices[role]]
-    try:
-        what = "slices of tables laid out by user"
-        files, _ = _gathered(settings, _spread, calls, what, [*partitions, WHOLE], progress)
-        tables = dict(settings.tables)
-        for role in roles:
-            root = f"{settings.root}/{LAID_OUT}/{role}"
-            schema = partitioned(list(_layout(settings.tables[role])))
-            copied = {dt: files.get((role, dt), []) for dt in slices[role]}
-            replace_partitions(root, copied, schema, settings.storage_options)
-            tables[role] = Table(role, root, {}, settings.storage_options)
-        yield replace(settings, tables=tables)
-    finally:
-        clear_copies(settings.root)
+    files, _ = _gathered(settings, _spread, calls, "slices of tables laid out by user", [*partitions, WHOLE], progress)
+    tables = dict(settings.tables)
+    for role in roles:
+        root = f"{settings.root}/{LAID_OUT}/{role}"
+        schema = partitioned(list(_layout(settings.tables[role])))
+        copied = {dt: files.get((role, dt), []) for dt in slices[role]}
+        replace_partitions(root, copied, schema, settings.storage_options)
+        tables[role] = Table(role, root, {}, settings.storage_options)
+    return replace(settings, tables=tables)
 
 
 def clear_copies(root: str) -> None:
-    """Delete the copies of the user's tables that a build, or a killed one, left below the builder's tables."""
+    """Delete what a build, or a killed one, wrote for itself below the builder's tables."""
     store, path = file_system(root)
     if store.get_file_info(f"{path}/{LAID_OUT}").type != fs.FileType.NotFound:
         store.delete_dir(f"{path}/{LAID_OUT}")
@@ -197,21 +206,24 @@ def _gathered(
     partitions: Sequence[str],
     progress: Callable[[str, int, int], None],
 ) -> tuple[Files, dict[str, PartitionCounts]]:
-    """Run tasks; what they wrote, by (table, partition), and what they counted."""
+    """Run a plan; what its tasks wrote, by (table, partition) in the order of the calls, and what they counted."""
+    from features.builder.plan import planned  # Ray Data takes a second to import
+
+    results: dict[int, list[Written]] = {}
+    with closing(planned(what, function, calls, settings.at_once)) as tasks:
+        for number, written in tasks:
+            results[number] = written
+            progress(what, len(results), len(calls))
     files: Files = {}
     counts = {partition: PartitionCounts() for partition in partitions}
-    with closing(ended(function, calls, settings.at_once)) as tasks:
-        for done, (_, (written,)) in enumerate(tasks, start=1):
-            for one in result_of(written):
-                if one.file is not None:
-                    files.setdefault((one.table, one.partition), []).append(one.file)
-                counts[one.partition] += one.counts
-            progress(what, done, len(calls))
+    for written in (one for number in range(len(calls)) for one in results[number]):
+        if written.file is not None:
+            files.setdefault((written.table, written.partition), []).append(written.file)
+        counts[written.partition] += written.counts
     return files, counts
 
 
 def _commit(settings: BuildSettings, table: str, schema: pa.Schema, partitions: Sequence[str], files: Files) -> None:
-    # tasks end in any order; the reader's order of files must not hang on it
     written = {one: sorted(files.get((table, one), []), key=lambda file: file.path) for one in partitions}
     replace_partitions(settings.table_root(table), written, schema, settings.storage_options)
 
@@ -249,17 +261,21 @@ def _spread(settings: BuildSettings, role: str, dt: str) -> list[Written]:
     for portion in table.portions(table.scan(partitions), SPREAD_ROWS, partitions):
         marked = portion.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
         for (bucket,), part in marked.partition_by("bucket", as_dict=True).items():
-            content = part.select(names).to_arrow(compat_level=pl.CompatLevel.oldest())
+            content = arrow(part.select(names))
             one = _write(settings, f"{LAID_OUT}/{role}", dt, int(bucket), content, {})
             written.append(replace(one, table=role))
     return written
 
 
-def _count_items(settings: BuildSettings, bucket: int, partitions: Sequence[str], shards: int) -> Any:
-    """What a bucket of users adds to the counts of items, by share of the buckets of items."""
+def _count_items(settings: BuildSettings, bucket: int, partitions: Sequence[str], shards: int) -> list[Written]:
+    """Write what a bucket of users adds to the counts of items, by share of the buckets of items."""
     parts = pl.concat(item_deltas(settings, bucket, partitions))
-    shares = [parts.filter(pl.col("bucket") % shards == shard) for shard in range(shards)]
-    return shares if shards > 1 else shares[0]
+    shares = [parts.filter(pl.col("bucket") % shards == shard).drop("bucket") for shard in range(shards)]
+    return [
+        # a share without rows too: it has the layout of all
+        Written(ITEM_DELTAS, WHOLE, _file(settings, ITEM_DELTAS, WHOLE, shard, arrow(share)), {})
+        for shard, share in enumerate(shares)
+    ]
 
 
 def _fold_items(
@@ -268,15 +284,16 @@ def _fold_items(
     shards: int,
     partitions: Sequence[str],
     earlier: Sequence[str],
-    *parts: pl.DataFrame,
+    deltas: Sequence[DataFile],
 ) -> list[Written]:
     """Fold a share of the buckets of items."""
-    every = pl.concat(parts)
+    rows = pl.DataFrame(read_files(settings.table_root(ITEM_DELTAS), deltas, settings.storage_options))
+    rows = rows.with_columns(bucket_column(pl.col("item_id"), settings.buckets).alias("bucket"))
     return [
         _write(settings, ITEM_AGGREGATES, partition, bucket, content, {})
         for bucket in range(shard, settings.buckets, shards)
         for partition, content in fold_items(
-            settings, bucket, every.filter(pl.col("bucket") == bucket), partitions, earlier
+            settings, bucket, rows.filter(pl.col("bucket") == bucket), partitions, earlier
         )
     ]
 
@@ -294,8 +311,10 @@ def _fold_users(
 def _write(
     settings: BuildSettings, table: str, partition: str, bucket: int, content: pa.Table, counts: Mapping[str, int]
 ) -> Written:
-    file = None
-    if content.num_rows:
-        where = {"dt": partition, "bucket": str(bucket)}
-        file = write_file(settings.table_root(table), content, where, settings.storage_options)
+    file = _file(settings, table, partition, bucket, content) if content.num_rows else None
     return Written(table, partition, file, dict(counts))
+
+
+def _file(settings: BuildSettings, table: str, partition: str, bucket: int, content: pa.Table) -> DataFile:
+    where = {"dt": partition, "bucket": str(bucket)}
+    return write_file(settings.table_root(table), content, where, settings.storage_options)

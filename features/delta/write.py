@@ -78,6 +78,12 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition), _times(rows))
 
 
+def read_files(root: str, files: Iterable[DataFile], options: Mapping[str, str]) -> pa.Table:
+    """The rows of files that :func:`write_file` wrote below a table's root, visible or not, in the order given."""
+    store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
+    return pa.concat_tables(pq.read_table(file.path, filesystem=store, partitioning=None) for file in files)
+
+
 def _times(rows: pa.Table) -> tuple[int, int] | None:
     """Least and largest ``ts``, where all rows have one."""
     ts = rows["ts"] if "ts" in rows.column_names else pa.chunked_array([], pa.int64())

@@ -9,6 +9,7 @@ from features.errors import CorankError
 from pipeline.records import LogRecord
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.evaluation import EVALUATION
+from pipeline.stages.refit import REFIT
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
 
@@ -20,11 +21,13 @@ class ChampionRecord(LogRecord):
     Attributes:
         number: of its version in the registry.
         model: version of its content.
+        judged: version of the content that was judged; another, where it was refitted.
         outcome: as it is told to a user.
     """
 
     number: int = 0
     model: str = ""
+    judged: str = ""
     promoted: bool = False
     outcome: str = ""
 
@@ -33,7 +36,7 @@ class Champion(Stage[ChampionRecord]):
     """The challenger in MLflow's registry; champion when it passed its gate."""
 
     name = "champion"
-    depends = ("evaluation",)
+    depends = ("evaluation", "refit")
     record = ChampionRecord
     trains = True
     kinds = ("mlflow",)
@@ -51,6 +54,7 @@ class Champion(Stage[ChampionRecord]):
         config, partitions = workspace.config, workspace.partitions
         challenger = workspace.records.require(CHALLENGER, CHALLENGER.key(workspace))
         evaluation = workspace.records.require(EVALUATION, key)
+        published = workspace.records.require(REFIT, REFIT.key(workspace))
         with workspace.progress.stage(self.name) as stage:
             stage.say("registering in MLflow")
             registry = workspace.registry
@@ -60,25 +64,27 @@ class Champion(Stage[ChampionRecord]):
                 for name, value in entry.items()
                 if isinstance(value, float)
             }
-            known = [v for v in registry.versions() if v.tags.get("content") == challenger.version]
+            known = [v for v in registry.versions() if v.tags.get("content") == published.version]
             if known:
                 version = registry.judged(known[0].number, key)
             else:
                 flat = {
                     f"{section}.{name}": value
-                    for section in ("model", "training", "split")
+                    for section in ("model", "training", "holdout")
                     for name, value in config.model_dump(mode="json")[section].items()
                 }
                 run = registry.log_run(
-                    f"{config.name}-{challenger.version}",
-                    challenger.version,
+                    f"{config.name}-{published.version}",
+                    published.version,
                     {**flat, "partitions": f"{partitions[0]} … {partitions[-1]}", "code": challenger.code},
                     metrics,
                     challenger.history,
-                    challenger.artifact,
+                    published.artifact,
                 )
                 tags = {
-                    "content": challenger.version,
+                    "content": published.version,
+                    "judged": challenger.version,
+                    "started from": str(challenger.warm_start or "scratch"),
                     "evaluation": key,
                     "partition": partitions[-1],
                     "trained": max(challenger.partitions),
@@ -86,7 +92,7 @@ class Champion(Stage[ChampionRecord]):
                 unmeasured = [task for task, entry in evaluation.tasks.items() if entry["auc"] is None]
                 if unmeasured:
                     tags["no test AUC of"] = ", ".join(unmeasured)
-                version = registry.register(challenger.artifact, run, tags)
+                version = registry.register(published.artifact, run, tags)
             if evaluation.passed:
                 registry.promote(version.number)
                 outcome = f"version {version.number} is champion"
@@ -95,7 +101,8 @@ class Champion(Stage[ChampionRecord]):
             record = ChampionRecord(
                 inputs=key,
                 number=version.number,
-                model=challenger.version,
+                model=published.version,
+                judged=challenger.version,
                 promoted=evaluation.passed,
                 outcome=outcome,
                 **workspace.lineage(),

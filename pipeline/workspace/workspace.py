@@ -28,7 +28,8 @@ class Workspace:
 
     Args:
         until: use the log up to this partition; default: the newest closed one.
-        warm_start: begin training with the champion, on what came after its own training.
+        warm_start: begin training with the champion, on what it has not trained on.
+        from_scratch: train from scratch although a retraining of the same partitions is there.
         as_of: a record's lineage: the log is read as it was then, not as it is now.
     """
 
@@ -39,9 +40,11 @@ class Workspace:
         until: str | None = None,
         warm_start: bool = False,
         as_of: Mapping[str, Any] | None = None,
+        from_scratch: bool = False,
     ) -> None:
         self.config, self.progress = config, progress
         self.until, self.warm_start, self.as_of = until, warm_start, as_of
+        self.from_scratch = from_scratch
         self.records = Records(config.path("records"))
 
     @cached_property

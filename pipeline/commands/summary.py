@@ -51,9 +51,8 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
         for task, entry in evaluation.tasks.items():
             console.print(f"{task:<11} {classes_text(entry)}")
     challenger = records.read(CHALLENGER, CHALLENGER.key(workspace))
-    if challenger:
-        if warning := few_steps(challenger.history):
-            console.print(f"warning     {warning}")
+    if challenger and (warning := few_steps(challenger.history)):
+        console.print(f"warning     {warning}")
     champion, deployment = records.read(CHAMPION, key), records.read(DEPLOYMENT, CURRENT)
     if champion:
         console.print(f"model       {config.name} {champion.model}: {champion.outcome}")

@@ -306,8 +306,8 @@ def test_a_number_is_finite_or_missing() -> None:
     values = pl.DataFrame({"x": [1.0, float("inf"), float("-inf"), float("nan"), 1e39, None]})
     plain, log_scaled = (FieldSpec(name="x", kind="number", scale=scale) for scale in ("linear", "log"))
     assert values.select(encode(plain, pl.col("x")))["x"].to_list() == [1.0, None, None, None, None, None]
-    below = pl.DataFrame({"x": [-1.0, -2.0, 0.0]})
-    assert below.select(encode(log_scaled, pl.col("x")))["x"].to_list() == [None, None, 0.0]
+    below = pl.DataFrame({"x": [-1.0, -2.0, 0.0, 1e39]})  # too large on any scale
+    assert below.select(encode(log_scaled, pl.col("x")))["x"].to_list() == [None, None, 0.0, None]
 
 
 def test_numbers_that_are_not_finite_are_counted_and_read_as_missing(tmp_path: Path) -> None:

@@ -206,6 +206,19 @@ def test_context_codes() -> None:
     assert as_columns == dict(zip(names, [hash_id("true"), 1.0, [hash_id("dark")]], strict=True))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_context_column_may_be_of_several_kinds_at_once(order: int) -> None:
+    features = (
+        Feature(name="hour", side="context", kind="number"),
+        Feature(name="hour_id", column="hour", side="context"),
+        Feature(name="part", column="hour", side="context", kind="category", vocabulary=("3", "true")),
+    )
+    schema = SCHEMA.model_copy(update={"features": features[::order]})
+    for value, codes in ((3, [3.0, hash_id("3"), 1]), (True, [1.0, hash_id("true"), 2])):
+        found = encode_context(schema, {"hour": value})
+        assert [found[feature_column(feature)] for feature in features] == codes
+
+
 def test_answer(client: TestClient, settings: ServingSettings) -> None:
     response = client.post("/v1/rank", json=body(candidates=[2, "1", 9, 2]))
     assert response.status_code == 200, response.text

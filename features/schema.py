@@ -395,5 +395,5 @@ def partition_bounds(partition: str, grain: Grain) -> tuple[int, int]:
         raise ValueError(f"partition {partition!r} is not {article} {grain}: it is written like {example}")
     if grain == "week" and start.weekday() != 0:
         raise ValueError(f"partition {partition!r} is not a Monday; weeks begin on Monday, like {example}")
-    close = start + GRAIN_LENGTH[grain]
-    return int(start.timestamp()) * SECOND, int(close.timestamp()) * SECOND
+    opening = int(start.timestamp()) * SECOND
+    return opening, opening + GRAIN_LENGTH[grain] // timedelta(microseconds=1)  # of 9999-12-31, too

@@ -24,7 +24,7 @@ from features.delta.columns import partition_column, read, read_type, reads_as, 
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
 from features.delta.paths import address
 from features.encoding import bucket_column
-from features.errors import CorankError, UnreadableError, first_line
+from features.errors import CorankError, DataGateError, UnreadableError, first_line
 from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
@@ -171,7 +171,11 @@ class Table:
         return self.grain is not None and self.partition_column() is None
 
     def partitions(self) -> list[str]:
-        """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt."""
+        """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt.
+
+        Raises:
+            DataGateError: partitions are cut from ``ts``, and one is beyond all calendars.
+        """
         column = self.partition_column()
         if column is not None:
             return sorted({str(part[column]) for part in self.delta().partitions() if part[column] is not None})
@@ -180,7 +184,13 @@ class Table:
         found: set[str] = set()
         unclear = []
         for path, extent in self._extents().items():
-            names = {partition_of(moment, self.grain) for moment in extent} if extent is not None else set()
+            try:
+                names = {partition_of(moment, self.grain) for moment in extent or ()}
+            except (ValueError, OverflowError):
+                raise DataGateError(
+                    f"table {self.name} at {self.uri}: a ts of file {path} is no time of the years 1 to 9999; correct "
+                    "it, or cast it to microseconds UTC"
+                ) from None
             if len(names) == 1:
                 found |= names
             else:

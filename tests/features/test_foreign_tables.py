@@ -18,7 +18,7 @@ from features.builder.states import SAMPLES, BuildSettings
 from features.delta.columns import partition_column
 from features.delta.table import Table
 from features.encoding import encode, hash_id
-from features.errors import UnreadableError
+from features.errors import DataGateError, UnreadableError
 from features.schema import (
     SECOND,
     Aggregate,
@@ -67,6 +67,16 @@ def written(folder: Path, name: str, frame: pl.DataFrame, by: list[str] | None =
 def test_a_partition_is_called_exactly_what_its_grain_writes(name: str, grain: Grain) -> None:
     with pytest.raises(ValueError, match="it is written like"):
         partition_bounds(name, grain)
+
+
+def test_the_last_day_of_all_is_a_partition_and_a_time_beyond_is_named(tmp_path: Path) -> None:
+    opening, close = partition_bounds("9999-12-31", "day")
+    assert close - opening == DAY
+    for ts in (close, -(2**60), 2**62):
+        rows = pl.DataFrame({"user_id": ["a"], "ts": [ts]})
+        table = written(tmp_path, f"at {ts}", rows, grain="day")
+        with pytest.raises(DataGateError, match=r"table .* a ts of file .* is no time of the years 1 to 9999"):
+            table.partitions()
 
 
 @pytest.mark.parametrize("grain", ["hour", "day", "week"])

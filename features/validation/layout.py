@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -163,8 +164,8 @@ def _problem_of_condition(condition: str, kinds: Mapping[str, Any]) -> str:
         return f"is not valid SQL ({reason}{'; ' if of else ''}{of}; ids are text)"
     if result.dtype != pl.Boolean:
         return f"gives {str(result.dtype).lower()}, not true or false"
-    if len(result) and expression.meta.root_names():  # one value of no rows at all
-        return "aggregates rows, but must say of each row by itself whether it counts"
+    if OTHER_ROWS.search(QUOTED.sub("", str(expression))):
+        return "looks at other rows, but must say of each row by itself whether it counts"
     return ""
 
 
@@ -174,6 +175,13 @@ def _names_in(condition: str, kinds: Mapping[str, Any]) -> list[str]:
     except pl.exceptions.PolarsError:
         return []
 
+
+OTHER_ROWS = re.compile(
+    r"\.(over|rank|shift|sum|mean|median|quantile|max|min|count|first|last|len|std|var|n_unique|cum_\w+)\(|\blen\(\)"
+)
+"""How Polars writes aggregates and windows. Over the rows of a bucket they would mean nothing."""
+
+QUOTED = re.compile(r'"[^"]*"')
 
 Accepts = Callable[[pa.DataType], bool]
 

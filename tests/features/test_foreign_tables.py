@@ -481,7 +481,11 @@ def test_decimals_are_numbers_and_dates_ids_by_their_iso_text(tmp_path: Path) ->
         ("action = ", "is not valid SQL"),
         ("kind = 'buy'", "reads kind, but there are only"),
         ("bucket = '0'", "reads bucket, but there are only"),
-        ("MAX(seconds) > 1", "aggregates rows"),
+        ("MAX(seconds) > 1", "looks at other rows"),
+        ("seconds > AVG(seconds)", "looks at other rows"),
+        ("COUNT(*) > 1", "looks at other rows"),
+        ("SUM(seconds) OVER (PARTITION BY user_id) > 1", "looks at other rows"),
+        ("RANK() OVER (ORDER BY ts) > 1", "looks at other rows"),
     ],
 )
 def test_a_condition_is_checked_for_its_type(tmp_path: Path, condition: str, problem: str) -> None:
@@ -495,6 +499,22 @@ def test_a_condition_is_checked_for_its_type(tmp_path: Path, condition: str, pro
         (finding,) = check_tables(tables, schema)
         assert problem in finding.message
         assert f"of {what}" in finding.message
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "TRUE",
+        "action = 'max(1)' OR action LIKE 'w%' OR action IN ('buy', 'watch')",
+        "ROUND(COALESCE(seconds, 0)) BETWEEN 1 AND 2 AND LENGTH(action) > 2",
+        "CASE WHEN seconds > 1 THEN GREATEST(seconds, 2) > 1 ELSE FALSE END",
+        "LOWER(SUBSTR(action, 1, 2)) = 'wa' AND NOT user_id IN ('1') AND seconds IS NOT NULL",
+    ],
+)
+def test_a_condition_on_each_row_by_itself_passes(tmp_path: Path, condition: str) -> None:
+    tables = write_world(tmp_path, seed=4)
+    sequence = with_field("item_id").model_copy(update={"where": condition})
+    assert not check_tables(tables, SCHEMA.model_copy(update={"sequences": (sequence,)}))
 
 
 def test_a_condition_that_fails_on_values_stops_their_partition(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from pyarrow import fs
 
 from features.delta.paths import address
 from features.errors import CorankError, first_line
+
+DATA_FILE = re.compile(r"part-[0-9a-f]{32}\.parquet")
+"""Names of the files that :func:`write_file` writes."""
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from pipeline.interrupts import interruptible
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -32,38 +34,43 @@ UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. De
 
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
-    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
-    from features.errors import causes, known_cause, message_of
-    from pipeline.runtime import insistent_interrupts, quiet, stop_ray
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C and SIGTERM neither."""
+    from pipeline.runtime import quiet, stop_ray
 
     quiet()
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with insistent_interrupts():
+    with interruptible() as interrupts:
+        try:
             yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        known = known_cause(error)
-        if known is not None:
-            _fail(str(known), known.exit_code, debug)
-        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
-        where = "".join(f"{note}: " for note in notes[:1])
-        _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
-    except BaseException as error:  # Ctrl-C, and Dagster's own name for it
-        if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
+        except (typer.Exit, typer.Abort):
             raise
-        typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
-        stop_ray()
+        except Exception as error:
+            if not interrupts.came:  # else it is what became of the interrupt
+                _report(error, debug)
+        except BaseException:
+            if not interrupts.came:
+                raise
+        finally:
+            interrupts.hold()
+            try:
+                stop_ray()
+            finally:
+                if interrupts.came:
+                    sys.stdout.flush()
+                    interrupts.leave()
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _report(error: Exception, debug: bool) -> NoReturn:
+    from features.errors import causes, known_cause, message_of
+
+    known = known_cause(error)
+    if known is not None:
+        _fail(str(known), known.exit_code, debug)
+    notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+    where = "".join(f"{note}: " for note in notes[:1])
+    _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         import traceback
 

@@ -169,6 +169,8 @@ def _open_home(home: Path) -> None:
 
 
 def _opens(home: Path) -> bool:
+    if not home.is_dir():
+        return False
     try:
         _open_home(home)
     except (SQLAlchemyError, CommandError, OSError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from features.schema import Declaration
 
@@ -36,6 +36,12 @@ class ServingConfig(Declaration):
     max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
     max_body_bytes: int = Field(MOST_BODY_BYTES, ge=1, description="a larger body of a request is answered 413")
     missing_context: MissingContext = Field("error", description="what a column is that a request's context lacks")
+
+    @field_validator("host")
+    @classmethod
+    def _host_has_no_brackets(cls, host: str) -> str:
+        """An address of IPv6 may be written as in a URL."""
+        return host.removeprefix("[").removesuffix("]")
 
     @property
     def admitted(self) -> int:

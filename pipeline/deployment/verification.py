@@ -17,6 +17,7 @@ from features.builder.states import BuildSettings
 from features.errors import CorankError
 from features.schema import Schema
 from features.validation import quarantine
+from features.validation.rules import is_finite
 from models.artifact import load_artifact
 from models.selfcheck import TOLERANCE, require_selfcheck
 from pipeline.evaluation.scoring import score_rows
@@ -96,8 +97,13 @@ def asked_again(build: BuildSettings, partition: str, moment: int, limit: int) -
 
 
 def raw_contexts(schema: Schema, impressions: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Raw context by request id, as the first candidate has it: what a caller of the endpoint sends."""
+    """Raw context by request id, as the first candidate has it: what a caller of the endpoint sends.
+
+    A number that is not finite is missing, and JSON has no such number.
+    """
     sources = list(dict.fromkeys(feature.source for feature in schema.side("context")))
     position = [name for name in ("position", "item_id") if name in impressions.columns]
     first = impressions.sort(position).unique("request_id", keep="first", maintain_order=True)
+    numbers = dict.fromkeys(feature.source for feature in schema.side("context") if feature.kind == "number")
+    first = first.with_columns(pl.when(is_finite(pl.col(name))).then(name).alias(name) for name in numbers)
     return {str(row["request_id"]): {name: row[name] for name in sources} for row in first.iter_rows(named=True)}

@@ -233,6 +233,8 @@ def serves_already(workspace: Workspace) -> bool:
     options = workspace.config.serving
     if is_free(options.host, options.port):
         return False
+    if not is_free(options.host, 0):  # no address of this machine, where nobody can be asked
+        require_free(options.host, options.port)
     try:
         with RankingClient(endpoint_url(options.host, options.port), timeout=10.0) as client:
             model = client.model()["model_version"]

@@ -193,10 +193,9 @@ def test_unknown_by_the_time_of_the_request_reads_as_unknown(settings: ServingSe
     [
         ({"device": ["ios"]}, "context.device"),
         ({"hour": "3"}, "context.hour"),
-        ({"hour": True}, "context.hour"),
         ({"hour": 1e300}, "context.hour"),
         ({"modes": "dark"}, "context.modes"),
-        ({"modes": ["dark", None]}, "context.modes.1"),
+        ({"modes": ["dark", {}]}, "context.modes.1"),
         ({"other": 1}, "context.other"),
     ],
 )
@@ -210,6 +209,21 @@ def test_context_codes() -> None:
     codes = encode_context(SCHEMA, {"device": 42, "hour": None, "modes": None})
     names = [feature_column(feature) for feature in SCHEMA.side("context")]
     assert codes == dict(zip(names, [hash_id("42"), None, []], strict=True))
+    as_columns = encode_context(SCHEMA, {"device": True, "hour": True, "modes": ["dark", None]})
+    assert as_columns == dict(zip(names, [hash_id("true"), 1.0, [hash_id("dark")]], strict=True))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_context_column_may_be_of_several_kinds_at_once(order: int) -> None:
+    features = (
+        Feature(name="hour", side="context", kind="number"),
+        Feature(name="hour_id", column="hour", side="context"),
+        Feature(name="part", column="hour", side="context", kind="category", vocabulary=("3", "true")),
+    )
+    schema = SCHEMA.model_copy(update={"features": features[::order]})
+    for value, codes in ((3, [3.0, hash_id("3"), 1]), (True, [1.0, hash_id("true"), 2])):
+        found = encode_context(schema, {"hour": value})
+        assert [found[feature_column(feature)] for feature in features] == codes
 
 
 def test_answer(client: TestClient, settings: ServingSettings) -> None:
@@ -665,6 +679,19 @@ def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
             start(settings, port=port)
 
 
+def own_address() -> str:
+    """This machine's address of the network, as others reach it; on a machine without any, loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+OWN_ADDRESS = own_address()
+
+
 @pytest.fixture
 def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
@@ -683,6 +710,7 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("::1", "http://[::1]:{}"),
         ("::", "http://[::1]:{}"),
         ("localhost", "http://localhost:{}"),
+        (OWN_ADDRESS, f"http://{OWN_ADDRESS}:{{}}"),
     ],
 )
 def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host: str, url: str) -> None:
@@ -691,6 +719,10 @@ def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host
         with RankingClient(endpoint_url(host, port)) as client:
             assert client.healthz() == {"status": "ok"}
     assert asked == ["/healthz"]
+
+
+def test_an_address_of_ipv6_may_be_written_as_in_a_url() -> None:
+    assert ServingConfig(host="[::1]").host == "::1"
 
 
 def test_other_machines_are_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch, proxies: None) -> None:

@@ -24,7 +24,7 @@ from models.protocol import RankingModel
 from models.registry import rebuild_model
 
 SCHEMA_VERSION = 2
-REMEDY = "remove the folder and run again to write it anew, or roll back (`corank models`)"
+REMEDY = "`corank repair` restores it from MLflow's copy, or drops it, so that `corank run` trains again"
 
 
 @dataclass
@@ -93,6 +93,36 @@ def load_artifact(directory: str | Path) -> Artifact:
         if path.name in sums
     }
     return Artifact(model.eval(), schema, _version(sums), metadata)
+
+
+def problem_of_artifact(directory: str | Path) -> str | None:
+    """What is wrong with an artifact's files, all of which are read; None when they are as they were written."""
+    directory = Path(directory)
+    try:
+        sums = _sums(directory)
+        for name in sums:
+            _verify(directory, name, sums)
+    except CorankError as error:
+        return str(error)
+    return None
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether all files of an artifact are there; what they hold is not read."""
+    directory = Path(directory)
+    try:
+        return all((directory / name).is_file() for name in _sums(directory))
+    except CorankError:
+        return False
+
+
+def version_of(directory: str | Path) -> str:
+    """Version of an artifact's content, without loading it.
+
+    Raises:
+        CorankError: it is none.
+    """
+    return _version(_sums(Path(directory)))
 
 
 def read_document(directory: str | Path, stem: str) -> Any:

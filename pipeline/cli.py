@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from pipeline.commands import endpoint, run
+from pipeline.commands import endpoint, run, upkeep
 from pipeline.commands.features import features_app
 from pipeline.commands.imports import import_app
 from pipeline.commands.models import models_app
@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped by a data-validation gate.",
 )
-for command in (run.run, run.retrain, run.validate, endpoint.serve, endpoint.query, run.status):
+for command in (run.run, run.retrain, run.validate, endpoint.serve, endpoint.query, run.status, upkeep.repair):
     app.command()(command)
 app.add_typer(import_app, name="import")
 app.add_typer(models_app, name="models")

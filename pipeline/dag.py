@@ -16,6 +16,7 @@ import dagster as dg
 from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
+from features.damage import problem_of_database
 from features.errors import DataGateError
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
@@ -148,6 +149,8 @@ def _open_home(home: Path) -> None:
 
 
 def _opens(home: Path) -> bool:
+    if any(problem_of_database(path) for path in home.rglob("*.db")):
+        return False
     try:
         _open_home(home)
     except (SQLAlchemyError, CommandError, OSError):

@@ -330,9 +330,10 @@ class RankingService:
         """What the ranker serves, asked anew each time; also proves that the store can be read.
 
         Raises:
-            CorankError: the store lacks what the model reads.
+            CorankError: the store lacks what the model reads, or does not answer.
         """
-        await self._open()
+        _, reader = await self._open()
+        await _in_thread(self._reading, lambda: reader.user(""))
         return await self._described()
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:

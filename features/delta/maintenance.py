@@ -204,8 +204,8 @@ def _read(table: Table, file: DataFile, columns: list[str] | None = None) -> pa.
         return pq.ParquetFile(file.path, filesystem=_store(table)).read(columns=columns)  # takes nested columns too
     except (OSError, pa.ArrowException) as error:
         raise CorankError(
-            f"table {table.name} at {table.uri}: cannot read {file.path}: {error}. Delete the record of partition "
-            f"{file.partition['dt']} under records/samples and run again to rebuild it."
+            f"table {table.name} at {table.uri}: cannot read {file.path}: {error}. `corank repair`, then "
+            "`corank run`, build it again."
         ) from error
 
 

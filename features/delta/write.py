@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +23,9 @@ from pyarrow import fs
 
 from features.delta.paths import address
 from features.errors import CorankError, first_line
+
+WRITTEN = re.compile(r"part-[0-9a-f]{32}-([0-9a-f]{32})\.parquet$")
+"""How files are named: by nobody else, and by the digest of all their bytes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,6 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
         partition: partition column → value, e.g. ``{"dt": "2026-01-05", "bucket": "3"}``.
     """
     directory = "/".join(f"{column}={value}" for column, value in partition.items())
-    path = f"{directory}/part-{uuid.uuid4().hex}.parquet"
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
     store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
@@ -67,15 +71,30 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     ]
     # no value comes twice, so a dictionary of them is only work
     plain = [path for name, path, _ in leaves if name.endswith("__event_id")]
-    with store.open_output_stream(path) as sink:
-        pq.write_table(
-            rows,
-            sink,
-            compression="zstd",
-            use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
-            column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
-        )
-    return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition), _times(rows))
+    content = pa.BufferOutputStream()
+    pq.write_table(
+        rows,
+        content,
+        compression="zstd",
+        use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
+        column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
+    )
+    written = content.getvalue().to_pybytes()
+    path = f"{directory}/part-{uuid.uuid4().hex}-{_digest(written)}.parquet"
+    # through Arrow's buffer, as deltalake's stream takes nothing but plain bytes
+    with store.open_output_stream(path, buffer_size=len(written) + 1) as sink:
+        sink.write(written)
+    return DataFile(path, len(written), rows.num_rows, dict(partition), _times(rows))
+
+
+def is_as_written(path: str, content: bytes) -> bool:
+    """Whether a file that :func:`write_file` wrote has all the bytes it had; others' files name no digest."""
+    named = WRITTEN.search(path)
+    return named is None or named[1] == _digest(content)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_files(root: str, files: Iterable[DataFile], options: Mapping[str, str]) -> pa.Table:

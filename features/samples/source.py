@@ -71,7 +71,7 @@ class SampleSource:
         except (OSError, pa.ArrowException) as error:
             raise CorankError(
                 f"table samples at {self.root}: cannot read {file}: {error}. "
-                "Delete its partition's record under records/samples and run again to rebuild it."
+                "`corank repair`, then `corank run`, build it again."
             ) from error
         return between(rows.cast(pa.schema([full.field(name) for name in columns])), self.low, self.high)
 

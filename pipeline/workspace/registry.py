@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from features.damage import problem_of_database
 from features.errors import CorankError
 from features.schema import Schema
 from pipeline.config import Config
@@ -27,12 +28,13 @@ WHOLE = int.from_bytes(b"rank")
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A registered version. ``number`` counts from 1; ``artifact`` is its directory."""
+    """A registered version. ``number`` counts from 1; ``artifact`` is its directory, ``run`` the id of its run."""
 
     number: int
     artifact: str
     tags: dict[str, str]
     aliases: tuple[str, ...]
+    run: str = ""
 
     def lineage(self) -> dict[str, Any]:
         """What it was made from.
@@ -47,7 +49,7 @@ class ModelVersion:
         except CorankError as error:
             raise CorankError(
                 f"model version {self.number} at {self.artifact}: its lineage cannot be read ({error}), so what it "
-                "still needs is unknown. Restore the artifact, or promote another version (`corank models list`)."
+                "still needs is unknown. `corank repair` restores the artifact or drops it."
             ) from error
 
 
@@ -60,12 +62,18 @@ def local_database(folder: Path) -> str:
     path = folder / "mlflow.db"
     uri = f"sqlite:///{sqlalchemy_path(folder) / path.name}"
     with locked(folder / "mlflow.lock"):
+        damage = problem_of_database(path) if path.exists() and path.stat().st_size else None
+        if damage:
+            raise CorankError(
+                f"MLflow's database {path} {damage}. Restore it from a backup, or `corank repair`, which makes it "
+                "again from the records and the artifacts."
+            )
         if path.exists() and not _is_whole(path) and (problem := _problem_of(path)):
             if _may_hold_content(path):
                 raise CorankError(
                     f"MLflow's database {path} cannot be opened: {problem}. If another version of MLflow wrote it, "
-                    f"`mlflow db upgrade {uri}`; if it is damaged, restore it from a backup, or move it away: "
-                    "its versions are lost then, and `corank run` registers a new first one."
+                    f"`mlflow db upgrade {uri}`; else restore it from a backup, or move it away: the next `corank run` "
+                    "makes it again from the records and the artifacts."
                 )
             remove(path)
         if not path.exists():
@@ -137,7 +145,7 @@ def published_schema(artifact: str) -> Schema | None:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise CorankError(
             f"model {artifact}: what it reads is unknown, as model.yaml cannot be read ({error}), so nothing can be "
-            "registered beside it. Restore the artifact, or remove it if it is not served."
+            "registered beside it. `corank repair` restores the artifact or drops it."
         ) from error
 
 
@@ -236,7 +244,7 @@ class ModelRegistry:
         except MlflowException:
             known = ", ".join(str(version.number) for version in self.versions()) or "none"
             raise CorankError(f"model {self.name} has no version {number}; there are: {known}") from None
-        return ModelVersion(number, str(entry.source), dict(entry.tags), tuple(entry.aliases))
+        return ModelVersion(number, str(entry.source), dict(entry.tags), tuple(entry.aliases), str(entry.run_id))
 
     def champion(self, alias: str = CHAMPION) -> ModelVersion | None:
         """The version that carries the alias, or None."""
@@ -249,6 +257,10 @@ class ModelRegistry:
             self.client.set_registered_model_alias(self.name, PREVIOUS, str(before.number))
         self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         return version
+
+    def drop(self, number: int) -> None:
+        """Forget a version, and the aliases that it carries; its number is not given again."""
+        self.client.delete_model_version(self.name, str(number))
 
     def rollback(self) -> ModelVersion:
         """Make the champion before this one the champion again.

@@ -41,5 +41,5 @@ def test_a_challenger_that_an_earlier_version_called_candidate_is_read(tmp_path:
 def test_a_record_whose_values_are_of_another_kind_is_named_with_what_to_do(tmp_path: Path) -> None:
     records = Records(str(tmp_path))
     records.put("samples", "2026-01-05", {"inputs": "a", "candidates": "many"})
-    with pytest.raises(CorankError, match=r"record .*samples/2026-01-05.json is damaged .*candidates.* Remove it"):
+    with pytest.raises(CorankError, match=r"record .*samples/2026-01-05.json is damaged .*candidates.*corank repair"):
         records.read(SAMPLES, "2026-01-05")

@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from features.errors import CorankError
+from features.errors import CorankError, writing
 from features.schema import Schema
 from models.protocol import RankingModel
 from models.registry import rebuild_model
@@ -43,6 +44,9 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
     Args:
         documents: file stem → JSON content, e.g. ``metrics``, ``lineage``, ``selfcheck``.
 
+    Raises:
+        NoSpaceError
+
     Returns:
         its version: 12 hex digits of the digest of weights and description.
     """
@@ -51,7 +55,18 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, scratch / "model.safetensors")
+    with writing(target, sum(tensor.nbytes for tensor in weights.values())):
+        sums = _write(scratch, model, weights, documents)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(scratch, target)
+    return _version(sums)
+
+
+def _write(
+    scratch: Path, model: RankingModel, weights: Mapping[str, Tensor], documents: Mapping[str, Any]
+) -> dict[str, str]:
+    """All files of an artifact, the digests last; returns these."""
+    save_file(dict(weights), scratch / "model.safetensors")
     description = {
         "schema_version": SCHEMA_VERSION,
         "config": model.describe(),
@@ -64,9 +79,7 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
         )
     sums = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
     (scratch / "SHA256SUMS").write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(scratch, target)
-    return _version(sums)
+    return sums
 
 
 def load_artifact(directory: str | Path) -> Artifact:

@@ -17,7 +17,7 @@ from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
 from features.damage import problem_of_database
-from features.errors import DataGateError
+from features.errors import DataGateError, no_space
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
 from pipeline.stages import STAGES
@@ -153,7 +153,9 @@ def _opens(home: Path) -> bool:
         return False
     try:
         _open_home(home)
-    except (SQLAlchemyError, CommandError, OSError):
+    except (SQLAlchemyError, CommandError, OSError) as error:
+        if no_space(error):
+            raise
         return False
     return (home / "dagster.yaml").is_file()
 

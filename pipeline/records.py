@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from features.delta.paths import file_system
 from features.digest import digest
-from features.errors import CorankError
+from features.errors import CorankError, writing
 
 FORMER_NAMES = {"challenger": "candidate"}
 """What stages were called by earlier versions; the records of that time are still read."""
@@ -190,12 +190,13 @@ class Records:
         document = {**content, "recorded_at": datetime.now(UTC).isoformat(timespec="seconds")}
         document = json.loads(json.dumps(document, default=str))  # as it will be read
         text = json.dumps({**document, CHECKSUM: digest(document)}, indent=1, sort_keys=True).encode()
-        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        if isinstance(self.fs, fs.LocalFileSystem):
-            _write_durably(Path(path), text)
-        else:
-            with self.fs.open_output_stream(path) as stream:
-                stream.write(text)
+        with writing(path, len(text)):
+            self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            if isinstance(self.fs, fs.LocalFileSystem):
+                _write_durably(Path(path), text)
+            else:
+                with self.fs.open_output_stream(path) as stream:
+                    stream.write(text)
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -22,7 +22,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.delta.paths import address
-from features.errors import CorankError, first_line
+from features.errors import CorankError, first_line, writing
 
 WRITTEN = re.compile(r"part-[0-9a-f]{32}-([0-9a-f]{32})\.parquet$")
 """How files are named: by nobody else, and by the digest of all their bytes."""
@@ -82,7 +82,10 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     written = content.getvalue().to_pybytes()
     path = f"{directory}/part-{uuid.uuid4().hex}-{_digest(written)}.parquet"
     # through Arrow's buffer, as deltalake's stream takes nothing but plain bytes
-    with store.open_output_stream(path, buffer_size=len(written) + 1) as sink:
+    with (
+        writing(f"{root}/{path}", len(written)),
+        store.open_output_stream(path, buffer_size=len(written) + 1) as sink,
+    ):
         sink.write(written)
     return DataFile(path, len(written), rows.num_rows, dict(partition), _times(rows))
 
@@ -181,9 +184,11 @@ def committing(root: str) -> Iterator[None]:
 
     Raises:
         CorankError: another writer changed the same files meanwhile, and came first.
+        NoSpaceError
     """
     try:
-        yield
+        with writing(f"{root}/_delta_log"):
+            yield
     except CommitFailedError as error:
         raise CorankError(
             f"table at {root}: another writer changed it meanwhile, so nothing was committed ({first_line(error)}). "

@@ -29,11 +29,14 @@ UntilOption = Annotated[
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of a failure.")]
 UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. Default: the one the config names.")]
 
+_loaded: list[Config] = []
+"""The configs of this command; a full disk is one that they name."""
+
 
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
     """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
-    from features.errors import causes, known_cause, message_of
+    from features.errors import NoSpaceError, causes, known_cause, message_of, no_space
     from pipeline.runtime import insistent_interrupts, quiet, stop_ray
 
     def interrupt(*_: Any) -> None:
@@ -47,11 +50,14 @@ def guarded(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
+        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+        where = "".join(f"{note}: " for note in notes[:1])
+        if full := no_space(error):
+            said = str(full) if isinstance(full, NoSpaceError) else message_of(full)
+            _fail(f"{where}{said}\n{_free_space()}\nThe same command goes on from here.", 1, debug)
         known = known_cause(error)
         if known is not None:
             _fail(str(known), known.exit_code, debug)
-        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
-        where = "".join(f"{note}: " for note in notes[:1])
         _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
     except BaseException as error:  # Ctrl-C, and Dagster's own name for it
         if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
@@ -61,6 +67,19 @@ def guarded(debug: bool) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
         stop_ray()
+
+
+def _free_space() -> str:
+    """How much is free where this command writes."""
+    import shutil
+    import tempfile
+
+    places = {tempfile.gettempdir(): "temporary files, and Ray's"}
+    if _loaded:
+        places[str(_loaded[-1].local_path())] = "the workspace's local files"
+        places[_loaded[-1].path()] = "the workspace"
+    free = {place: shutil.disk_usage(place).free for place in places if Path(place).exists()}
+    return "Free: " + ", ".join(f"{free[one] / 1e6:,.1f} MB at {one} ({places[one]})" for one in free)
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -80,7 +99,8 @@ def load(path: Path) -> Config:
     """
     from pipeline.config import load_config
 
-    return load_config(path)
+    _loaded.append(load_config(path))
+    return _loaded[-1]
 
 
 def open_workspace(config: Config, until: str | None = None, as_of: Path | None = None) -> Workspace:

@@ -15,7 +15,7 @@ import torch
 from pyarrow import fs
 
 from features.delta.paths import file_system
-from features.errors import CorankError
+from features.errors import CorankError, writing
 
 KEPT = 2
 STATE, SUMS = "state.pt", "SHA256SUMS"
@@ -62,16 +62,19 @@ class Checkpoints:
         folder = self.folder(epoch)
         if epoch in self._epochs():
             self.fs.delete_dir(folder)
-        self.fs.create_dir(folder, recursive=True)
         with tempfile.TemporaryFile() as local:
-            torch.save(state, local)
+            with writing(tempfile.gettempdir()):
+                torch.save(state, local)
+            size = local.tell()
             local.seek(0)
             digest = hashlib.file_digest(local, "sha256").hexdigest()
             local.seek(0)
-            with self.fs.open_output_stream(f"{folder}/{STATE}") as stream:
-                shutil.copyfileobj(local, stream, 1 << 20)
-        with self.fs.open_output_stream(f"{folder}/{SUMS}") as stream:
-            stream.write(f"{digest}  {STATE}\n".encode())
+            with writing(folder, size):
+                self.fs.create_dir(folder, recursive=True)
+                with self.fs.open_output_stream(f"{folder}/{STATE}") as stream:
+                    shutil.copyfileobj(local, stream, 1 << 20)
+                with self.fs.open_output_stream(f"{folder}/{SUMS}") as stream:
+                    stream.write(f"{digest}  {STATE}\n".encode())
         for old in self._epochs()[:-KEPT]:
             self.fs.delete_dir(self.folder(old))
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from features.damage import problem_of_database
-from features.errors import CorankError
+from features.errors import CorankError, no_space
 from features.schema import Schema
 from pipeline.config import Config
 from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
@@ -113,6 +113,8 @@ def _problem_of(path: Path) -> str:
         try:
             _open_database(copy)
         except Exception as error:  # of a half-made one MLflow and its migrations raise anything
+            if no_space(error):
+                raise
             return f"{type(error).__name__}: {error}".splitlines()[0]
         os.replace(copy, path)
     return ""

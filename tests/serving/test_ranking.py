@@ -25,7 +25,7 @@ from starlette.responses import PlainTextResponse
 from features.batch import collate
 from features.delta.table import Table
 from features.encoding import hash_id
-from features.errors import CorankError
+from features.errors import CorankError, without_trace
 from features.sample_table import concatenate, feature_column, sample_schema
 from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
@@ -33,7 +33,7 @@ from features.store.reader import History, OnlineReader
 from models.artifact import save_artifact
 from models.registry import build_model
 from serving.client import NoEndpointError, RankingClient
-from serving.deploy import error_in, start
+from serving.deploy import start
 from serving.ports import endpoint_url
 from serving.proxy import JsonErrors
 from serving.ranking import Ranker, RankingService, build_api
@@ -490,8 +490,8 @@ def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() ->
     with pytest.raises(CorankError) as caught:
         load()
     trace = "".join(traceback.format_exception(caught.value))
-    assert error_in(f"The deployment failed.\n\x1b[36mray::Replica\x1b[39m\n{trace}") == str(caught.value)
-    assert error_in("ValueError: a\nb") == "ValueError: a\nb"
+    assert without_trace(f"The deployment failed.\n\x1b[36mray::Replica\x1b[39m\n{trace}") == str(caught.value)
+    assert without_trace("ValueError: a\nb") == "ValueError: a\nb"
 
 
 def test_overload_is_answered_at_once(settings: ServingSettings) -> None:

@@ -167,7 +167,7 @@ class Records:
         except (ValueError, TypeError) as error:
             raise DamagedRecordError(path, error) from error
         if document.pop(CHECKSUM, None) not in (None, digest(document)):
-            raise DamagedRecordError(path, "it is not what was written")
+            raise DamagedRecordError(path, "its checksum differs")
         return document
 
     def documents(self) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,6 @@ corank derived is taken away in such a way that the stages make it again; nothin
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pyarrow import fs
 
 from features.builder.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
@@ -25,6 +23,7 @@ from features.delta.table import Table
 from features.errors import CorankError
 from features.store.compare import differing
 from features.store.online import apply
+from features.validation.gate import damaged_settings
 from models.artifact import problem_of_artifact, read_document, version_of
 from pipeline.records import DamagedRecordError
 from pipeline.stages import STAGES
@@ -153,6 +152,7 @@ def _derived_tables(workspace: Workspace) -> Iterator[Damage]:
         stage: Any = VALIDATED if table.name == "quarantine" else SAMPLES
         again = f"{stage.name} of this partition is made again by the next run"
         try:
+            table.lost_files()
             damaged = table.damaged_files(whole=True)
         except CorankError as error:  # the Delta log: which files belong to the table is not known
             yield Damage(
@@ -196,8 +196,8 @@ def _registry(workspace: Workspace) -> Iterator[Damage]:
     path = workspace.config.local_path("mlflow", "mlflow.db")
     verdicts = workspace.records.all(CHAMPION)
     problem = problem_of_database(path) if path.exists() or verdicts else None
-    if problem is None and verdicts and not workspace.registry.versions():
-        problem = "has no versions, though records name some"
+    if problem is None and verdicts:
+        problem = _contradiction(workspace)
     if problem:
         yield Damage(
             str(path),
@@ -209,10 +209,26 @@ def _registry(workspace: Workspace) -> Iterator[Damage]:
         )
 
 
+def _contradiction(workspace: Workspace) -> str | None:
+    """What the registry says otherwise than the records do."""
+    versions = {version.number: version for version in workspace.registry.versions()}
+    if not versions:
+        return "has no versions, though records name some"
+    artifacts = {record.version: record.artifact for record in workspace.records.all(CHALLENGER).values()}
+    for verdict in workspace.records.all(CHAMPION).values():
+        version = versions.get(verdict.number)
+        if version is None or verdict.model not in artifacts:
+            continue
+        if (version.tags.get("content"), version.artifact) != (verdict.model, artifacts[verdict.model]):
+            return f"says otherwise of version {verdict.number} than its record"
+    return None
+
+
 def _make_registry(workspace: Workspace, path: Path) -> None:
-    if path.exists() and problem_of_database(path):
+    if path.exists() and (problem_of_database(path) or workspace.registry.versions()):
         path.replace(path.with_name(f"{path.name}.damaged"))
         remove_database(path)
+        workspace.close_registry()
     for record in workspace.records.all(CHALLENGER).values():
         _restore(workspace, Path(record.artifact))
     restore_versions(workspace)
@@ -419,23 +435,9 @@ def _dagster(workspace: Workspace) -> Iterator[Damage]:
 
 
 def _great_expectations(workspace: Workspace) -> Iterator[Damage]:
-    root = workspace.config.local_path("great_expectations", "gx")
-    for path in sorted([*root.rglob("*.json"), *root.rglob("*.yml")]):
-        try:
-            content = path.read_bytes().decode()
-            read = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
-            problem = None if isinstance(read, dict) else "is empty"
-        except (ValueError, yaml.YAMLError) as error:
-            problem = f"cannot be read ({' '.join(str(error).split())})"
-        if problem:
-            yield Damage(
-                str(path),
-                "settings or a result of Great Expectations",
-                problem,
-                "its page in the Data Docs" if "validations" in path.parts else NOTHING,
-                "removed; the next validation writes what it needs",
-                partial(remove, path),
-            )
+    for path, problem in damaged_settings(workspace.config.local_path("great_expectations")).items():
+        remedy = "removed; the next validation writes it from the config"
+        yield Damage(str(path), "settings of Great Expectations", problem, NOTHING, remedy, partial(remove, path))
 
 
 CHECKS: dict[str, Callable[[Workspace], Iterator[Damage]]] = {

@@ -49,6 +49,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # prints the trace of what it raises
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from pyarrow import fs
 from features.delta.columns import partition_column, read, read_type, reads_as, row_text, type_name
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
 from features.delta.paths import address, file_system
-from features.delta.write import is_as_written
+from features.delta.write import is_as_written, is_written_for
 from features.encoding import bucket_column
 from features.errors import CorankError, UnreadableError, first_line
 from features.schema import Grain, partition_bounds, partition_of
@@ -33,6 +33,10 @@ READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.Arrow
 """What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
 
 SHOWN_FILES = 5
+
+MISPLACED = "was written for another partition than the Delta log says"
+
+MENDED = "a table that corank derived is mended by `corank repair`"
 
 MADE_OF = {
     "updated_at": "every profile is valid from the beginning",
@@ -120,7 +124,7 @@ class Table:
             at = "" if self.version is None else f" at version {self.version}"
             raise UnreadableError(
                 f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({first_line(error)}); "
-                "restore its files in _delta_log; what corank derived, `corank repair` mends"
+                f"restore its files in _delta_log; {MENDED}"
             ) from error
         if unread:
             raise UnreadableError(
@@ -303,7 +307,7 @@ class Table:
                 for one in broken
             ]
             more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
-            remedy = "restore the files, or write their partition again; what corank derived, `corank repair` mends"
+            remedy = f"restore the files, or write their partition again; {MENDED}"
             raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
 
     def damaged_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> list[DamagedFile]:
@@ -315,13 +319,23 @@ class Table:
         with ThreadPoolExecutor(16) as pool:
             problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
             broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
+        broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
         return sorted(broken, key=lambda one: (one.partition or "", one.path))
 
     def lost_files(self) -> list[DamagedFile]:
-        """The files that are gone, or of another size than the Delta log says; costs one listing of the table."""
+        """The files that are gone, or of another size than the Delta log says; costs one listing of the table.
+
+        Raises:
+            UnreadableError: the Delta log cannot be read, or a commit of it is empty, which Delta takes for no change.
+        """
         store, root = file_system(self.uri)  # lists several times faster than deltalake does
         entries = store.get_file_info(fs.FileSelector(root, recursive=True))
         sizes = {entry.path: entry.size for entry in entries if entry.type == fs.FileType.File}
+        for path, size in sizes.items():
+            if not size and path.startswith(f"{root}/_delta_log/") and path.endswith(".json"):
+                raise UnreadableError(
+                    f"table {self.name}: the Delta log of {self.uri} is damaged: {path} is empty; {MENDED}"
+                )
         problems = (
             (path, day, _problem_of_size(sizes.get(f"{root}/{path}"), size)) for path, size, day in self._files(None)
         )

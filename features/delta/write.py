@@ -96,6 +96,11 @@ def is_as_written(path: str, content: bytes) -> bool:
     return named is None or named[1] == _digest(content)
 
 
+def is_written_for(path: str, partition: str) -> bool:
+    """Whether a file that :func:`write_file` wrote lies where rows of this ``dt`` do."""
+    return WRITTEN.search(path) is None or path.startswith(f"dt={partition}/")
+
+
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from features.damage import problem_of_database
-from features.errors import CorankError, no_space
+from features.errors import CorankError, no_space, writing
 from features.schema import Schema
 from pipeline.config import Config
 from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
@@ -77,8 +77,19 @@ def local_database(folder: Path) -> str:
                 )
             remove(path)
         if not path.exists():
-            make_whole(path, _open_database)
+            with writing(path):
+                make_whole(path, _open_database)
     return uri
+
+
+def forget_connections() -> None:
+    """Have MLflow open its database anew: it keeps its connections by name, also to a file that has gone."""
+    from mlflow.store.model_registry import sqlalchemy_store as models
+    from mlflow.store.tracking import sqlalchemy_store as runs
+
+    for module in (models, runs):
+        for engine in module.SqlAlchemyStore._engine_map.values():
+            engine.dispose()
 
 
 def _open_database(path: Path) -> None:
@@ -163,7 +174,7 @@ class ModelRegistry:
 
         local = config.local_path("mlflow")
         self.uri = config.mlflow_uri or local_database(local)
-        self.name = config.name
+        self.name, self.place = config.name, config.mlflow_uri or str(local)
         self._artifacts = None if config.mlflow_uri else (local / "artifacts").as_uri()
         mlflow.set_tracking_uri(self.uri)
         self.client = MlflowClient(self.uri, self.uri)
@@ -180,7 +191,23 @@ class ModelRegistry:
         """Log a finished training as a run with its artifact directory; returns the run id.
 
         The same content is logged once: a finished run of it is found again.
+
+        Raises:
+            NoSpaceError
         """
+        size = sum(path.stat().st_size for path in Path(files).iterdir())
+        with writing(self.place, size):
+            return self._log_run(name, content, params, metrics, history, files)
+
+    def _log_run(
+        self,
+        name: str,
+        content: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        history: Sequence[Mapping[str, Any]],
+        files: str,
+    ) -> str:
         from mlflow.entities import Metric, Param
 
         experiment = self.client.get_experiment_by_name(self.name)
@@ -215,12 +242,13 @@ class ModelRegistry:
         """Register a new version."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            self.client.create_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        created = self.client.create_model_version(self.name, artifact, run_id, tags=dict(tags))
+        with writing(self.place):
+            try:
+                self.client.create_registered_model(self.name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            created = self.client.create_model_version(self.name, artifact, run_id, tags=dict(tags))
         return self.version(int(created.version))
 
     def judged(self, number: int, evaluation: str) -> ModelVersion:
@@ -255,9 +283,10 @@ class ModelRegistry:
     def promote(self, number: int) -> ModelVersion:
         """Make a version the champion and remember the one before it."""
         version, before = self.version(number), self.champion()
-        if before is not None and before.number != number:
-            self.client.set_registered_model_alias(self.name, PREVIOUS, str(before.number))
-        self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
+        with writing(self.place):
+            if before is not None and before.number != number:
+                self.client.set_registered_model_alias(self.name, PREVIOUS, str(before.number))
+            self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         return version
 
     def drop(self, number: int) -> None:

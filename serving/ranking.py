@@ -332,8 +332,7 @@ class RankingService:
         Raises:
             CorankError: the store lacks what the model reads, or does not answer.
         """
-        _, reader = await self._open()
-        await _in_thread(self._reading, lambda: reader.user(""))
+        await self._open()
         return await self._described()
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
@@ -430,8 +429,9 @@ class RankingService:
             if self._model is None or self._reader is None:
                 model = await self._described()
                 store = replace(self._settings.store, schema=model.schema)
-                self._reader = await _in_thread(self._reading, lambda: OnlineReader(store))
-                self._model = model
+                reader = await _in_thread(self._reading, lambda: OnlineReader(store))
+                await _in_thread(self._reading, lambda: reader.user(""))  # a lost store has its views, but no tables
+                self._reader, self._model = reader, model
             return self._model, self._reader
 
     async def _described(self) -> ModelDescription:

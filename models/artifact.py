@@ -116,7 +116,7 @@ def problem_of_artifact(directory: str | Path) -> str | None:
         for name in sums:
             _verify(directory, name, sums)
     except CorankError as error:
-        return str(error)
+        return str(error).removeprefix(f"model {directory}: ").removesuffix(f"; {REMEDY}")
     return None
 
 

@@ -249,6 +249,7 @@ def _models(workspace: Workspace) -> Iterator[Damage]:
         problem = problem_of_artifact(directory)
         if problem is None:
             continue
+        problem = f"is damaged ({problem})"
         version = versions.get(directory)
         aliases = f" ({', '.join(version.aliases)})" if version and version.aliases else ""
         holds = f"model version {version.number}{aliases}" if version else "a model"
@@ -272,7 +273,7 @@ def _models(workspace: Workspace) -> Iterator[Damage]:
             yield Damage(
                 str(copy),
                 "MLflow's copy of a model",
-                problem,
+                f"is damaged ({problem})",
                 NOTHING,
                 "copied again from the model, or removed where that is gone",
                 partial(_copy_again, workspace, copy),

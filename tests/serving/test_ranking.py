@@ -515,6 +515,15 @@ def test_a_store_that_does_not_answer_is_named_and_may_be_asked_again(settings: 
             assert gone.store.redis in response.json()["error"]["message"]
 
 
+def test_a_service_whose_online_store_is_lost_is_not_healthy(settings: ServingSettings, tmp_path: Path) -> None:
+    lost = replace(settings, store=replace(settings.store, sqlite_path=str(tmp_path / "online.db")))
+    service = RankingService(lost, InProcess(Ranker(lost)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        response = client.get("/healthz")
+    assert response.status_code == 503
+    assert lost.store.sqlite_path in response.json()["error"]["message"]
+
+
 def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(settings: ServingSettings) -> None:
     one_each = replace(settings, options=ServingConfig(max_ongoing_requests=1, max_queued_requests=0))
     service = RankingService(one_each, InProcess(Ranker(one_each)))  # type: ignore[arg-type]

@@ -200,9 +200,10 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def allowed_keys(key: str, model: type[BaseModel]) -> str:
-    """What may stand in place of a key that there is not."""
+    """What may stand in place of a key that there is not; a declaration's ``former_keys`` name the new one."""
+    now = getattr(model, "former_keys", {}).get(key)
     close = difflib.get_close_matches(key, model.model_fields, n=1)
-    hint = f"Did you mean {close[0]!r}? " if close else ""
+    hint = f"It is called {now}. " if now else f"Did you mean {close[0]!r}? " if close else ""
     return f"{hint}Allowed: {', '.join(model.model_fields)}"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from features.schema import Feature, FieldSpec, Schema, Sequence, Task
 
@@ -85,14 +86,29 @@ def sample_schema(schema: Schema) -> pa.Schema:
 
 def between(rows: pa.Table, low: int, high: int) -> pa.Table:
     """Rows with only the requests of ``low ≤ ts < high``; rows without any are left out."""
-    requests = pa.concat_arrays(rows["requests"].chunks) if rows.num_rows else None
-    if requests is None:
+    if not rows.num_rows:
         return rows
-    flat = requests.flatten()
-    inside = pc.and_(pc.greater_equal(flat.field("ts"), low), pc.less(flat.field("ts"), high))
-    kept = np.concatenate([[0], np.cumsum(inside.to_numpy(zero_copy_only=False))])
-    offsets = kept[list_offsets(requests)]
-    rows = _with_requests(rows, offsets, flat.filter(inside))
+    ts = column_of(rows, "requests").flatten().field("ts")
+    return _kept(rows, pc.and_(pc.greater_equal(ts, low), pc.less(ts, high)))
+
+
+def sampled_before(rows: pa.Table, moment: int, share: float, seed: int) -> pa.Table:
+    """Rows with all requests from a moment on, and about this share of those before it; the same for the same seed."""
+    if not rows.num_rows:
+        return rows
+    requests = column_of(rows, "requests").flatten()
+    ids = requests.field("request_id").to_pylist()
+    drawn = np.fromiter((xxhash.xxh64_intdigest(str(one).encode(), seed=seed) for one in ids), np.uint64, len(ids))
+    is_new = pc.greater_equal(requests.field("ts"), moment)
+    return _kept(rows, pc.or_(is_new, pa.array(drawn < share * 2.0**64)))
+
+
+def _kept(rows: pa.Table, wanted: Any) -> pa.Table:
+    """Rows with only the wanted requests of all, without rows that have none."""
+    lists = column_of(rows, "requests")
+    kept = np.concatenate([[0], np.cumsum(wanted.to_numpy(zero_copy_only=False))])
+    offsets = kept[list_offsets(lists)]
+    rows = _with_requests(rows, offsets, lists.flatten().filter(wanted))
     return rows.filter(pa.array(np.diff(offsets) > 0))
 
 

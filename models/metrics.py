@@ -17,7 +17,11 @@ from features.errors import CorankError
 
 @dataclass(frozen=True)
 class TaskMetrics:
-    """Metrics of one task; None where a class, or every label, is missing. ``*_share``: groups with both classes."""
+    """Metrics of one task; None where a class, or every label, is missing. ``*_share``: groups with both classes.
+
+    ``normalised_entropy`` is the logloss in units of that of the constant prediction ``positives``; ``predicted`` the
+    mean probability, so that positives ÷ predicted is the calibration.
+    """
 
     auc: float | None
     uauc: float | None
@@ -28,6 +32,8 @@ class TaskMetrics:
     positives: float | None
     user_share: float | None
     query_share: float | None
+    predicted: float | None = None
+    normalised_entropy: float | None = None
 
     def as_dict(self) -> dict[str, float | None]:
         return asdict(self)
@@ -114,6 +120,8 @@ def task_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarra
     by_query, _, query_share = grouped_auc(labels, probabilities, requests)
     clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
     logloss = -(labels * np.log(clipped) + (1 - labels) * np.log1p(-clipped)).mean()
+    rate = float(labels.mean())
+    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)) if 0 < rate < 1 else 0.0
     return TaskMetrics(
         auc=whole,
         uauc=float(by_user.mean()) if len(by_user) else None,
@@ -121,9 +129,11 @@ def task_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarra
         query_auc=float(by_query.mean()) if len(by_query) else None,
         logloss=float(logloss),
         impressions=len(labels),
-        positives=float(labels.mean()),
+        positives=rate,
         user_share=user_share,
         query_share=query_share,
+        predicted=float(probabilities.astype(np.float64).mean()),
+        normalised_entropy=float(logloss / entropy) if entropy else None,
     )
 
 

@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -22,7 +23,8 @@ from features.validation import ValidationRules
 from models.config import ModelConfig
 from pipeline.evaluation.settings import EvaluationConfig
 from pipeline.runtime import RayConfig
-from pipeline.training.settings import SplitConfig, TrainingConfig
+from pipeline.training.settings import HoldoutConfig, RetrainingConfig, TrainingConfig
+from pipeline.trigger import TriggerConfig
 from serving.settings import ServingConfig
 
 PROFILES: tuple[Literal["users", "items"], ...] = ("users", "items")
@@ -81,6 +83,10 @@ class FeastConfig(Declaration):
 class Config(Declaration):
     """Everything one pipeline needs to know."""
 
+    former_keys: ClassVar[Mapping[str, str]] = {
+        "split": "holdout, and takes partitions, a duration or a share: {test: 1 partition, validation: 0.1}"
+    }
+
     name: Name = Field(description="name of the pipeline; also of its registered model")
     workspace: str = Field(description="where corank writes: a local folder or s3:// prefix")
     local: str | None = Field(None, description="local folder for SQLite files; default: the workspace")
@@ -95,10 +101,12 @@ class Config(Declaration):
     features: tuple[Feature, ...]
     sequences: tuple[Sequence, ...]
     tasks: tuple[Task, ...]
-    split: SplitConfig = SplitConfig()
+    holdout: HoldoutConfig = HoldoutConfig()
     validation: ValidationRules = ValidationRules()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    retraining: RetrainingConfig = RetrainingConfig()
+    trigger: TriggerConfig = TriggerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     serving: ServingConfig = ServingConfig()
     feast: FeastConfig = FeastConfig()

@@ -14,6 +14,7 @@ from typing import Any
 
 import dagster as dg
 from alembic.util import CommandError
+from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 from sqlalchemy.exc import SQLAlchemyError
 
 from features.damage import problem_of_database
@@ -29,6 +30,8 @@ CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
 LOG_PARTITION = "log_partition"
 RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 SHOWN_NOTES = 20
+WORKSPACE = "corank/workspace"
+"""Tag of the runs in the process of a command."""
 
 
 def build_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
@@ -131,13 +134,22 @@ def open_instance(config: Config) -> dg.DagsterInstance:
             home.rename(aside)
         if not home.exists():
             make_whole(home, _make_home)
+        _configure(home)
     return dg.DagsterInstance.from_config(str(sqlalchemy_path(home)))
 
 
 def _make_home(home: Path) -> None:
     home.mkdir()
-    (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n", encoding="utf-8")
+    _configure(home)
     _open_home(home)
+
+
+def _configure(home: Path) -> None:
+    """Runs of the queue one at a time: two retrainings would meet at the workspace's lock."""
+    text = "telemetry:\n  enabled: false\nconcurrency:\n  runs:\n    max_concurrent_runs: 1\n"
+    path = home / "dagster.yaml"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def _open_home(home: Path) -> None:
@@ -168,12 +180,12 @@ def run_dag(workspace: Workspace, names: Sequence[str]) -> None:
     """
     chosen = set(names)
     partitioned = [stage for stage in STAGES if stage.partitioned]
-    tags = {}
+    tags = {WORKSPACE: str(workspace.config.local_path())}
     if any(stage.name in chosen for stage in partitioned):
         # Dagster orders what is selected only, and a stage that is up to date does nothing
         chosen |= {LOG_PARTITION, *(stage.name for stage in partitioned)}
         stale = [part for stage in partitioned for part in stage.stale(workspace)]
-        tags = {RANGE_START: min(stale), RANGE_END: workspace.partitions[-1]}
+        tags |= {RANGE_START: min(stale), RANGE_END: workspace.partitions[-1]}
     with open_instance(workspace.config) as instance:
         dg.materialize(
             build_assets(workspace),
@@ -183,3 +195,18 @@ def run_dag(workspace: Workspace, names: Sequence[str]) -> None:
             resources={},
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
+
+
+def close_killed_runs(config: Config) -> int:
+    """Tell Dagster of the runs whose command was killed that they have ended; returns how many there were.
+
+    Only for who has this workspace alone. What Dagster's own processes run is left to them.
+    """
+    if not os.environ.get("DAGSTER_HOME") and not config.local_path("dagster").exists():
+        return 0
+    with open_instance(config) as instance:
+        ours = dg.RunsFilter(statuses=IN_PROGRESS_RUN_STATUSES, tags={WORKSPACE: str(config.local_path())})
+        runs = instance.get_runs(ours)
+        for run in runs:
+            instance.report_run_failed(run, "The command was killed; what it had recorded is not done again.")
+    return len(runs)

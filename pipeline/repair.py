@@ -28,7 +28,7 @@ from models.artifact import problem_of_artifact, read_document, version_of
 from pipeline.records import DamagedRecordError
 from pipeline.stages import STAGES
 from pipeline.stages.challenger import CHALLENGER
-from pipeline.stages.champion import CHAMPION, restore_versions
+from pipeline.stages.champion import CHAMPION, published_models, restore_versions
 from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.feature_store import (
     FEATURE_STORE,
@@ -39,6 +39,7 @@ from pipeline.stages.feature_store import (
     store_problem,
     store_settings,
 )
+from pipeline.stages.refit import REFIT
 from pipeline.stages.samples import SAMPLES
 from pipeline.stages.validated import VALIDATED
 from pipeline.training.checkpoints import Checkpoints
@@ -214,7 +215,7 @@ def _contradiction(workspace: Workspace) -> str | None:
     versions = {version.number: version for version in workspace.registry.versions()}
     if not versions:
         return "has no versions, though records name some"
-    artifacts = {record.version: record.artifact for record in workspace.records.all(CHALLENGER).values()}
+    artifacts = {version: model.artifact for version, model in published_models(workspace).items()}
     for verdict in workspace.records.all(CHAMPION).values():
         version = versions.get(verdict.number)
         if version is None or verdict.model not in artifacts:
@@ -229,8 +230,8 @@ def _make_registry(workspace: Workspace, path: Path) -> None:
         path.replace(path.with_name(f"{path.name}.damaged"))
         remove_database(path)
         workspace.close_registry()
-    for record in workspace.records.all(CHALLENGER).values():
-        _restore(workspace, Path(record.artifact))
+    for model in published_models(workspace).values():
+        _restore(workspace, Path(model.artifact))
     restore_versions(workspace)
     versions = workspace.registry.versions()
     for copy in workspace.config.local_path("mlflow", "artifacts").glob("*/artifacts/model"):
@@ -242,7 +243,7 @@ def _make_registry(workspace: Workspace, path: Path) -> None:
 
 def _models(workspace: Workspace) -> Iterator[Damage]:
     root, records, registry = workspace.config.local_path("models"), workspace.records, workspace.registry
-    named = {Path(record.artifact) for record in records.all(CHALLENGER).values()}
+    named = {Path(model.artifact) for model in published_models(workspace).values()}
     versions = {Path(version.artifact): version for version in registry.versions()}
     lying = {path for path in root.iterdir() if not path.name.startswith(".")} if root.is_dir() else set()
     for directory in sorted(named | set(versions) | lying):
@@ -257,12 +258,12 @@ def _models(workspace: Workspace) -> Iterator[Damage]:
             restore = partial(_restore, workspace, directory)
             yield Damage(str(directory), holds, problem, NOTHING, "restored from MLflow's copy", restore)
             continue
-        current = records.read(CHALLENGER, CHALLENGER.key(workspace))
+        current = [records.read(CHALLENGER, CHALLENGER.key(workspace)), records.read(REFIT, REFIT.key(workspace))]
         remedy = "dropped"
         if version and CHAMPION_ALIAS in version.aliases:
             instead = _instead_of(workspace, version.number)
             remedy += f"; version {instead} is champion again" if instead else "; there is no other to be champion"
-        if current is not None and Path(current.artifact) == directory:
+        if any(one is not None and Path(one.artifact) == directory for one in current):
             lost, remedy = NOTHING, f"{remedy}; `corank run` trains it again"
         else:
             lost = "the model; its data or settings were others"
@@ -290,9 +291,8 @@ def _name_of(artifact: Path) -> str | None:
 
 def _copy_of(workspace: Workspace, directory: Path) -> Path | None:
     """A whole copy of a model that MLflow keeps with its run: of the version that its record names, if there is one."""
-    known = {
-        record.version for record in workspace.records.all(CHALLENGER).values() if record.artifact == str(directory)
-    }
+    models = published_models(workspace).items()
+    known = {version for version, model in models if model.artifact == str(directory)}
     copies = workspace.config.local_path("mlflow", "artifacts").glob("*/artifacts/model")
     whole = (one for one in copies if problem_of_artifact(one) is None and _name_of(one) == directory.name)
     return next((one for one in whole if not known or version_of(one) in known), None)
@@ -330,16 +330,21 @@ def _drop(workspace: Workspace, directory: Path) -> None:
         if CHAMPION_ALIAS in version.aliases and (instead := _instead_of(workspace, version.number)):
             registry.promote(instead)
         registry.drop(version.number)
+    gone = {version for version, model in published_models(workspace).items() if Path(model.artifact) == directory}
+    refits = records.all(REFIT)
     for key, trained in records.all(CHALLENGER).items():
-        if Path(trained.artifact) != directory:
-            continue
-        for other, verdict in records.all(CHAMPION).items():
-            if verdict.model == trained.version:
-                records.discard(CHAMPION, other)
-        for other, judged in records.all(EVALUATION).items():
-            if judged.model == trained.version:
-                records.discard(EVALUATION, other)
-        records.discard(CHALLENGER, key)
+        if trained.version in gone:
+            records.discard(CHALLENGER, key)
+            lives_on = any(one.judged == trained.version and one.version not in gone for one in refits.values())
+            for other, judged in records.all(EVALUATION).items():
+                if judged.model == trained.version and not lives_on:
+                    records.discard(EVALUATION, other)
+    for key, refit in refits.items():
+        if refit.version in gone:
+            records.discard(REFIT, key)
+    for key, verdict in records.all(CHAMPION).items():
+        if verdict.model in gone:
+            records.discard(CHAMPION, key)
     if directory.exists():
         remove(directory)
 

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,11 +42,13 @@ from models.artifact import load_artifact
 from models.memory import keep_freed_memory
 from models.scoring import score_batches
 from serving.bodies import BodyError, bounded_route
+from serving.proxy import ADMITTED
 from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
-from serving.settings import MOST_BODY_BYTES, ServingSettings
+from serving.settings import MOST_BODY_BYTES, ServingConfig, ServingSettings
 
 APPLICATION = "corank"
 
+NO_RANKER = "the model does not answer, its process has ended; try again"
 MOST_EVENTS = 10_000
 """Events of one push."""
 
@@ -150,8 +152,14 @@ class Service(Protocol):
     async def describe(self) -> ModelDescription: ...
 
 
-def build_api(service: Service, max_body_bytes: int = MOST_BODY_BYTES) -> FastAPI:
-    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``."""
+def build_api(
+    service: Service, max_body_bytes: int = MOST_BODY_BYTES, admitted: int = ServingConfig().admitted
+) -> FastAPI:
+    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``.
+
+    Args:
+        admitted: requests to rank, and pushes, that all replicas hold together; the proxy turns away what is more.
+    """
     api = FastAPI(title="corank")
     api.router.route_class = bounded_route(max_body_bytes)
 
@@ -170,7 +178,7 @@ def build_api(service: Service, max_body_bytes: int = MOST_BODY_BYTES) -> FastAP
         except Exception as error:
             LOG.exception("the model does not answer")
             return _error(503, "not_ready", None, _told(error))
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok"}, headers={ADMITTED: str(admitted)})
 
     @api.get("/v1/model")
     async def model() -> JSONResponse:
@@ -322,9 +330,11 @@ class RankingService:
         self._reader: OnlineReader | None = None
         self._writer: OnlineWriter | None = None
         self._admitted = {"rank": 0, "push": 0}
+        self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self, self._settings.options.max_body_bytes)
+        options = self._settings.options
+        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas)
 
     async def describe(self) -> ModelDescription:
         """What the ranker serves, asked anew each time; also proves that the store can be read.
@@ -363,7 +373,7 @@ class RankingService:
                     limits.missing_context,
                 ),
             )
-            scores: np.ndarray = await _answered(self._ranker.rank.remote(row.rows))
+            scores: np.ndarray = await self._ask(self._ranker.rank, row.rows)
             return answer(request, ts, row, model, scores)
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
@@ -435,25 +445,37 @@ class RankingService:
             return self._model, self._reader
 
     async def _described(self) -> ModelDescription:
-        description: ModelDescription = await _answered(self._ranker.describe.remote())
+        description: ModelDescription = await self._ask(self._ranker.describe)
         return description
 
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
+        """What a ranker answers. When one has ended, until another is there, nobody waits for it.
 
-async def _answered(call: Awaitable[Any]) -> Any:
-    """What a ranker answers.
+        Raises:
+            UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
+            Exception: what it raised, as it was raised there.
+        """
+        if self._missing is not None and not self._missing.done():
+            raise UnavailableError(NO_RANKER)
+        try:
+            return await method.remote(*arguments)
+        except (RayError, RayServeException) as failure:
+            error = raised(failure)
+            if not isinstance(error, (RayError, RayServeException)):
+                raise error from None
+            LOG.error("the model does not answer", exc_info=failure)
+            if self._missing is None or self._missing.done():
+                self._missing = asyncio.create_task(self._until_answered())
+            raise UnavailableError(NO_RANKER) from None
 
-    Raises:
-        UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
-        Exception: what it raised, as it was raised there.
-    """
-    try:
-        return await call
-    except (RayError, RayServeException) as failure:
-        error = raised(failure)
-        if not isinstance(error, (RayError, RayServeException)):
-            raise error from None
-        LOG.error("the model does not answer", exc_info=failure)
-        raise UnavailableError("the model does not answer, its process has ended; try again") from None
+    async def _until_answered(self) -> None:
+        """Wait for a ranker, as every request would in Ray's queue."""
+        while True:
+            try:
+                await self._ranker.describe.remote()
+                return
+            except (RayError, RayServeException):
+                await asyncio.sleep(0.2)
 
 
 async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:

@@ -27,6 +27,9 @@ from features.errors import CorankError, first_line, writing
 WRITTEN = re.compile(r"part-[0-9a-f]{32}-([0-9a-f]{32})\.parquet$")
 """How files are named: by nobody else, and by the digest of all their bytes."""
 
+DATA_FILE = re.compile(r"part-[0-9a-f]{32}\.parquet")
+"""Names of the files that :func:`write_file` writes."""
+
 
 @dataclass(frozen=True)
 class DataFile:

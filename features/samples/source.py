@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from features.delta.paths import address
 from features.errors import CorankError
-from features.sample_table import between, concatenate, cut, sample_schema
+from features.sample_table import between, concatenate, cut, sample_schema, sampled_before
 from features.schema import Schema
 
 READ_CPUS = 0.25
@@ -27,12 +27,28 @@ WINDOW_ROWS = 8_192
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Older requests that are read along, sampled.
+
+    Attributes:
+        partitions: that hold them.
+        share: of their requests that is read.
+        seed: of the draw, which is by request.
+    """
+
+    partitions: tuple[str, ...]
+    share: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class SampleSource:
     """The requests of ``low ≤ ts < high`` in some partitions of the sample table.
 
     Attributes:
         root: the Delta table.
         low, high: microseconds UTC; cuts are applied inside rows.
+        replay: what is read along of the requests before ``low``.
     """
 
     root: str
@@ -41,6 +57,7 @@ class SampleSource:
     low: int
     high: int
     storage_options: Mapping[str, str] = field(default_factory=dict)
+    replay: Replay | None = None
 
     def files(self) -> list[str]:
         """Files of the partitions in a stable order, each with one bucket of one partition."""
@@ -55,7 +72,8 @@ class SampleSource:
         table = DeltaTable(address(self.root), storage_options=dict(self.storage_options))
         actions = pa.table(table.get_add_actions(flatten=True))
         columns = (actions[name].to_pylist() for name in ("partition.dt", "partition.bucket", "path", "size_bytes"))
-        return sorted(row for row in zip(*columns, strict=True) if row[0] in self.partitions)
+        wanted = {*self.partitions, *(self.replay.partitions if self.replay else ())}
+        return sorted(row for row in zip(*columns, strict=True) if row[0] in wanted)
 
     def read(self, file: str) -> pa.Table:
         """Rows of one file within the cut.
@@ -73,7 +91,10 @@ class SampleSource:
                 f"table samples at {self.root}: cannot read {file}: {error}. "
                 "`corank repair`, then `corank run`, build it again."
             ) from error
-        return between(rows.cast(pa.schema([full.field(name) for name in columns])), self.low, self.high)
+        rows = rows.cast(pa.schema([full.field(name) for name in columns]))
+        if self.replay is None:
+            return between(rows, self.low, self.high)
+        return sampled_before(between(rows, 0, self.high), self.low, self.replay.share, self.replay.seed)
 
     def dataset(self, seed: int | None = None) -> Any:
         """A Ray Data set of the rows, in a stable order of files, shuffled when a seed is given."""

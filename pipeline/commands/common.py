@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from pipeline.interrupts import interruptible
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -29,44 +31,50 @@ UntilOption = Annotated[
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace of a failure.")]
 UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. Default: the one the config names.")]
 
+
 _loaded: list[Config] = []
 """The configs of this command; a full disk is one that they name."""
 
 
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
-    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
-    from features.errors import NoSpaceError, causes, known_cause, message_of, no_space
-    from pipeline.runtime import insistent_interrupts, quiet, stop_ray
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C and SIGTERM neither."""
+    from pipeline.runtime import quiet, stop_ray
 
     quiet()
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with insistent_interrupts():
+    with interruptible() as interrupts:
+        try:
             yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
-        where = "".join(f"{note}: " for note in notes[:1])
-        if full := no_space(error):
-            said = str(full) if isinstance(full, NoSpaceError) else message_of(full)
-            _fail(f"{where}{said}\n{_free_space()}\nThe same command goes on from here.", 1, debug)
-        known = known_cause(error)
-        if known is not None:
-            _fail(str(known), known.exit_code, debug)
-        _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
-    except BaseException as error:  # Ctrl-C, and Dagster's own name for it
-        if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
+        except (typer.Exit, typer.Abort):
             raise
-        typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
-        stop_ray()
+        except Exception as error:
+            if not interrupts.came:  # else it is what became of the interrupt
+                _report(error, debug)
+        except BaseException:
+            if not interrupts.came:
+                raise
+        finally:
+            interrupts.hold()
+            try:
+                stop_ray()
+            finally:
+                if interrupts.came:
+                    sys.stdout.flush()
+                    interrupts.leave()
+
+
+def _report(error: Exception, debug: bool) -> NoReturn:
+    from features.errors import NoSpaceError, causes, known_cause, message_of, no_space
+
+    notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+    where = "".join(f"{note}: " for note in notes[:1])
+    if full := no_space(error):
+        said = str(full) if isinstance(full, NoSpaceError) else message_of(full)
+        _fail(f"{where}{said}\n{_free_space()}\nThe same command goes on from here.", 1, debug)
+    known = known_cause(error)
+    if known is not None:
+        _fail(str(known), known.exit_code, debug)
+    _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
 
 
 def _free_space() -> str:
@@ -82,7 +90,7 @@ def _free_space() -> str:
     return "Free: " + ", ".join(f"{free[one] / 1e6:,.1f} MB at {one} ({places[one]})" for one in free)
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         import traceback
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from features.errors import CorankError
 from pipeline.commands.common import ConfigOption, DebugOption, UntilOption, guarded, load, open_workspace
 from pipeline.commands.endpoint import keep_serving
 
@@ -38,29 +39,77 @@ def run(
 
 def retrain(
     config: ConfigOption,
+    partition: Annotated[
+        str | None, typer.Option(help="Take new partitions up to this one, e.g. 2026-01-05. Default: all closed ones.")
+    ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Take all new partitions at once. Default: one after the other.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train from scratch, on all partitions or the config's training.window.")
+    ] = False,
+    backfill: Annotated[
+        str | None,
+        typer.Option(metavar="A..B", help="Take the new partitions from A to B, one after the other, and no others."),
+    ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Keep the endpoint up until Ctrl-C.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Take the next closed partition through the same DAG, starting from the champion's weights.
+    """Take new closed partitions through the same DAG, starting from the champion's weights and optimizer.
 
-    Late or corrected rows of partitions that were trained on rebuild samples and features, but train nothing again.
+    Each is first scored by the champion, then trained on but for its newest requests (retraining.holdout), by which
+    challenger and champion are judged; the next retraining trains on these first. Rows that came late to partitions
+    that were trained on rebuild samples and features; with retraining.late_rows they train from scratch.
     """
     with guarded(debug):
         from pipeline.retraining import next_retraining
         from pipeline.stages import pending
 
-        step = next_retraining(load(config))
-        typer.echo(step.says)
-        if serve or pending(step.workspace, step.training):
-            _execute(step.workspace, serve, step.training)
+        own = load(config)
+        first, last = _backfilled(backfill, partition)
+        said = ""
+        while True:
+            step = next_retraining(own, last, together, full)
+            newest = step.workspace.partitions[-1]
+            if first is not None and step.training and newest < first:
+                raise CorankError(
+                    f"--backfill {backfill}: partition {newest} comes before, and was not trained on yet; a retraining "
+                    "leaves none out"
+                )
+            typer.echo(step.says)
+            left = pending(step.workspace, step.training)
+            if left and step.says != said:
+                _execute(step.workspace, False, step.training)
+            if full or not left or step.says == said:
+                break
+            said = step.says
+        if serve:
+            _execute(step.workspace, True, step.training)
+
+
+def _backfilled(backfill: str | None, partition: str | None) -> tuple[str | None, str | None]:
+    """The first and the last partition to take.
+
+    Raises:
+        CorankError: the range is not written as A..B.
+    """
+    if backfill is None:
+        return None, partition
+    first, dots, last = backfill.partition("..")
+    if not (first and dots and last and first <= last) or partition is not None:
+        raise CorankError(
+            f"--backfill {backfill}: write the first and the last partition, e.g. 2026-01-05..2026-01-09, and leave "
+            "--partition out"
+        )
+    return first, last
 
 
 def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
     from pipeline.commands.summary import print_summary
+    from pipeline.leftovers import exclusive
     from pipeline.maintenance import retain
     from pipeline.stages import pending
     from pipeline.stages.deployment import DEPLOYMENT, serves_already
-    from pipeline.workspace import exclusive
     from serving.ports import require_free
 
     with exclusive(workspace.config):
@@ -110,8 +159,8 @@ def validate(
     """Run the Great Expectations gate alone and print what it found. Exit code 3 when it does not pass."""
     with guarded(debug):
         from features.errors import DataGateError
+        from pipeline.leftovers import exclusive
         from pipeline.stages.validated import VALIDATED
-        from pipeline.workspace import exclusive
 
         workspace = open_workspace(load(config))
         if partition is not None and partition not in workspace.partitions:

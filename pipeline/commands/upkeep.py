@@ -72,8 +72,8 @@ def compact(
     """
     with guarded(debug):
         from features.errors import ConfigError
+        from pipeline.leftovers import exclusive
         from pipeline.maintenance import compact_tables
-        from pipeline.workspace import exclusive
 
         if keep_hours == 0 and not yes:
             raise ConfigError(
@@ -100,7 +100,7 @@ def forget(
     """
     with guarded(debug):
         from pipeline import maintenance
-        from pipeline.workspace import exclusive
+        from pipeline.leftovers import exclusive
 
         workspace = open_workspace(load(config))
         with exclusive(workspace.config):
@@ -143,7 +143,7 @@ def retain(
     """
     with guarded(debug):
         from pipeline import maintenance
-        from pipeline.workspace import exclusive
+        from pipeline.leftovers import exclusive
 
         workspace = open_workspace(load(config))
         keep = workspace.config.retention.partitions

@@ -41,9 +41,15 @@ def compare(
     scored: Scored,
     baselines: Mapping[str, pl.DataFrame | None],
     champion: Scored | None,
+    since: int,
     resamples: int,
 ) -> dict[str, TaskReport]:
-    """Metrics of every task; challenger, baseline and champion judge the same impressions."""
+    """Metrics of every task; challenger, baseline and champion judge the same impressions.
+
+    Args:
+        since: the challenger is compared with the champion on requests from this ts on: those before, the champion
+            has trained on.
+    """
     reports = {}
     for index, task in enumerate(schema.tasks):
         known = scored.mask[:, index].astype(bool)
@@ -63,13 +69,18 @@ def compare(
             if beside["score"].null_count() or len(beside) != len(labels):
                 raise CorankError(f"evaluation: task {task.name}: baseline and model saw different impressions")
             other = beside["score"].to_numpy()
+        unseen = scored.ts[known] >= since
         rival = _champion_scores(scored, champion, index, known)
         reports[task.name] = TaskReport(
             metrics=task_metrics(labels, scores, users, requests),
             baseline=task_metrics(labels, other, users, requests) if other is not None else None,
             gain=auc_gain(labels, scores, other, users, resamples) if other is not None else None,
-            champion=task_metrics(labels, rival, users, requests) if rival is not None else None,
-            champion_gain=auc_gain(labels, scores, rival, users, resamples) if rival is not None else None,
+            champion=task_metrics(labels[unseen], rival[unseen], users[unseen], requests[unseen])
+            if rival is not None
+            else None,
+            champion_gain=auc_gain(labels[unseen], scores[unseen], rival[unseen], users[unseen], resamples)
+            if rival is not None
+            else None,
         )
     return reports
 

@@ -11,8 +11,10 @@ import pyarrow as pa
 
 from features.errors import CorankError
 from features.samples.source import SampleSource
+from features.schema import Schema
 from models.artifact import load_artifact
 from models.memory import keep_freed_memory
+from models.metrics import task_metrics
 from models.protocol import RankingModel
 from models.scoring import score_batches
 
@@ -72,14 +74,16 @@ def _lists(values: np.ndarray) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
-def score_source(artifact: str, source: SampleSource, batch_candidates: int, batch_events: int) -> Scored:
+def score_source(
+    artifact: str, source: SampleSource, batch_candidates: int = 6_000, batch_events: int = 200_000
+) -> Scored:
     """Score every request of a source on Ray Data; no row is dropped.
 
     Raises:
         CorankError: there is nothing to score.
     """
     if not source.files():
-        raise CorankError("evaluation: no held-out requests; widen `split.test` or import more partitions")
+        raise CorankError("evaluation: no held-out requests; widen `holdout.test` or import more partitions")
     scored = source.dataset().map_batches(
         _score,
         fn_args=(artifact, batch_candidates, batch_events),
@@ -88,7 +92,7 @@ def score_source(artifact: str, source: SampleSource, batch_candidates: int, bat
     )
     blocks = [block for block in scored.iter_batches(batch_size=None, batch_format="pyarrow") if block.num_rows]
     if not blocks:
-        raise CorankError("evaluation: no held-out requests; widen `split.test` or import more partitions")
+        raise CorankError("evaluation: no held-out requests; widen `holdout.test` or import more partitions")
     table = pa.concat_tables(blocks).combine_chunks()
     tasks = len(source.schema.tasks)
 
@@ -108,3 +112,17 @@ def score_source(artifact: str, source: SampleSource, batch_candidates: int, bat
         matrix("mask"),
         matrix("scores"),
     )
+
+
+def scored_metrics(schema: Schema, scored: Scored) -> dict[str, dict[str, float | None]]:
+    """Metrics of every task over the impressions whose label is known.
+
+    Raises:
+        CorankError: a score is not finite.
+    """
+    metrics = {}
+    for index, task in enumerate(schema.tasks):
+        known = scored.mask[:, index].astype(bool)
+        labels, scores = scored.labels[known, index], scored.scores[known, index]
+        metrics[task.name] = task_metrics(labels, scores, scored.user_id[known], scored.request_id[known]).as_dict()
+    return metrics

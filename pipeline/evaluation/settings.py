@@ -18,3 +18,13 @@ class EvaluationConfig(Declaration):
         0.01, ge=0, allow_inf_nan=False, description="AUC below the champion on the same requests"
     )
     resamples: int = Field(200, ge=50, description="bootstrap resamples of users for the intervals")
+    refit: bool = Field(
+        True, description="a model trained from scratch that passed is also trained on what was held out, once"
+    )
+    refit_bound: float = Field(
+        0.2,
+        gt=0,
+        allow_inf_nan=False,
+        description="most that its mean prediction on the held-out requests may move by that, relatively; beyond, the "
+        "judged model is deployed",
+    )

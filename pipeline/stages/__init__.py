@@ -1,6 +1,7 @@
 """The stages of the DAG, from a log partition to a verified deployment.
 
-    log_partition → validated → samples → feature_store → challenger → evaluation → champion → deployment
+    log_partition → validated → samples → progressive_validation, feature_store → challenger → evaluation → refit
+        → champion → deployment
 
 A stage is an object (:class:`pipeline.stages.stage.Stage`) in a file of its own and an entry in ``STAGES``: the DAG,
 what is left to do, the status and the summary go through this list.
@@ -15,12 +16,24 @@ from pipeline.stages.champion import CHAMPION
 from pipeline.stages.deployment import DEPLOYMENT
 from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.feature_store import FEATURE_STORE
+from pipeline.stages.progressive_validation import PROGRESSIVE_VALIDATION
+from pipeline.stages.refit import REFIT
 from pipeline.stages.samples import SAMPLES
 from pipeline.stages.stage import Stage
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
 
-STAGES: list[Stage[Any]] = [VALIDATED, SAMPLES, FEATURE_STORE, CHALLENGER, EVALUATION, CHAMPION, DEPLOYMENT]
+STAGES: list[Stage[Any]] = [
+    VALIDATED,
+    SAMPLES,
+    PROGRESSIVE_VALIDATION,
+    FEATURE_STORE,
+    CHALLENGER,
+    EVALUATION,
+    REFIT,
+    CHAMPION,
+    DEPLOYMENT,
+]
 """In order: each comes after those that it depends on."""
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from features.digest import digest
 from features.errors import CorankError
-from pipeline.progress import Eta
 from pipeline.records import LogRecord
 from pipeline.runtime import ensure_ray
+from pipeline.stages.cuts import Cuts, cuts_from_scratch, cuts_of_retraining
+from pipeline.stages.fitting import fit, optimizer_states, publish
 from pipeline.stages.samples import FOREVER, SAMPLES, sample_source, trainable
 from pipeline.stages.stage import Stage
 from pipeline.stages.validated import require_validated
@@ -20,19 +22,14 @@ from pipeline.workspace import Workspace, close_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from features.samples.source import Replay
     from pipeline.workspace.registry import ModelVersion
 
-MODEL_SECTIONS = ("features", "sequences", "tasks", "model", "training", "split")
+MODEL_SECTIONS = ("features", "sequences", "tasks", "model", "training", "holdout")
 """Config sections that shape a training."""
 
-
-@dataclass(frozen=True)
-class Cuts:
-    """Chronological split by request ts: train < validation ≤ … < test ≤ …, microseconds UTC."""
-
-    train: int
-    validation: int
-    test: int
+REPLAYED_PARTITIONS = 4
+"""Older partitions out of which a retraining's replay is drawn; bounds what it reads."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,9 @@ class ChallengerRecord(LogRecord):
         version: of its content.
         history: what was measured in every epoch.
         partitions: those whose samples it was made from, and what these were made from.
-        trained_from: ts of the first request that it was trained on, microseconds UTC.
-        warm_start: number of the version it began with.
+        trained_from, trained_until: ts of the requests that it was trained on, microseconds UTC.
+        replay: older partitions out of which requests were mixed in, and the share of them.
+        warm_start: number of the version it began with; None: from scratch.
         checkpoint: folder of the training's checkpoints.
     """
 
@@ -56,6 +54,8 @@ class ChallengerRecord(LogRecord):
     partitions: dict[str, str] = field(default_factory=dict)
     cuts: Cuts = field(default_factory=lambda: Cuts(0, 0, 0))
     trained_from: int = 0
+    trained_until: int = 0
+    replay: dict[str, Any] = field(default_factory=dict)
     warm_start: int | None = None
     seed: int = 0
     pace: Pace = field(default_factory=lambda: Pace(0, 0, 0))
@@ -66,7 +66,7 @@ class Challenger(Stage[ChallengerRecord]):
     """A trained model, not yet judged."""
 
     name = "challenger"
-    depends = ("feature_store",)
+    depends = ("feature_store", "progressive_validation")
     record = ChallengerRecord
     trains = True
     kinds = ("ray", "pytorch")
@@ -78,7 +78,7 @@ class Challenger(Stage[ChallengerRecord]):
         # retired partitions too: dropping old samples makes no other challenger
         inputs = SAMPLES.inputs(workspace)
         known = [inputs[partition] for partition in workspace.partitions if workspace.log.is_attributed(partition)]
-        return digest([known, settings])
+        return digest([known, settings, *(["from scratch"] if workspace.from_scratch else [])])
 
     def inputs(self, workspace: Workspace) -> dict[str, str]:
         key = self.key(workspace)
@@ -93,14 +93,12 @@ class Challenger(Stage[ChallengerRecord]):
         return [] if record is not None and is_complete(record.artifact) else [key]
 
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, ChallengerRecord]:
-        """Train on all partitions, or from the champion on what came after its training.
+        """Train from scratch on the window, or from the champion on what it has not trained on.
 
         Raises:
             CorankError: there is nothing to train on or to judge by, or training met what is not finite.
         """
-        from models.artifact import save_artifact
-        from pipeline.deployment.selfcheck import selfcheck_document
-        from pipeline.training.training import TrainingJob, require_both_classes, summarize, train
+        from pipeline.training.training import TrainingJob, require_both_classes, summarize
 
         require_validated(workspace)
         (key,) = parts
@@ -108,51 +106,44 @@ class Challenger(Stage[ChallengerRecord]):
         with workspace.progress.stage(self.name) as stage:
             stage.say("preparing")
             ensure_ray(config.ray)
-            split = choose_cuts(workspace)
             champion = workspace.registry.champion() if workspace.warm_start else None
-            weights, low = (None, split.train) if champion is None else _warm_start(workspace, champion)
-            train_source, validation, test = (
-                sample_source(workspace, *span)
-                for span in ((low, split.validation), (split.validation, split.test), (split.test, FOREVER))
-            )
-            require_both_classes(config.gate_task, "test", summarize(test), "Widen `split.test`")
-            require_both_classes(config.gate_task, "validation", summarize(validation), "Widen `split.validation`")
+            options = config.training
+            if champion is None:
+                weights, optimizers, replay = None, None, None
+                cuts, remedy = cuts_from_scratch(workspace), "Widen `holdout.{}`"
+            else:
+                weights, checkpoint = _warm_start(workspace, champion)
+                optimizers = optimizer_states(workspace, checkpoint)
+                cuts, remedy = cuts_of_retraining(workspace, champion), "Widen `retraining.holdout`"
+                replay = _replay(workspace, cuts)
+                options = options.model_copy(update={"epochs": 1})  # every request is trained on once
+            train_source = replace(sample_source(workspace, cuts.train, cuts.validation), replay=replay)
+            test = sample_source(workspace, cuts.test, FOREVER)
+            chosen_by = sample_source(workspace, cuts.validation, cuts.test) if cuts.validation < cuts.test else test
+            require_both_classes(config.gate_task, "test", summarize(test), remedy.format("test"))
+            if chosen_by is not test:
+                where = "validation"
+                require_both_classes(config.gate_task, where, summarize(chosen_by), remedy.format(where))
             summary = summarize(train_source)
             if not summary.candidates:
                 raise CorankError(
-                    f"no requests to train on between {close_text(low)} and {close_text(split.validation)}; take more "
-                    "partitions or narrow `split`"
+                    f"no requests to train on between {close_text(cuts.train)} and {close_text(cuts.validation)}; take "
+                    "more partitions or hold out less (`holdout`)"
                 )
-            pace = config.training.pace(summary.candidates)
             job = TrainingJob(
                 name=f"{config.name}-{key[:12]}" + (f"-from-{champion.number}" if champion else ""),
                 schema=config.schema_,
                 model=config.model,
-                training=config.training,
-                pace=pace,
+                training=options,
+                pace=options.pace(summary.candidates),
                 train=train_source,
-                validation=validation,
+                validation=chosen_by,
                 statistics=summary.numbers if champion is None else {},
                 gate_task=config.gate_task,
                 warm_start=weights,
+                optimizers=optimizers,
             )
-
-            eta, epochs = Eta(), config.training.epochs
-
-            def said(report: Any) -> None:
-                if "note" in report:
-                    workspace.progress.note(report["note"])
-                    return
-                score = report.get(f"{config.gate_task}_auc")
-                metric = f", validation AUC {score:.4f}" if score is not None else ""
-                done = (report["epoch"] - 1) * pace.candidates + report["candidates"]
-                speed = eta.tell(done, epochs * pace.candidates, "candidates")
-                stage.say(
-                    f"epoch {report['epoch']}/{epochs}, {report['candidates']:,} of {pace.candidates:,} candidates"
-                    f"{speed}{metric}"
-                )
-
-            result = train(job, config.path("checkpoints"), said, elastic=config.ray.address is not None)
+            result = fit(workspace, stage, job)
             made_from = SAMPLES.inputs(workspace)
             lineage = {
                 "pipeline": config.name,
@@ -160,37 +151,32 @@ class Challenger(Stage[ChallengerRecord]):
                 "partitions": {
                     partition: made_from[partition]
                     for partition in trainable(workspace)
-                    if workspace.log.bounds(partition)[1] > low
+                    if workspace.log.bounds(partition)[1] > cuts.train or (replay and partition in replay.partitions)
                 },
                 **workspace.lineage(),
-                "cuts": asdict(split),
-                "trained_from": low,
+                "cuts": asdict(cuts),
+                "trained_from": cuts.train,
+                "trained_until": cuts.validation,
+                "replay": asdict(replay) if replay else {},
                 "warm_start": champion.number if champion else None,
-                "seed": config.training.seed,
-                "pace": asdict(pace),
+                "seed": options.seed,
+                "pace": asdict(job.pace),
                 "checkpoint": f"{config.path('checkpoints')}/{job.name}",
             }
-            directory = config.local_path("models", job.name)
-            version = save_artifact(
-                directory,
-                result.model,
-                {
-                    "lineage": lineage,
-                    "metrics": {"validation": result.history},
-                    "selfcheck": selfcheck_document(result.model, test),
-                },
-            )
+            directory, version = publish(workspace, job.name, result, lineage, test)
             record = ChallengerRecord(
                 inputs=key,
                 artifact=str(directory),
                 version=version,
                 history=result.history,
-                **{**lineage, "cuts": split, "pace": pace},
+                **{**lineage, "cuts": cuts, "pace": job.pace},
             )
             workspace.records.write(self, key, record)
             best = max(result.history, key=lambda entry: entry[f"{config.gate_task}_auc"] or 0.0)
             stage.say(
-                f"model {version}, {len(result.history)} epochs of {best['candidates']:,} candidates, "
+                f"model {version}, trained on requests of {close_text(cuts.train)} … {close_text(cuts.validation)}"
+                + (f" from version {champion.number} on" if champion else "")
+                + f", {len(result.history)} epochs of {best['candidates']:,} candidates, "
                 f"best validation AUC {best[f'{config.gate_task}_auc']:.4f} in epoch {best['epoch']}"
             )
         return {key: record}
@@ -205,8 +191,8 @@ class Challenger(Stage[ChallengerRecord]):
 CHALLENGER = Challenger()
 
 
-def _warm_start(workspace: Workspace, champion: ModelVersion) -> tuple[Mapping[str, Tensor], int]:
-    """The champion's weights, and the ts from which on its successor is trained, microseconds UTC.
+def _warm_start(workspace: Workspace, champion: ModelVersion) -> tuple[Mapping[str, Tensor], str]:
+    """The champion's weights, and where its training left its checkpoints.
 
     Raises:
         CorankError: its features or sizes differ from the config's.
@@ -218,55 +204,29 @@ def _warm_start(workspace: Workspace, champion: ModelVersion) -> tuple[Mapping[s
     if artifact.schema != config.schema_:
         raise CorankError(
             f"retraining starts from model version {champion.number}, whose features differ from the "
-            "config's; train from scratch with `corank run`"
+            "config's; train from scratch with `corank retrain --full` or `corank run`"
         )
     own = on_meta(config.schema_, config.model.name, config.model.preset, **config.model.overrides)
     same = [model.describe() | {"dropout": None} for model in (artifact.model, own)]
     if same[0] != same[1]:
         raise CorankError(
             f"retraining starts from model version {champion.number}, whose model or sizes differ from "
-            "the config's `model:`; train from scratch with `corank run`"
+            "the config's `model:`; train from scratch with `corank retrain --full` or `corank run`"
         )
-    return artifact.model.state_dict(), int(artifact.metadata["lineage"]["cuts"]["validation"])
+    return artifact.model.state_dict(), str(artifact.metadata["lineage"]["checkpoint"])
 
 
-def choose_cuts(workspace: Workspace) -> Cuts:
-    """Cuts in request ts from the counts in the records; reads only the partitions that hold a cut.
+def _replay(workspace: Workspace, cuts: Cuts) -> Replay | None:
+    """Some older partitions, and the share of their requests that makes up the config's share of the new ones."""
+    from features.samples.source import Replay
 
-    Raises:
-        CorankError: no partition can be trained on yet, or there are too few requests.
-    """
-    log, split = workspace.log, workspace.config.split
+    options, log = workspace.config.retraining, workspace.log
     requests = {one: workspace.records.require(SAMPLES, one).requests for one in trainable(workspace)}
-    if not requests:
-        known = log.bounds(workspace.partitions[0])[1] + workspace.config.schema_.attribution_window
-        raise CorankError(
-            f"no partition can be trained on yet: the attribution window of {workspace.partitions[0]} ends at "
-            f"{close_text(known)}"
-        )
-    total = sum(requests.values())
-    test_rank = total - round(total * split.test)
-    validation_rank = test_rank - round(total * split.validation)
-    if validation_rank < 1 or test_rank >= total or test_rank == validation_rank:
-        raise CorankError(
-            f"{total:,} requests are too few for split.test {split.test} and split.validation {split.validation}; "
-            "import more partitions or widen the split"
-        )
-    return Cuts(
-        train=log.bounds(next(iter(requests)))[0],
-        validation=_request_ts(workspace, requests, validation_rank),
-        test=_request_ts(workspace, requests, test_rank),
-    )
-
-
-def _request_ts(workspace: Workspace, requests: Mapping[str, int], rank: int) -> int:
-    """ts of the request of this rank (from 0) in time order."""
-    from features.sample_table import request_times
-
-    for partition, count in requests.items():
-        if rank < count:
-            samples = sample_source(workspace, 0, FOREVER, (partition,))
-            times = sorted(ts for file in samples.files() for ts in request_times(samples.read(file)))
-            return int(times[rank])
-        rank -= count
-    raise AssertionError("rank beyond the counted requests")
+    older = [one for one in requests if log.bounds(one)[1] <= cuts.train and requests[one]]
+    new = sum(count for one, count in requests.items() if log.bounds(one)[0] >= cuts.train)
+    if not options.replay or not older:
+        return None
+    draw = random.Random(f"{workspace.config.training.seed} {workspace.partitions[-1]}")
+    drawn = sorted(draw.sample(older, min(REPLAYED_PARTITIONS, len(older))))
+    share = options.replay * new / sum(requests[one] for one in drawn)
+    return Replay(tuple(drawn), min(share, 1.0), draw.getrandbits(32))

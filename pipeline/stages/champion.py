@@ -10,6 +10,7 @@ from features.errors import CorankError
 from pipeline.records import LogRecord
 from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
 from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
+from pipeline.stages.refit import REFIT, RefitRecord
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
 
@@ -24,11 +25,13 @@ class ChampionRecord(LogRecord):
     Attributes:
         number: of its version in the registry.
         model: version of its content.
+        judged: version of the content that was judged; another, where it was refitted.
         outcome: as it is told to a user.
     """
 
     number: int = 0
     model: str = ""
+    judged: str = ""
     promoted: bool = False
     outcome: str = ""
 
@@ -37,7 +40,7 @@ class Champion(Stage[ChampionRecord]):
     """The challenger in MLflow's registry; champion when it passed its gate."""
 
     name = "champion"
-    depends = ("evaluation",)
+    depends = ("evaluation", "refit")
     record = ChampionRecord
     trains = True
     kinds = ("mlflow",)
@@ -65,6 +68,7 @@ class Champion(Stage[ChampionRecord]):
         config = workspace.config
         challenger = workspace.records.require(CHALLENGER, CHALLENGER.key(workspace))
         evaluation = workspace.records.require(EVALUATION, key)
+        published = workspace.records.require(REFIT, REFIT.key(workspace))
         with workspace.progress.stage(self.name) as stage:
             stage.say("registering in MLflow")
             registry = workspace.registry
@@ -73,10 +77,10 @@ class Champion(Stage[ChampionRecord]):
                     workspace.progress.note(f"version {number} was registered again from its record")
             params = {
                 f"{section}.{name}": value
-                for section in ("model", "training", "split")
+                for section in ("model", "training", "holdout")
                 for name, value in config.model_dump(mode="json")[section].items()
             }
-            version = _registered(workspace, challenger, key, evaluation, workspace.partitions, params)
+            version = _registered(workspace, published, challenger, key, evaluation, workspace.partitions, params)
             if evaluation.passed:
                 registry.promote(version.number)
                 outcome = f"version {version.number} is champion"
@@ -85,7 +89,8 @@ class Champion(Stage[ChampionRecord]):
             record = ChampionRecord(
                 inputs=key,
                 number=version.number,
-                model=challenger.version,
+                model=published.version,
+                judged=challenger.version,
                 promoted=evaluation.passed,
                 outcome=outcome,
                 **workspace.lineage(),
@@ -105,21 +110,23 @@ CHAMPION = Champion()
 
 def _registered(
     workspace: Workspace,
+    published: ChallengerRecord | RefitRecord,
     challenger: ChallengerRecord,
     key: str,
     evaluation: EvaluationRecord,
     partitions: Sequence[str],
     params: Mapping[str, Any],
 ) -> ModelVersion:
-    """The version of a challenger, registered when there is none; it names this verdict, the newest.
+    """The version of a published model, registered when there is none; it names this verdict, the newest.
 
     Args:
+        challenger: the judged model, which it is or comes from.
         key: of the verdict.
         partitions: of the log at that time.
         params: shown with its run.
     """
     registry = workspace.registry
-    known = [version for version in registry.versions() if version.tags.get("content") == challenger.version]
+    known = [version for version in registry.versions() if version.tags.get("content") == published.version]
     if known:
         return registry.judged(known[0].number, key)
     metrics = {
@@ -129,15 +136,17 @@ def _registered(
         if isinstance(value, float)
     }
     run = registry.log_run(
-        f"{workspace.config.name}-{challenger.version}",
-        challenger.version,
+        f"{workspace.config.name}-{published.version}",
+        published.version,
         {**params, "partitions": f"{partitions[0]} … {partitions[-1]}", "code": challenger.code},
         metrics,
         challenger.history,
-        challenger.artifact,
+        published.artifact,
     )
     tags = {
-        "content": challenger.version,
+        "content": published.version,
+        "judged": challenger.version,
+        "started from": str(challenger.warm_start or "scratch"),
         "evaluation": key,
         "partition": partitions[-1],
         "trained": max(challenger.partitions),
@@ -145,7 +154,13 @@ def _registered(
     unmeasured = [task for task, entry in evaluation.tasks.items() if entry["auc"] is None]
     if unmeasured:
         tags["no test AUC of"] = ", ".join(unmeasured)
-    return registry.register(challenger.artifact, run, tags)
+    return registry.register(published.artifact, run, tags)
+
+
+def published_models(workspace: Workspace) -> dict[str, ChallengerRecord | RefitRecord]:
+    """Every model that a record names, by the version of its content."""
+    judged = {one.version: one for one in workspace.records.all(CHALLENGER).values()}
+    return {**judged, **{one.version: one for one in workspace.records.all(REFIT).values()}}
 
 
 def restore_versions(workspace: Workspace) -> list[int]:
@@ -157,17 +172,19 @@ def restore_versions(workspace: Workspace) -> list[int]:
     from models.artifact import problem_of_artifact
 
     records, registry = workspace.records, workspace.registry
-    challengers = {record.version: record for record in records.all(CHALLENGER).values()}
+    models, challengers = published_models(workspace), {one.version: one for one in records.all(CHALLENGER).values()}
     verdicts = records.all(CHAMPION)
     written = {key: (records.get(CHAMPION.name, key) or {})["recorded_at"] for key in verdicts}
     restored: list[int] = []
     for number in range(1, max((one.number for one in verdicts.values()), default=0) + 1):
         for key, verdict in sorted(verdicts.items(), key=lambda one: written[one[0]]):
-            challenger, evaluation = challengers.get(verdict.model), records.read(EVALUATION, key)
-            if verdict.number != number or challenger is None or evaluation is None:
+            published, evaluation = models.get(verdict.model), records.read(EVALUATION, key)
+            challenger = challengers.get(verdict.judged or verdict.model)
+            if verdict.number != number or published is None or challenger is None or evaluation is None:
                 continue
-            if problem_of_artifact(challenger.artifact) is None:
-                _registered(workspace, challenger, key, evaluation, sorted(verdict.fingerprints), {})
+            if problem_of_artifact(published.artifact) is None:
+                partitions = sorted(verdict.fingerprints)
+                _registered(workspace, published, challenger, key, evaluation, partitions, {})
                 restored.append(number)
         if number not in restored:  # later ones keep their numbers
             registry.drop(registry.register("gone", "", {}).number)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from features.digest import digest
 from features.errors import CorankError, writing
@@ -16,9 +16,13 @@ from pipeline.evaluation.texts import classes_text, number_text
 from pipeline.records import LogRecord
 from pipeline.runtime import ensure_ray
 from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
+from pipeline.stages.cuts import Cuts, trained_until
 from pipeline.stages.samples import FOREVER, sample_source
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace, close_text
+
+if TYPE_CHECKING:
+    from pipeline.workspace.registry import ModelVersion
 
 METRICS = ("auc", "uauc", "gauc", "query_auc", "logloss")
 """Of the report, in order."""
@@ -90,28 +94,36 @@ class Evaluation(Stage[EvaluationRecord]):
             scored = score_source(challenger.artifact, test, *budget)
             require_finite(f"scores of challenger {challenger.version}", scored.scores)
             champion = workspace.registry.champion()
-            rival = None
-            if champion is not None and champion.artifact != challenger.artifact:
-                if load_artifact(champion.artifact).schema == config.schema_:
+            rival, since = None, cuts.test
+            if champion is not None and challenger.version not in (
+                champion.tags.get("content"),
+                champion.tags.get("judged"),
+            ):
+                artifact, since = _comparable(champion, cuts)
+                if load_artifact(artifact).schema != config.schema_:
+                    workspace.progress.note(f"champion version {champion.number} reads other features: not compared")
+                elif not (scored.ts >= since).any():
+                    workspace.progress.note(
+                        f"champion version {champion.number} has trained on the challenger's test set: not compared"
+                    )
+                else:
                     stage.say(f"scoring champion version {champion.number}")
-                    rival = score_source(champion.artifact, test, *budget)
+                    rival = score_source(artifact, test, *budget)
                     if not np.isfinite(rival.scores).all():  # no reason to keep it
                         workspace.progress.note(f"champion version {champion.number} gives scores that are not finite")
                         rival = None
-                else:
-                    workspace.progress.note(f"champion version {champion.number} reads other features: not compared")
             stage.say("fitting the baseline")
             everything = sample_source(workspace, 0, FOREVER)
             baselines = {
                 task.name: baseline(everything, task, cuts.test, config.log_delay) for task in config.schema_.tasks
             }
-            reports = compare(config.schema_, scored, baselines, rival, config.evaluation.resamples)
+            reports = compare(config.schema_, scored, baselines, rival, since, config.evaluation.resamples)
             gate = reports[config.gate_task]
             if gate.gain is None:
                 raise CorankError(
                     f"task {config.gate_task}, which the gate judges by: its labels in the test set, or those before "
-                    "it for the baseline, have not both classes. Widen `split.test`, take more partitions, or name "
-                    "another task in `evaluation.task`"
+                    "it for the baseline, have not both classes. Hold out more (`holdout.test`, "
+                    "`retraining.holdout`), take more partitions, or name another task in `evaluation.task`"
                 )
             against = (champion.number, gate.champion_gain.difference) if champion and gate.champion_gain else None
             reasons = gate_reasons(config.evaluation, gate.gain.difference, against)
@@ -140,6 +152,16 @@ class Evaluation(Stage[EvaluationRecord]):
 
 
 EVALUATION = Evaluation()
+
+
+def _comparable(champion: ModelVersion, cuts: Cuts) -> tuple[str, int]:
+    """The artifact to compare with, and the ts from which on it has trained on nothing: that of the champion, or, where
+    it was refitted on what the challenger is judged by, the one that was judged before."""
+    until, lineage = trained_until(champion), champion.lineage()
+    judged = lineage.get("judged", {}).get("artifact", "")
+    if until > cuts.test and Path(judged, "SHA256SUMS").is_file():
+        return judged, max(cuts.test, int(lineage["cuts"]["validation"]))
+    return champion.artifact, max(cuts.test, until)
 
 
 def gate_reasons(limits: EvaluationConfig, gain: float, against: tuple[int, float] | None) -> list[str]:

@@ -1,25 +1,101 @@
-"""The config's sections ``training`` and ``split``."""
+"""The config's sections ``holdout``, ``training`` and ``retraining``."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from features.schema import Declaration
+from features.schema import SECOND, Declaration
+
+UNITS = {"hour": 3_600 * SECOND, "day": 86_400 * SECOND, "week": 7 * 86_400 * SECOND}
+"""Microseconds."""
+
+PARTITION = "partition"
 
 
-class SplitConfig(Declaration):
-    """Chronological split by request time, newest last."""
+@dataclass(frozen=True)
+class Extent:
+    """How much of a log: so many partitions, microseconds, or a share of its requests; one of them is set."""
 
-    test: float = Field(0.1, gt=0, lt=1, description="newest share of the requests, for the test metrics")
-    validation: float = Field(0.1, gt=0, lt=1, description="share before that, to choose the epoch")
+    partitions: int | None = None
+    duration: int | None = None
+    share: float | None = None
+
+
+def extent(text: str) -> Extent:
+    """
+    Raises:
+        ValueError: it is not written as ``1 partition``, ``36 hours`` or ``0.1``.
+    """
+    if found := re.fullmatch(r"([1-9][0-9]*) (partition|hour|day|week)s?", text):
+        number, unit = int(found[1]), found[2]
+        return Extent(partitions=number) if unit == PARTITION else Extent(duration=number * UNITS[unit])
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(
+            "write a number of partitions, hours, days or weeks (`1 partition`, `36 hours`), or a share (`0.1`)"
+        )
+    return Extent(share=share)
+
+
+def _readable(text: str) -> str:
+    extent(text)
+    return text
+
+
+def _no_share(text: str) -> str:
+    if extent(text).share is not None:
+        raise ValueError("write a number of partitions, hours, days or weeks (`30 partitions`, `12 weeks`)")
+    return text
+
+
+def _text(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) else value
+
+
+ExtentText = Annotated[str, BeforeValidator(_text), AfterValidator(_readable)]
+WindowText = Annotated[str, BeforeValidator(_text), AfterValidator(_no_share)]
+
+
+class HoldoutConfig(Declaration):
+    """The newest requests, which no epoch trains on: a number of partitions, a duration, or a share of all requests."""
+
+    test: ExtentText = Field("1 partition", description="newest requests, by which a model is judged")
+    validation: ExtentText = Field("1 partition", description="requests before those, by which the epoch is chosen")
 
     @model_validator(mode="after")
-    def _leaves_something(self) -> SplitConfig:
-        if self.test + self.validation >= 1:
+    def _leaves_something(self) -> HoldoutConfig:
+        shares = [extent(text).share or 0.0 for text in (self.test, self.validation)]
+        if sum(shares) >= 1:
             raise ValueError("test + validation must stay below 1, or nothing is left to train on")
         return self
+
+
+class RetrainingConfig(Declaration):
+    """How `corank retrain` goes on from the champion."""
+
+    holdout: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="newest share of the newest partition's requests: challenger and champion are judged on it, and "
+        "the next retraining trains on it first",
+    )
+    full_every: int | None = Field(
+        None, ge=1, description="partitions after which a model is trained from scratch; default: only when asked to"
+    )
+    replay: float = Field(
+        0.1, ge=0, description="older requests mixed in, sampled, as a share of the new ones; 0: none"
+    )
+    late_rows: bool = Field(
+        False, description="train from scratch when rows came late to partitions that were trained on"
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +130,9 @@ class TrainingConfig(Declaration):
     num_workers: int = Field(1, ge=0, description="Ray Train workers; 0: train in the process of the command")
     cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)
     use_gpu: bool = False
+    window: WindowText | None = Field(
+        None, description="train from scratch on no more than this (`30 partitions`, `12 weeks`); default: on all"
+    )
 
     def pace(self, candidates: int) -> Pace:
         """What is left out follows the number of training candidates, so that small data have enough steps, too."""

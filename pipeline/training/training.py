@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
@@ -46,7 +46,9 @@ class TrainingJob:
         name: names the run and its checkpoints; the same job always has the same name.
         pace: what ``training`` leaves to the data.
         statistics: mean and deviation of every number's embedding.
+        validation: by it the best epoch is chosen; None: the last one is taken.
         warm_start: weights to begin with, or None.
+        optimizers: states of the optimizers to begin with, or None.
     """
 
     name: str
@@ -55,10 +57,11 @@ class TrainingJob:
     training: TrainingConfig
     pace: Pace
     train: SampleSource
-    validation: SampleSource
+    validation: SampleSource | None
     statistics: Mapping[str, tuple[float, float]]
     gate_task: str
     warm_start: Mapping[str, Tensor] | None = None
+    optimizers: Sequence[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -356,10 +359,11 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
     if resumed:
         state = checkpoints.load(resumed)
         own.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+    if saved_states := state["optimizers"] if resumed else job.optimizers:
+        for optimizer, saved in zip(optimizers, saved_states, strict=True):
             optimizer.load_state_dict(saved)
-        if averaged is not None:
-            averaged.load_state_dict(state["averaged"])
+    if resumed and averaged is not None:
+        averaged.load_state_dict(state["averaged"])
     for epoch in range(state["epoch"], options.epochs):
         torch.manual_seed(options.seed * 1_000_003 + epoch * world + rank)
         own.train()
@@ -395,9 +399,9 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
         published: Any = averaged.module if averaged is not None else own
         metrics: dict[str, float | None] = {}
         failure = None
-        if rank == 0:
+        if rank == 0 and job.validation is not None:
             try:
-                metrics = _validate(job, published, device, in_process)
+                metrics = _validate(job, job.validation, published, device, in_process)
             except CorankError as error:
                 failure = f"training stopped after epoch {epoch + 1}, validation: {error}"
         if place.agree(failure is not None):
@@ -411,10 +415,9 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
                 **metrics,
             }
             state["history"].append(metrics)
-            score = metrics[f"{job.gate_task}_auc"]
-            assert score is not None
-            if score > state["best_auc"]:
-                state["best_auc"] = score
+            score = metrics.get(f"{job.gate_task}_auc")
+            if score is None or score > state["best_auc"]:
+                state["best_auc"] = score if score is not None else state["best_auc"]
                 state["best"] = {name: value.detach().cpu().clone() for name, value in published.state_dict().items()}
             state["epoch"] = epoch + 1
             state["model"] = own.state_dict()
@@ -480,7 +483,9 @@ def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, 
     return "the loss or its gradient is not finite, though weights and scores are; lower training.learning_rate"
 
 
-def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_process: bool) -> dict[str, float | None]:
+def _validate(
+    job: TrainingJob, source: SampleSource, model: RankingModel, device: torch.device, in_process: bool
+) -> dict[str, float | None]:
     """AUC and UAUC of every task on the validation set; None where they cannot be told.
 
     Raises:
@@ -489,7 +494,7 @@ def _validate(job: TrainingJob, model: RankingModel, device: torch.device, in_pr
     model.eval()
     labels, masks, scores, users, requests = [], [], [], [], []
     budget = 4 * job.pace.batch_candidates, 4 * job.training.batch_events
-    for rows in job.validation.batches(*budget, in_process=in_process):
+    for rows in source.batches(*budget, in_process=in_process):
         batch = collate(rows, job.schema)
         scores.append(probabilities(model, batch.to(device)))
         labels.append(batch.labels.numpy())

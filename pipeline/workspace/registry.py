@@ -220,6 +220,10 @@ class ModelRegistry:
         known = self.client.search_runs([identity], finished, max_results=1)
         if known:
             return str(known[0].info.run_id)
+        for left in self.client.search_runs(
+            [identity], f"tags.content = '{content}' and attributes.status = 'RUNNING'"
+        ):
+            self.client.set_terminated(left.info.run_id, "KILLED")  # before it was whole
         run = self.client.create_run(identity, run_name=name, tags={"content": content})
         logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items()]
         for entry in history:

@@ -28,7 +28,8 @@ class Workspace:
 
     Args:
         until: use the log up to this partition; default: the newest closed one.
-        warm_start: begin training with the champion, on what came after its own training.
+        warm_start: begin training with the champion, on what it has not trained on.
+        from_scratch: train from scratch although a retraining of the same partitions is there.
         as_of: a record's lineage: the log is read as it was then, not as it is now.
     """
 
@@ -39,9 +40,11 @@ class Workspace:
         until: str | None = None,
         warm_start: bool = False,
         as_of: Mapping[str, Any] | None = None,
+        from_scratch: bool = False,
     ) -> None:
         self.config, self.progress = config, progress
         self.until, self.warm_start, self.as_of = until, warm_start, as_of
+        self.from_scratch = from_scratch
         self.records = Records(config.path("records"))
 
     @cached_property
@@ -78,19 +81,26 @@ class Workspace:
 
 
 @contextmanager
-def exclusive(config: Config) -> Iterator[None]:
+def exclusive(config: Config) -> Iterator[bool]:
     """One run per workspace at a time; a lock of a killed run is released by the operating system.
+
+    Yields:
+        whether the one before ended in good order. Who does not leaves the number of its process behind.
 
     Raises:
         CorankError: another run is working in this workspace.
     """
     path = config.local_path("run.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
+    with path.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CorankError(f"another corank run is working in {path.parent}; wait for it or stop it") from None
+        handle.seek(0)
+        orderly = not handle.read()
+        handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
-        yield
+        yield orderly
+        handle.truncate(0)

@@ -57,7 +57,7 @@ def test_the_examples_are_valid(path: Path) -> None:
         ({"model": {"name": "hyformer", "queries": {"clicks": 1}}}, ["must name exactly the sequences", "ratings"]),
         ({"start": "1997-09-16"}, ["'1997-09-16' is not a Monday"]),
         ({"tables__users__columns": {"dt": "day"}}, ["tables.users", "dt cannot be mapped"]),
-        ({"split__test": 0.95}, ["split", "below 1"]),
+        ({"holdout__test": 0.95}, ["holdout", "below 1"]),
         ({"workspace": "w[1]"}, ["workspace", "has [ in its name", "rename"]),
         ({"workspace": "s3://lake/a%20b", "local": "l"}, ["workspace", "has %20 in its name"]),
         (

@@ -45,6 +45,8 @@ from pipeline.stages.champion import CHAMPION
 from pipeline.stages.deployment import CURRENT, DEPLOYMENT
 from pipeline.stages.evaluation import EVALUATION, gate_reasons
 from pipeline.stages.feature_store import FEATURE_STORE, online_record, registered_settings, store_settings
+from pipeline.stages.progressive_validation import PROGRESSIVE_VALIDATION
+from pipeline.stages.refit import REFIT
 from pipeline.stages.samples import FOREVER, SAMPLES, build_settings, sample_source
 from pipeline.stages.stage import Stage
 from pipeline.stages.validated import VALIDATED
@@ -364,7 +366,15 @@ def test_retraining_takes_the_next_partition_from_the_champions_weights(config: 
     assert champion.tags["partition"] == DAYS[2]
     lineage = load_artifact(champion.artifact).metadata["lineage"]
     assert lineage["warm_start"] == before.number
-    assert lineage["trained_from"] == load_artifact(before.artifact).metadata["lineage"]["cuts"]["validation"]
+    # the first one was refitted on what it was judged by, so the next begins behind it, and leaves its newest tenth
+    first = load_artifact(before.artifact).metadata["lineage"]
+    assert first["trained_until"] == old.log.bounds(DAYS[1])[1] == lineage["trained_from"]
+    assert first["judged"]["version"] == before.tags["judged"] != before.tags["content"]
+    opening, close = workspace.log.bounds(DAYS[2])
+    assert opening < lineage["trained_until"] == lineage["cuts"]["test"] < close
+    progressive = workspace.records.require(PROGRESSIVE_VALIDATION, DAYS[2])
+    assert progressive.champion == progressive.frozen == before.number
+    assert progressive.versions_scored[str(before.number)]["click"]["auc"] is not None
     evaluation = workspace.records.read(EVALUATION, EVALUATION.key(workspace))
     assert evaluation is not None
     assert evaluation.champion == before.number
@@ -488,6 +498,7 @@ def test_a_rejected_first_challenger_is_registered_but_not_served(config: Config
     SAMPLES.run(workspace, [DAYS[0]])
     make(CHALLENGER, workspace)
     assert not make(EVALUATION, workspace).passed
+    assert make(REFIT, workspace).why == "not refitted: it did not pass its gate"
     with pytest.raises(CorankError, match=r"not promoted.*no champion to serve"):
         make(CHAMPION, workspace)
     assert [version.aliases for version in workspace.registry.versions()] == [()]
@@ -505,6 +516,7 @@ def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) ->
     make(CHALLENGER, workspace)
     evaluation = make(EVALUATION, workspace)
     assert evaluation.passed, evaluation
+    make(REFIT, workspace)
     promoted = make(CHAMPION, workspace)
     champion = workspace.registry.champion()
     assert champion is not None, promoted

@@ -12,7 +12,7 @@ from features.errors import CorankError
 from features.schema import SECOND, partition_bounds
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
-from pipeline.stages.challenger import choose_cuts
+from pipeline.stages.cuts import cuts_from_scratch
 from pipeline.stages.samples import FOREVER, SAMPLES, sample_source, trainable
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace, now_us
@@ -72,4 +72,4 @@ def test_labels_make_a_partition_trainable_and_rebuild_only_it(tmp_path: Path, l
         tmp_path, data, **{**changes, "tasks": [{"name": "liked", "attribution_window_seconds": 10 * 365 * 86_400.0}]}
     )
     with pytest.raises(CorankError, match="no partition can be trained on yet"):
-        choose_cuts(Workspace(waiting, Progress()))
+        cuts_from_scratch(Workspace(waiting, Progress()))

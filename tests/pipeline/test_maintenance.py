@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from deltalake import DeltaTable
@@ -29,10 +30,12 @@ from pipeline.maintenance import (
 )
 from pipeline.progress import Progress
 from pipeline.stages import pending
-from pipeline.stages.challenger import CHALLENGER, choose_cuts
+from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
+from pipeline.stages.cuts import cuts_from_scratch
 from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.feature_store import FEATURE_STORE, store_settings
+from pipeline.stages.refit import REFIT
 from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
@@ -42,7 +45,18 @@ from tests.pipeline.workspaces import START, load, make, write_config
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07", "2026-01-08"]
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
-CHANGES = {"retention": {"partitions": 1}, "training": {"epochs": 1, "batch_candidates": 1_000}}
+CHANGES: dict[str, Any] = {
+    "retention": {"partitions": 1},
+    "training": {"epochs": 1, "batch_candidates": 1_000},
+    "evaluation": {
+        "min_gain_over_baseline": -1.0,
+        "max_loss_against_champion": 1.0,
+        "resamples": 50,
+        # so that a retraining begins inside a partition, and needs nothing older
+        "refit": False,
+    },
+    "retraining": {"replay": 0},
+}
 
 
 def advance(config: Config, until: str) -> Workspace:
@@ -53,6 +67,7 @@ def advance(config: Config, until: str) -> Workspace:
     FEATURE_STORE.run(workspace, FEATURE_STORE.stale(workspace))
     make(CHALLENGER, workspace)
     make(EVALUATION, workspace)
+    make(REFIT, workspace)
     make(CHAMPION, workspace)
     return workspace
 
@@ -114,7 +129,7 @@ def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Co
         assert recorded(again, day) == counted(again, day)
     source = sample_source(again, 0, FOREVER)
     times = sorted(ts for file in source.files() for ts in request_times(source.read(file)))
-    assert choose_cuts(again).test == times[len(times) - round(0.1 * len(times))]
+    assert cuts_from_scratch(again).test == times[len(times) - round(0.1 * len(times))]
     assert result.remains["impressions"] > 0
     assert DeltaTable(config.table("impressions").uri).version() == own
     path = Path(config.path("records", "forgotten", f"{forgotten_key(user)}.json"))
@@ -169,4 +184,4 @@ def test_retention_drops_what_no_live_model_was_made_from_and_training_goes_on(c
     assert champion is not None
     assert champion.tags["partition"] == DAYS[3]
     assert DAYS[0] not in load_artifact(champion.artifact).metadata["lineage"]["partitions"]
-    assert choose_cuts(later).train == later.log.bounds(DAYS[1])[0]
+    assert cuts_from_scratch(later).train == later.log.bounds(DAYS[1])[0]

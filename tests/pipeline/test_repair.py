@@ -16,13 +16,8 @@ from pipeline.dag import open_instance
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.repair import Damage, repair
-from pipeline.stages import pending
-from pipeline.stages.challenger import CHALLENGER
-from pipeline.stages.champion import CHAMPION
-from pipeline.stages.evaluation import EVALUATION
-from pipeline.stages.feature_store import FEATURE_STORE, require_store, store_settings
-from pipeline.stages.samples import SAMPLES
-from pipeline.stages.validated import VALIDATED
+from pipeline.stages import STAGES, pending
+from pipeline.stages.feature_store import require_store, store_settings
 from pipeline.workspace import Workspace
 from pipeline.workspace.registry import CHAMPION as CHAMPION_ALIAS
 from pipeline.workspace.registry import PREVIOUS, forget_connections
@@ -37,7 +32,7 @@ USERS = [f"u{number}" for number in range(5)]
 def advance(config: Config, until: str) -> Workspace:
     """All stages but the deployment, where they have work."""
     workspace = Workspace(config, Progress(), until, warm_start=until != DAYS[1])
-    for stage in (VALIDATED, SAMPLES, FEATURE_STORE, CHALLENGER, EVALUATION, CHAMPION):
+    for stage in STAGES[:-1]:
         if parts := stage.stale(workspace):
             stage.run(workspace, parts)
     return workspace

@@ -152,12 +152,12 @@ def test_a_gate_without_both_classes_is_told_before_training(tmp_path: Path, loc
     summary = summarize(source_of(tmp_path, with_candidates(make_rows(SCHEMA, 2, timelines=9), only_ones)))
     known, positive = summary.labels["task0"]
     assert 0 < positive < known < summary.candidates
-    require_both_classes("task0", "test", summary, "Widen `split.test`")
+    require_both_classes("task0", "test", summary, "Widen `holdout.test`")
     known, positive = summary.labels["task1"]
     assert 0 < positive == known
     message = f"task1.* of {summary.candidates} candidates in the test set {known} have a known label, {known} of them"
     with pytest.raises(CorankError, match=message):
-        require_both_classes("task1", "test", summary, "Widen `split.test`")
+        require_both_classes("task1", "test", summary, "Widen `holdout.test`")
 
 
 @pytest.mark.parametrize("label", [None, 1])
@@ -182,7 +182,7 @@ def test_a_second_task_without_labels_or_of_one_class_has_no_metrics_and_stops_n
         mask=np.stack([np.ones(count, bool), np.full(count, label is not None)], 1),
         scores=np.random.default_rng(0).random((count, 2)),
     )
-    entries = {name: one.as_dict() for name, one in compare(SCHEMA, scored, baselines, scored, 50).items()}
+    entries = {name: one.as_dict() for name, one in compare(SCHEMA, scored, baselines, scored, 0, 50).items()}
     json.dumps(entries, allow_nan=False)
     assert entries["task0"]["auc_gain_over_baseline"] is not None
     unknown = ("auc", "uauc", "gauc", "query_auc", "baseline", "auc_gain_over_baseline", "auc_gain_over_champion")

@@ -32,6 +32,7 @@ def write_config(folder: Path, data: Path, **changes: Any) -> Path:
     content["training"] = {"epochs": 2, "batch_candidates": 1_000, "num_workers": 0}
     # a tiny model on three days need not beat anything; the gate has tests of its own
     content["evaluation"] = {"min_gain_over_baseline": -1.0, "max_loss_against_champion": 1.0, "resamples": 50}
+    content["holdout"] = {"test": 0.1, "validation": 0.1}
     content["serving"] = {"port": free_port()}
     content |= changes
     path = folder / "config.yaml"

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
+import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
@@ -35,7 +39,7 @@ from models.registry import build_model
 from serving.client import NoEndpointError, RankingClient
 from serving.deploy import start
 from serving.ports import endpoint_url
-from serving.proxy import JsonErrors
+from serving.proxy import JsonErrors, middlewares
 from serving.ranking import Ranker, RankingService, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
 from serving.settings import ServingConfig, ServingSettings
@@ -468,6 +472,35 @@ def test_a_ranker_that_fails_is_told_without_words_of_ray(
     assert not any(word in response.text for word in ("ray::", "Traceback", "10.0.0.1", "actor"))
 
 
+def test_while_no_ranker_is_there_nobody_waits_for_one(settings: ServingSettings) -> None:
+    """Ray lets requests wait for the next replica."""
+    handle = InProcess(Ranker(settings))
+    describe, rank, there = handle.describe, handle.rank, threading.Event()
+
+    class Waiting:
+        async def remote(self) -> Any:
+            while not there.is_set():
+                await asyncio.sleep(0.01)
+            return await describe.remote()
+
+    def die(_: Any) -> Any:
+        handle.describe = Waiting()  # type: ignore[assignment]
+        handle.rank = rank
+        raise ActorDiedError()
+
+    service = RankingService(settings, handle)  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        assert client.post("/v1/rank", json=body()).status_code == 200
+        handle.rank = Remote(die)
+        for _ in range(3):
+            assert client.post("/v1/rank", json=body()).status_code == 503
+        assert client.get("/healthz").status_code == 503
+        there.set()
+        until = time.monotonic() + 5
+        while client.post("/v1/rank", json=body()).status_code != 200:
+            assert time.monotonic() < until
+
+
 @pytest.mark.parametrize("answer", ["none", "text"])
 def test_the_proxy_answers_in_json_for_a_replica_that_is_gone(answer: str) -> None:
     async def proxied(scope: Any, receive: Any, send: Any) -> None:
@@ -478,6 +511,51 @@ def test_the_proxy_answers_in_json_for_a_replica_that_is_gone(answer: str) -> No
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["type"] == "unavailable"
     assert "Deployment" not in response.text
+
+
+def test_the_proxy_turns_away_what_the_service_would_not_admit_at_once_and_by_path(settings: ServingSettings) -> None:
+    """Without asking the service, which may be busy; what is asked seldom is never turned away."""
+    options = settings.options.model_copy(
+        update={"max_ongoing_requests": 2, "max_queued_requests": 1, "service_replicas": 2}
+    )
+    service = RankingService(replace(settings, options=options), InProcess(Ranker(settings)))  # type: ignore[arg-type]
+    healthz = service.__serve_build_asgi_app__()
+
+    async def burst() -> dict[str, list[httpx.Response]]:
+        go_on, reached = asyncio.Event(), Counter[str]()
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"].endswith("/healthz"):
+                await healthz({**scope, "path": "/healthz"}, receive, send)
+                return
+            reached[scope["path"]] += 1
+            await go_on.wait()
+            await PlainTextResponse("ok")(scope, receive, send)
+
+        proxy = httpx.ASGITransport(application)
+        for middleware in middlewares():
+            proxy.app = middleware.cls(proxy.app)
+        answers = {}
+        async with httpx.AsyncClient(transport=proxy, base_url="http://proxy") as client:
+            assert (await client.get("/beside/healthz")).status_code == 200
+            for path in ("/beside/v1/rank", "/beside/v1/events", "/beside/v1/model", "/v1/rank"):
+                asked = [asyncio.ensure_future(client.post(path)) for _ in range(10)]
+                await asyncio.wait(asked, timeout=0.3)
+                early = [one.result() for one in asked if one.done()]
+                assert len(early) + reached[path] == 10
+                go_on.set()
+                late = await asyncio.gather(*(one for one in asked if not one.done()))
+                again = await client.post(path)  # there is room again
+                assert {one.status_code for one in [again, *late]} == {200}
+                go_on.clear()
+                answers[path] = early
+        return answers
+
+    turned_away = asyncio.run(burst())
+    assert [len(early) for early in turned_away.values()] == [4, 4, 0, 0]
+    for response in turned_away["/beside/v1/rank"]:
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert response.json()["error"]["type"] == "overloaded"
 
 
 def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() -> None:

@@ -1,0 +1,121 @@
+"""``corank watch``: retrainings that start by themselves, and Dagster's web UI, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from features.errors import CorankError
+from pipeline.commands.common import ConfigOption, DebugOption, guarded, load
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
+
+    from pipeline.config import Config
+
+STOP_SECONDS = 10.0
+
+
+def watch(
+    config: ConfigOption,
+    host: Annotated[str, typer.Option(help="Where Dagster's web UI listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of Dagster's web UI.")] = 3000,
+    debug: DebugOption = False,
+) -> None:
+    """Watch the log's tables and retrain on every new partition that is ready, until Ctrl-C.
+
+    Shows what every new partition waits for (trigger.closed), and how the retrainings went. Runs Dagster's daemon and
+    web UI on this machine; a retraining runs beside a service that `corank serve` keeps up.
+    """
+    with guarded(debug):
+        from pipeline.dag import open_instance
+        from serving.ports import require_free
+
+        own = load(config)
+        require_free(host, port)
+        with open_instance(own) as instance, _dagster(own, Path(config).resolve(), host, port) as log:
+            typer.echo(f"watching every {own.trigger.interval_seconds} s; web UI at http://{host}:{port}, log in {log}")
+            shown: list[str] = []
+            while True:
+                lines = [*_waiting(own), *_runs(instance)]
+                for line in lines:
+                    if line not in shown:
+                        typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")
+                shown = lines
+                time.sleep(min(own.trigger.interval_seconds, 5))
+
+
+def _waiting(config: Config) -> list[str]:
+    """What every new partition waits for, as the sensor sees it."""
+    from pipeline.progress import Progress
+    from pipeline.watch import readiness
+    from pipeline.workspace import Workspace
+
+    try:
+        workspace = Workspace(config, Progress())
+        states = readiness(workspace)
+        if workspace.registry.champion() is None:
+            return ["there is no champion yet; `corank run` trains the first"]
+    except CorankError as error:  # it may be mended while this watches
+        return [f"the log cannot be read: {error}"]
+    lines = [
+        f"partition {one.partition} " + (f"waits for {one.waits_for}" if one.waits_for else "is ready")
+        for one in states
+    ]
+    return lines or [f"all partitions up to {workspace.log.shown[-1]} are covered by a version"]
+
+
+def _runs(instance: DagsterInstance) -> list[str]:
+    """The newest retrainings that were started, oldest first, and how they stand."""
+    from dagster import DagsterEventType, DagsterRunStatus, RunsFilter
+
+    from pipeline.watch import PARTITION
+
+    lines = []
+    for run in reversed(instance.get_runs(RunsFilter(job_name="retrain"), limit=5)):
+        line = f"retraining {run.run_id[:8]} on {run.tags.get(PARTITION, 'schedule')}: {run.status.value.lower()}"
+        if run.status == DagsterRunStatus.FAILURE:
+            failures = instance.all_logs(run.run_id, of_type=DagsterEventType.STEP_FAILURE)
+            causes = [one.dagster_event.step_failure_data.error for one in failures if one.dagster_event]
+            while causes and causes[-1] is not None and causes[-1].cause is not None:
+                causes.append(causes[-1].cause)
+            if causes and causes[-1] is not None:
+                line += f": {causes[-1].message.strip()}"
+        lines.append(line)
+    return lines
+
+
+@contextmanager
+def _dagster(config: Config, path: Path, host: str, port: int) -> Iterator[Path]:
+    """Dagster's daemon and web UI beside this process; the path of their log. They and their runs end with the block.
+
+    Raises:
+        CorankError: they ended by themselves.
+    """
+    import psutil
+
+    home = Path(os.environ.get("DAGSTER_HOME") or config.local_path("dagster"))
+    log = config.local_path("dagster.log")
+    command = [sys.executable, "-m", "dagster", "dev", "-m", "pipeline.definitions", "-h", host, "-p", str(port)]
+    environment = {**os.environ, "DAGSTER_HOME": str(home), "CORANK_CONFIG": str(path)}
+    with log.open("w") as stream:
+        started = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        process = psutil.Process(started.pid)
+        try:
+            yield log
+        finally:
+            family = [process, *process.children(recursive=True)] if process.is_running() else []
+            for one in family:
+                one.terminate()
+            for one in psutil.wait_procs(family, STOP_SECONDS)[1]:
+                one.kill()

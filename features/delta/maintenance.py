@@ -22,9 +22,9 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.delta.paths import address, file_system
-from features.delta.table import Table
+from features.delta.table import MENDED, Table
 from features.delta.write import DATA_FILE, DataFile, committing, write_file
-from features.errors import CorankError
+from features.errors import CorankError, UnreadableError
 
 KEEP_HOURS = 168
 """Default age in hours of unreferenced files before vacuum removes them: a week, as Delta has it."""
@@ -223,7 +223,12 @@ def _ever_shown(table: Table) -> set[str]:
     for entry in store.get_file_info(fs.FileSelector("_delta_log")):
         if entry.path.endswith(".json"):
             with store.open_input_stream(entry.path) as stream:
-                actions = [json.loads(line) for line in stream.read().splitlines()]
+                try:
+                    actions = [json.loads(line) for line in stream.read().splitlines()]
+                except ValueError as error:
+                    raise UnreadableError(
+                        f"table {table.name} at {table.uri}: the Delta log's {entry.path} is damaged; {MENDED}"
+                    ) from error
             paths += [one[kind]["path"] for one in actions for kind in ("add", "remove") if kind in one]
     return {path.rpartition("/")[2] for path in paths}
 

@@ -24,11 +24,8 @@ from pyarrow import fs
 from features.delta.paths import address
 from features.errors import CorankError, first_line, writing
 
-WRITTEN = re.compile(r"part-[0-9a-f]{32}-([0-9a-f]{32})\.parquet$")
-"""How files are named: by nobody else, and by the digest of all their bytes."""
-
-DATA_FILE = re.compile(r"part-[0-9a-f]{32}\.parquet")
-"""Names of the files that :func:`write_file` writes."""
+DATA_FILE = re.compile(r"part-[0-9a-f]{32}(?:-([0-9a-f]{32}))?\.parquet")
+"""Names of the files that :func:`write_file` writes: no two alike, and with the digest of all their bytes."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +92,13 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
 
 def is_as_written(path: str, content: bytes) -> bool:
     """Whether a file that :func:`write_file` wrote has all the bytes it had; others' files name no digest."""
-    named = WRITTEN.search(path)
-    return named is None or named[1] == _digest(content)
+    named = DATA_FILE.search(path)
+    return named is None or named[1] in (None, _digest(content))
 
 
 def is_written_for(path: str, partition: str) -> bool:
     """Whether a file that :func:`write_file` wrote lies where rows of this ``dt`` do."""
-    return WRITTEN.search(path) is None or path.startswith(f"dt={partition}/")
+    return DATA_FILE.search(path) is None or path.startswith(f"dt={partition}/")
 
 
 def _digest(content: bytes) -> str:

@@ -19,7 +19,8 @@ from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
 from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 from sqlalchemy.exc import SQLAlchemyError
 
-from features.errors import DataGateError
+from features.damage import problem_of_database
+from features.errors import DataGateError, no_space
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
 from pipeline.stages import STAGES
@@ -169,11 +170,13 @@ def _open_home(home: Path) -> None:
 
 
 def _opens(home: Path) -> bool:
-    if not home.is_dir():
+    if not home.is_dir() or any(problem_of_database(path) for path in home.rglob("*.db")):
         return False
     try:
         _open_home(home)
-    except (SQLAlchemyError, CommandError, OSError):
+    except (SQLAlchemyError, CommandError, OSError) as error:
+        if no_space(error):
+            raise
         return False
     return (home / "dagster.yaml").is_file()
 

@@ -60,6 +60,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # prints the trace of what it raises
 
 
 _owner: TextIO | None = None  # its lock says that the owner of a folder of sessions lives

@@ -375,7 +375,7 @@ class RankingService:
         """What the ranker serves, asked anew each time; also proves that the store can be read.
 
         Raises:
-            CorankError: the store lacks what the model reads.
+            CorankError: the store lacks what the model reads, or does not answer.
         """
         live = await self._open()
         return await self._described(live.artifact)
@@ -486,7 +486,9 @@ class RankingService:
     async def _prepared(self, artifact: str) -> LiveModel:
         model = await self._described(artifact)
         store = replace(self._settings.store, schema=model.schema)
-        return LiveModel(artifact, model, await _in_thread(self._reading, lambda: OnlineReader(store)))
+        reader = await _in_thread(self._reading, lambda: OnlineReader(store))
+        await _in_thread(self._reading, lambda: reader.user(""))  # a lost store has its views, but no tables
+        return LiveModel(artifact, model, reader)
 
     async def _wanted(self) -> str | None:
         """The artifact that is to be served; None when nothing says so."""

@@ -25,6 +25,7 @@ def keep_serving(workspace: Workspace, running: bool) -> None:
     from features.errors import CorankError
     from pipeline.runtime import ensure_ray
     from pipeline.stages.deployment import CURRENT, DEPLOYMENT, name_served, require_own_features, serving_settings
+    from pipeline.stages.feature_store import require_store
     from serving.deploy import start
     from serving.ports import endpoint_url, require_free
 
@@ -35,6 +36,7 @@ def keep_serving(workspace: Workspace, running: bool) -> None:
     url = endpoint_url(options.host, options.port)
     if not running:
         require_own_features(workspace, champion)
+        require_store(workspace)
         if not workspace.config.ray.address:  # on a cluster the service of a process that was killed is taken over
             require_free(options.host, options.port)
         if not DEPLOYMENT.stale(workspace) or DEPLOYMENT.run(workspace, [CURRENT])[CURRENT].beside:

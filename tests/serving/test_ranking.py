@@ -31,7 +31,7 @@ import serving.ranking
 from features.batch import collate
 from features.delta.table import Table
 from features.encoding import hash_id
-from features.errors import CorankError
+from features.errors import CorankError, without_trace
 from features.sample_table import concatenate, feature_column, sample_schema
 from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
@@ -39,7 +39,7 @@ from features.store.reader import History, OnlineReader
 from models.artifact import load_artifact, save_artifact
 from models.registry import build_model
 from serving.client import NoEndpointError, RankingClient
-from serving.deploy import error_in, start
+from serving.deploy import start
 from serving.ports import endpoint_url
 from serving.proxy import ADMITTED, JsonErrors, middlewares
 from serving.ranking import Ranker, RankingService, build_api
@@ -616,8 +616,8 @@ def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() ->
     with pytest.raises(CorankError) as caught:
         load()
     trace = "".join(traceback.format_exception(caught.value))
-    assert error_in(f"The deployment failed.\n\x1b[36mray::Replica\x1b[39m\n{trace}") == str(caught.value)
-    assert error_in("ValueError: a\nb") == "ValueError: a\nb"
+    assert without_trace(f"The deployment failed.\n\x1b[36mray::Replica\x1b[39m\n{trace}") == str(caught.value)
+    assert without_trace("ValueError: a\nb") == "ValueError: a\nb"
 
 
 def test_overload_is_answered_at_once(settings: ServingSettings) -> None:
@@ -639,6 +639,15 @@ def test_a_store_that_does_not_answer_is_named_and_may_be_asked_again(settings: 
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
             assert response.json()["error"]["type"] == "unavailable"
             assert gone.store.redis in response.json()["error"]["message"]
+
+
+def test_a_service_whose_online_store_is_lost_is_not_healthy(settings: ServingSettings, tmp_path: Path) -> None:
+    lost = replace(settings, store=replace(settings.store, sqlite_path=str(tmp_path / "online.db")))
+    service = RankingService(lost, InProcess(Ranker(lost)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        response = client.get("/healthz")
+    assert response.status_code == 503
+    assert lost.store.sqlite_path in response.json()["error"]["message"]
 
 
 def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(settings: ServingSettings) -> None:

@@ -21,9 +21,10 @@ from features.samples.source import SampleSource
 from features.schema import Feature
 from models.artifact import save_artifact
 from models.config import ModelConfig
+from models.selfcheck import selfcheck_difference
 from pipeline.commands.summary import few_steps
 from pipeline.config import Config
-from pipeline.deployment.selfcheck import selfcheck_difference, selfcheck_document
+from pipeline.deployment.selfcheck import selfcheck_document
 from pipeline.deployment.verification import raw_contexts, verify_endpoint
 from pipeline.evaluation.baseline import baseline
 from pipeline.evaluation.comparison import compare
@@ -206,11 +207,10 @@ def test_a_model_that_scores_no_numbers_is_never_verified(tmp_path: Path) -> Non
     source = source_of(tmp_path / "samples", make_rows(SCHEMA, 1, timelines=8))
     model = initial_model(job_of(source)).eval()
     document = selfcheck_document(model, source)
-    layout = source.read(source.files()[0]).schema
-    assert selfcheck_difference(model, document, layout) == 0.0
+    assert selfcheck_difference(model, document) == 0.0
     with torch.no_grad():
         model.inputs.tables["user_id"].weight[3] = torch.nan  # type: ignore[union-attr,index]
-    assert np.isnan(selfcheck_difference(model, document, layout))
+    assert np.isnan(selfcheck_difference(model, document))
     with pytest.raises(CorankError, match=r"scores of the self-check requests are not finite"):
         selfcheck_document(model, source)
     save_artifact(tmp_path / "artifact", model, {"selfcheck": document})

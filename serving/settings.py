@@ -56,6 +56,7 @@ class ServingSettings:
     Attributes:
         artifact: directory of the published model.
         log_delay: microseconds; a request sees events older than this.
+        follow: JSON document that names the ``artifact`` to serve from now on, whenever it changes; None: always this.
         ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
         ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
     """
@@ -64,6 +65,7 @@ class ServingSettings:
     store: FeatureStoreSettings
     options: ServingConfig = field(default_factory=ServingConfig)
     log_delay: int = 0
+    follow: str | None = None
     ranker_cpus: float = 0.5
     service_cpus: float = 0.1
     ranker_threads: int | None = None

@@ -22,9 +22,9 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.delta.paths import address, file_system
-from features.delta.table import Table
+from features.delta.table import MENDED, Table
 from features.delta.write import DATA_FILE, DataFile, committing, write_file
-from features.errors import CorankError
+from features.errors import CorankError, UnreadableError
 
 KEEP_HOURS = 168
 """Default age in hours of unreferenced files before vacuum removes them: a week, as Delta has it."""
@@ -223,7 +223,12 @@ def _ever_shown(table: Table) -> set[str]:
     for entry in store.get_file_info(fs.FileSelector("_delta_log")):
         if entry.path.endswith(".json"):
             with store.open_input_stream(entry.path) as stream:
-                actions = [json.loads(line) for line in stream.read().splitlines()]
+                try:
+                    actions = [json.loads(line) for line in stream.read().splitlines()]
+                except ValueError as error:
+                    raise UnreadableError(
+                        f"table {table.name} at {table.uri}: the Delta log's {entry.path} is damaged; {MENDED}"
+                    ) from error
             paths += [one[kind]["path"] for one in actions for kind in ("add", "remove") if kind in one]
     return {path.rpartition("/")[2] for path in paths}
 
@@ -237,8 +242,8 @@ def _read(table: Table, file: DataFile, columns: list[str] | None = None) -> pa.
         return pq.ParquetFile(file.path, filesystem=_store(table)).read(columns=columns)  # takes nested columns too
     except (OSError, pa.ArrowException) as error:
         raise CorankError(
-            f"table {table.name} at {table.uri}: cannot read {file.path}: {error}. Delete the record of partition "
-            f"{file.partition['dt']} under records/samples and run again to rebuild it."
+            f"table {table.name} at {table.uri}: cannot read {file.path}: {error}. `corank repair`, then "
+            "`corank run`, build it again."
         ) from error
 
 

@@ -22,7 +22,8 @@ from pyarrow import fs
 
 from features.delta.columns import partition_column, read, read_type, reads_as, row_text, type_name
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
-from features.delta.paths import address
+from features.delta.paths import address, file_system
+from features.delta.write import is_as_written, is_written_for
 from features.encoding import bucket_column
 from features.errors import CorankError, DataGateError, UnreadableError, first_line
 from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
@@ -33,6 +34,10 @@ READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.Arrow
 """What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
 
 SHOWN_FILES = 5
+
+MISPLACED = "was written for another partition than the Delta log says"
+
+MENDED = "a table that corank derived is mended by `corank repair`"
 
 MADE_OF = {
     "updated_at": "every profile is valid from the beginning",
@@ -49,6 +54,15 @@ UNSUPPORTED = re.compile("unsupported|not supported|catalog-managed", re.IGNOREC
 
 MAPPING_VERSION = 2
 """Delta's reader version that brought column mapping."""
+
+
+@dataclass(frozen=True)
+class DamagedFile:
+    """A file of a table, relative to it, and what is wrong with it. ``partition``: None where it is cut from ``ts``."""
+
+    path: str
+    partition: str | None
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,7 @@ class Table:
                 at = "" if self.version is None else f" at version {self.version}"
                 raise UnreadableError(
                     f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({unread}); "
-                    "restore its files in _delta_log"
+                    f"restore its files in _delta_log; {MENDED}"
                 ) from error
         if unread:
             raise UnreadableError(
@@ -301,22 +315,47 @@ class Table:
         Raises:
             UnreadableError: names table, partition, file and problem.
         """
-        delta = self.delta()
-        schema = pa.schema(delta.schema().to_arrow())
-        types = {column.name: type_name(column.type) for column in schema}
-        files = self._files(None if partitions is None else list(partitions))
-        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
-        with ThreadPoolExecutor(16) as pool:
-            problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
-            broken = [(path, day, problem) for (path, _, day), problem in zip(files, problems, strict=True) if problem]
+        broken = self.damaged_files(partitions, whole)
         if broken:
             named = [
-                f"table {self.name}{f', partition {day}' if day else ''}: file {self.uri}/{path} {problem}"
-                for path, day, problem in sorted(broken, key=lambda one: (one[1] or "", one[0]))
+                f"table {self.name}{f', partition {one.partition}' if one.partition else ''}: "
+                f"file {self.uri}/{one.path} {one.problem}"
+                for one in broken
             ]
             more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
-            remedy = "restore the files, or write their partition again"
+            remedy = f"restore the files, or write their partition again; {MENDED}"
             raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
+
+    def damaged_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> list[DamagedFile]:
+        """What :meth:`check_files` raises about, by partition and path."""
+        schema = pa.schema(self.delta().schema().to_arrow())
+        types = {column.name: type_name(column.type) for column in schema}
+        files = self._files(None if partitions is None else list(partitions))
+        store = self._store()
+        with ThreadPoolExecutor(16) as pool:
+            problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
+            broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
+        broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
+        return sorted(broken, key=lambda one: (one.partition or "", one.path))
+
+    def lost_files(self) -> list[DamagedFile]:
+        """The files that are gone, or of another size than the Delta log says; costs one listing of the table.
+
+        Raises:
+            UnreadableError: the Delta log cannot be read, or a commit of it is empty, which Delta takes for no change.
+        """
+        store, root = file_system(self.uri)  # lists several times faster than deltalake does
+        entries = store.get_file_info(fs.FileSelector(root, recursive=True))
+        sizes = {entry.path: entry.size for entry in entries if entry.type == fs.FileType.File}
+        for path, size in sizes.items():
+            if not size and path.startswith(f"{root}/_delta_log/") and path.endswith(".json"):
+                raise UnreadableError(
+                    f"table {self.name}: the Delta log of {self.uri} is damaged: {path} is empty; {MENDED}"
+                )
+        problems = (
+            (path, day, _problem_of_size(sizes.get(f"{root}/{path}"), size)) for path, size, day in self._files(None)
+        )
+        return [DamagedFile(path, day, problem) for path, day, problem in problems if problem]
 
     def require_buckets(self, buckets: int) -> None:
         """Of a table laid out by bucket: nobody would read what lies in a bucket beyond these, or in none.
@@ -364,8 +403,7 @@ class Table:
         Args:
             cache: what an earlier call left there; only later commits are read then.
         """
-        delta = self.delta()
-        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
+        delta, store = self.delta(), self._store()
         present = self.partitions() or [WHOLE_TABLE]
         files: dict[str, list[str]] = {partition: [] for partition in present}
         if self.is_cut and "ts" in self._names(delta):
@@ -389,6 +427,10 @@ class Table:
                 return None if not values else [str(values.get(column))]
 
         return fingerprints(delta, store, {one: files.get(one, []) for one in present}, touched, cache)
+
+    def _store(self) -> fs.FileSystem:
+        """Rooted at the table."""
+        return fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
 
     def _names(self, delta: DeltaTable) -> dict[str, str]:
         """Canonical name of every column that can be reached → its own name, in the table's order."""
@@ -564,15 +606,25 @@ def _logged_extent(action: Mapping[str, Any], clock: str) -> tuple[int, int] | N
     return round(low.timestamp() * 1e6), round(high.timestamp() * 1e6) + 999
 
 
+def _problem_of_size(found: int | None, size: int) -> str | None:
+    """
+    Args:
+        found: bytes of a file; None: it is gone.
+    """
+    if found is None:
+        return "is missing"
+    return None if found == size else f"has {found:,} bytes, but the Delta log says {size:,}"
+
+
 def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
     """What is wrong with a Parquet file that the Delta log says to have this size and these columns."""
     try:
         info = store.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            return "is missing"
-        if info.size != size:
-            return f"has {info.size:,} bytes, but the Delta log says {size:,}"
+        if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):
+            return problem
         with store.open_input_file(path) as stream:
+            if whole and not is_as_written(path, stream.readall()):
+                return "has other bytes than were written"
             file = pq.ParquetFile(stream)
             stored = {column.name: type_name(column.type) for column in file.schema_arrow}
             if whole:

@@ -7,6 +7,7 @@ hundred thousand rows does, so small partitions are read and judged together, an
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
+import yaml
 
 from features.delta.table import Table, together
 from features.delta.write import replace_partition, replace_partitions, write_file
@@ -76,6 +78,8 @@ class Gate:
         import great_expectations
 
         root.mkdir(parents=True, exist_ok=True)
+        for path in damaged_settings(root):
+            path.unlink()
         self.gx: Any = great_expectations
         self.context: Any = self.gx.get_context(mode="file", project_root_dir=str(root))
         self.context.variables.progress_bars = {"globally": False}
@@ -126,6 +130,25 @@ class Gate:
         """Build the static Data Docs; returns their index page."""
         sites = self.context.build_data_docs()
         return Path(next(iter(sites.values())).removeprefix("file://"))
+
+
+def damaged_settings(root: Path) -> dict[Path, str]:
+    """Settings and suites of a context that Great Expectations cannot read, and why. All are written anew by a
+    :class:`Gate` that finds none, as they are made from the config."""
+    found: dict[Path, str] = {}
+    results = root / "gx" / "uncommitted" / "validations"  # are left out of the pages when they are damaged
+    for path in sorted([*root.rglob("*.yml"), *root.rglob("*.json")]):
+        if results in path.parents:
+            continue
+        try:
+            content = path.read_text(encoding="utf-8")
+            read = yaml.safe_load(content) if path.suffix == ".yml" else json.loads(content)
+            problem = None if isinstance(read, dict) else "holds no settings"
+        except (ValueError, yaml.YAMLError) as error:
+            problem = f"cannot be read ({' '.join(str(error).split())})"
+        if problem:
+            found[path] = problem
+    return found
 
 
 def validate_partitions(

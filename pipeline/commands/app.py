@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from pipeline.commands import endpoint, run, watch
+from pipeline.commands import endpoint, run, upkeep, watch
 from pipeline.commands.features import features_app
 from pipeline.commands.imports import import_app
 from pipeline.commands.models import models_app
@@ -21,7 +21,16 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 3 stopped by a data-validation gate, "
     "130 stopped by Ctrl-C, 143 by SIGTERM.",
 )
-for command in (run.run, run.retrain, watch.watch, run.validate, endpoint.serve, endpoint.query, run.status):
+for command in (
+    run.run,
+    run.retrain,
+    watch.watch,
+    run.validate,
+    endpoint.serve,
+    endpoint.query,
+    run.status,
+    upkeep.repair,
+):
     app.command()(command)
 app.add_typer(import_app, name="import")
 app.add_typer(models_app, name="models")

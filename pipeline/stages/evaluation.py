@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.digest import digest
-from features.errors import CorankError
+from features.errors import CorankError, writing
 from pipeline.config import Config
 from pipeline.evaluation.settings import EvaluationConfig
 from pipeline.evaluation.texts import classes_text, number_text
@@ -220,6 +220,7 @@ def write_report(folder: Path, config: Config, challenger: ChallengerRecord, ver
         lines += [classes_text(entry) + ".", ""]
     path = folder / f"{challenger.version}.md"
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("\n".join(lines), encoding="utf-8")
+    with writing(path, len("\n".join(lines).encode())):
+        scratch.write_text("\n".join(lines), encoding="utf-8")
     os.replace(scratch, path)
     return str(path)

@@ -57,6 +57,13 @@ class Workspace:
 
         return ModelRegistry(self.config)
 
+    def close_registry(self) -> None:
+        """Open another the next time, as the database was taken away."""
+        from pipeline.workspace.registry import forget_connections
+
+        self.__dict__.pop("registry", None)
+        forget_connections()
+
     @property
     def partitions(self) -> list[str]:
         """The log's, oldest first."""

@@ -55,8 +55,8 @@ def test_help_answers_without_heavy_imports(command: list[str]) -> None:
 def test_under_another_locale_files_are_utf8_and_the_terminal_stays_as_it_is() -> None:
     code = (
         "import sys, pipeline.cli, pipeline.commands.app\n"
-        "told = lambda: print(sys.flags.utf8_mode, open(sys.executable).encoding, sys.argv, chr(0x2713))\n"
-        "pipeline.commands.app.app = told\n"
+        "said = sys.flags.utf8_mode, open(sys.executable).encoding, sys.argv, chr(0x2713)\n"
+        "pipeline.commands.app.app = lambda: print(*said)\n"
         "pipeline.cli.main()\n"
     )
     latin = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

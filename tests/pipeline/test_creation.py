@@ -60,7 +60,7 @@ def test_a_registry_with_content_that_cannot_be_opened_is_named_and_kept(config:
         ModelRegistry(config)
     assert path.read_bytes() == before
     path.write_bytes(b"no database at all" * 100)
-    with pytest.raises(CorankError, match="restore it from a backup"):
+    with pytest.raises(CorankError, match=r"mlflow.db is no SQLite database. Restore it .* `corank repair`"):
         ModelRegistry(config)
 
 

@@ -108,5 +108,5 @@ def test_a_damaged_record_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert (records.get("samples", START) or {})["inputs"] == "a"
     for content in (b"", path.read_bytes()[:-5], b"[1]"):
         path.write_bytes(content)
-        with pytest.raises(CorankError, match=rf"record {re.escape(str(path))} is damaged .* Remove it and run again"):
+        with pytest.raises(CorankError, match=rf"record {re.escape(str(path))} is damaged .* `corank repair`"):
             records.get("samples", START)

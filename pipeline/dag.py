@@ -14,7 +14,9 @@ from typing import Any
 
 import dagster as dg
 from alembic.util import CommandError
+from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
+from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 from sqlalchemy.exc import SQLAlchemyError
 
 from features.damage import problem_of_database
@@ -125,7 +127,7 @@ def open_instance(config: Config) -> dg.DagsterInstance:
     Its history is for people to look at; nothing is decided by it. So one that cannot be opened is set aside.
     """
     if named := os.environ.get("DAGSTER_HOME"):
-        return dg.DagsterInstance.from_config(named)
+        return _instance(named)
     home = config.local_path("dagster")
     with locked(config.local_path("dagster.lock")):
         if home.exists() and not _opens(home):
@@ -135,7 +137,14 @@ def open_instance(config: Config) -> dg.DagsterInstance:
         if not home.exists():
             make_whole(home, _make_home)
         _configure(home)
-    return dg.DagsterInstance.from_config(str(sqlalchemy_path(home)))
+    return _instance(str(sqlalchemy_path(home)))
+
+
+def _instance(home: str) -> dg.DagsterInstance:
+    """An instance that does not keep what stages print: for that Dagster puts files in the place of stdout and stderr,
+    and starts processes in the group of the command, which answer its signals with stack traces."""
+    nowhere = {"module": NoOpComputeLogManager.__module__, "class": NoOpComputeLogManager.__name__}
+    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(home, overrides={"compute_logs": nowhere}))
 
 
 def _make_home(home: Path) -> None:
@@ -161,7 +170,7 @@ def _open_home(home: Path) -> None:
 
 
 def _opens(home: Path) -> bool:
-    if any(problem_of_database(path) for path in home.rglob("*.db")):
+    if not home.is_dir() or any(problem_of_database(path) for path in home.rglob("*.db")):
         return False
     try:
         _open_home(home)

@@ -44,7 +44,7 @@ class Interrupts:
         self.came: int | None = None
         self._raising = True
         self._leaving = threading.Lock()
-        self._stderr = os.dup(2)  # during a stage Dagster has put a file of its own in its place
+        self._stderr = os.dup(2)  # a library may put a file in its place
 
     def hold(self) -> None:
         """From here on a signal interrupts nothing, as what follows puts the work away; a second one still ends it."""
@@ -145,6 +145,13 @@ def deferred() -> Iterator[None]:
                 handler(came[0], None)
             elif handler == signal.SIG_DFL:
                 signal.raise_signal(came[0])
+
+
+def reinstate() -> None:
+    """Set the handlers of both signals again: Ray, connecting, puts others below them that Python does not know of."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.getsignal(number))
 
 
 def _handle(handler: _Handler) -> dict[int, Any]:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 from pydantic import Field
 
 from features.schema import Declaration
-from pipeline.interrupts import deferred
+from pipeline.interrupts import deferred, reinstate
 
 SESSIONS, OWNER = "corank-", "owner"
 """Start of the name of a folder for Ray's sessions, and the file in it that the process they belong to has locked."""
@@ -146,6 +146,7 @@ def ensure_ray(config: RayConfig) -> None:
                 address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
             )
         )
+        reinstate()
 
 
 def _in_a_thread(work: Callable[[], object]) -> None:

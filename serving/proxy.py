@@ -15,9 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 ADMITTED = "x-corank-admitted"
-"""Header of the answer of ``/healthz``, which whoever starts an endpoint asks for first: how many requests of each path
-of ``LIMITED`` its replicas hold together."""
+"""Header of the service's answers: how many requests of each path of ``LIMITED`` its replicas hold together. Whoever
+starts an endpoint asks ``/healthz`` first; a proxy that is replaced learns it from the next answer."""
 UNAVAILABLE = "no process of the service answers; try again"
+GONE = "corank.gone"
+"""In the scope of a request that no replica answered."""
 HEALTH, LIMITED = "/healthz", ("/v1/rank", "/v1/events")
 
 
@@ -36,19 +38,21 @@ class Admission:
     """Answers 503 where a path has as many requests as the service admits, before they cost it anything.
 
     Each of them would else wait in the proxy and in a replica for what came before it, only to be turned away there.
+    After a replica was gone, one request alone waits for the next one, until it is answered.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._admitted: dict[str, int] = {}
         self._ongoing: Counter[str] = Counter()
+        self._lost: set[str] = set()  # paths whose last answer was none of a replica
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["type"] == "http" else ""
-        if path.endswith(HEALTH):
-            await self._app(scope, receive, self._learning(path.removesuffix(HEALTH), send))
-        elif path not in self._admitted:
-            await self._app(scope, receive, send)
+        if path not in self._admitted:
+            await self._app(scope, receive, self._learning(path, send))
+        elif path in self._lost and self._ongoing[path]:
+            await _send_error(send, "unavailable", UNAVAILABLE)
         elif self._ongoing[path] >= self._admitted[path]:
             message = f"{self._ongoing[path]} requests are being worked on, which is the limit; try again later"
             await _send_error(send, "overloaded", message)
@@ -58,12 +62,17 @@ class Admission:
                 await self._app(scope, receive, send)
             finally:
                 self._ongoing[path] -= 1
+            if GONE in scope:
+                self._lost.add(path)
+            else:
+                self._lost.discard(path)
 
-    def _learning(self, root: str, send: Send) -> Send:
+    def _learning(self, path: str, send: Send) -> Send:
         async def forward(message: Message) -> None:
             for name, value in message.get("headers", []):
                 if name == ADMITTED.encode():
-                    self._admitted |= {root + path: int(value) for path in LIMITED}
+                    root = next(path.removesuffix(own) for own in (HEALTH, *LIMITED) if path.endswith(own))
+                    self._admitted |= {root + limited: int(value) for limited in LIMITED}
             await send(message)
 
         return forward
@@ -84,13 +93,17 @@ class JsonErrors:
                 text = any(name == b"content-type" and b"text/plain" in value for name, value in message["headers"])
                 started, replaced = True, text and message["status"] in (408, 429, 503)
                 if replaced:
-                    await _send_error(send, "unavailable", UNAVAILABLE)
+                    await self._replace(scope, send)
             if not replaced:
                 await send(message)
 
         await self._app(scope, receive, forward)
         if scope["type"] == "http" and not started:
-            await _send_error(send, "unavailable", UNAVAILABLE)
+            await self._replace(scope, send)
+
+    async def _replace(self, scope: Scope, send: Send) -> None:
+        scope[GONE] = True
+        await _send_error(send, "unavailable", UNAVAILABLE)
 
 
 async def _send_error(send: Send, kind: str, message: str) -> None:

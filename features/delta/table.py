@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,8 +25,8 @@ from features.delta.fingerprints import WHOLE_TABLE, fingerprints
 from features.delta.paths import address, file_system
 from features.delta.write import is_as_written, is_written_for
 from features.encoding import bucket_column
-from features.errors import CorankError, UnreadableError, first_line
-from features.schema import Grain, partition_bounds, partition_of
+from features.errors import CorankError, DataGateError, UnreadableError, first_line
+from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
 
@@ -47,6 +48,9 @@ MADE_OF = {
 
 READ_FEATURES = {"deletionVectors", "timestampNtz"}
 """Delta's table features that deltalake and Polars can read."""
+
+UNSUPPORTED = re.compile("unsupported|not supported|catalog-managed", re.IGNORECASE)
+"""What deltalake says of a feature, or a version of the protocol, that it does not know; the log itself is whole."""
 
 MAPPING_VERSION = 2
 """Delta's reader version that brought column mapping."""
@@ -121,11 +125,13 @@ class Table:
         except DeltaProtocolError as error:
             unread = first_line(error)
         except (DeltaError, OSError) as error:
-            at = "" if self.version is None else f" at version {self.version}"
-            raise UnreadableError(
-                f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({first_line(error)}); "
-                f"restore its files in _delta_log; {MENDED}"
-            ) from error
+            unread = first_line(error)
+            if not UNSUPPORTED.search(unread):
+                at = "" if self.version is None else f" at version {self.version}"
+                raise UnreadableError(
+                    f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({unread}); "
+                    f"restore its files in _delta_log; {MENDED}"
+                ) from error
         if unread:
             raise UnreadableError(
                 f"table {self.name} at {self.uri} uses a Delta feature that cannot be read: {unread}. Write a copy "
@@ -179,7 +185,11 @@ class Table:
         return self.grain is not None and self.partition_column() is None
 
     def partitions(self) -> list[str]:
-        """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt."""
+        """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt.
+
+        Raises:
+            DataGateError: partitions are cut from ``ts``, and one is beyond all calendars.
+        """
         column = self.partition_column()
         if column is not None:
             return sorted({str(part[column]) for part in self.delta().partitions() if part[column] is not None})
@@ -188,7 +198,13 @@ class Table:
         found: set[str] = set()
         unclear = []
         for path, extent in self._extents().items():
-            names = {partition_of(moment, self.grain) for moment in extent} if extent is not None else set()
+            try:
+                names = {partition_of(moment, self.grain) for moment in extent or ()}
+            except (ValueError, OverflowError):
+                raise DataGateError(
+                    f"table {self.name} at {self.uri}: a ts of file {path} is no time of the years 1 to 9999; correct "
+                    "it, or cast it to microseconds UTC"
+                ) from None
             if len(names) == 1:
                 found |= names
             else:
@@ -423,7 +439,7 @@ class Table:
         hidden = set(mapped.values()) | set(self.columns)
         if self.grain is not None:
             column = self.partition_column()
-            hidden |= {"dt"} if column is None else {column}
+            hidden |= {"dt"} if column is None else {"dt", column}
             mapped |= {} if column is None else {"dt": column}
         names = mapped | {column: column for column in own if column not in hidden}
         return dict(sorted(names.items(), key=lambda one: own.index(one[1])))
@@ -464,6 +480,15 @@ class Table:
         slack = 0 if kind.is_integer() else 999
         bounds = [None if None in row else (int(row[0]), int(row[1]) + slack) for row in ends.rows()]
         return dict(zip(paths, bounds, strict=True))
+
+    def wrong_unit(self) -> tuple[str, int] | None:
+        """Of a log whose partitions are cut from ``ts``: the unit other than microseconds that it seems to be written
+        in, by the log's statistics, and an example; else its partitions would be early in 1970, or far off."""
+        for extent in self._extents().values() if self.is_cut else ():
+            for unit, (low, high) in OTHER_UNITS.items():
+                if extent is not None and low <= extent[0] and extent[1] < high:
+                    return unit, extent[0]
+        return None
 
     def _within(self, partitions: Sequence[str], extent: tuple[int, int] | None) -> list[str]:
         """Those of some partitions that a file of this extent may hold rows of."""
@@ -554,12 +579,11 @@ def _spans(partitions: Iterable[str], grain: Grain) -> list[tuple[int, int]]:
 
 
 def _moment(ts: int, kind: Any) -> pl.Expr:
-    """Microseconds UTC as a column of times stores them."""
-    return (
-        pl.lit(ts, pl.Int64).cast(pl.Datetime("us")).cast(pl.Date)
-        if kind == pl.Date
-        else pl.lit(ts, pl.Int64).cast(kind)
-    )
+    """Microseconds UTC as a column of times stores them; a narrower integer is compared as the wider one."""
+    moment = pl.lit(ts, pl.Int64)
+    if kind == pl.Date:
+        return moment.cast(pl.Datetime("us")).cast(pl.Date)
+    return moment.cast(kind) if isinstance(kind, pl.Datetime) else moment
 
 
 def _meets(extent: tuple[int, int] | None, spans: Iterable[tuple[int, int]]) -> bool:

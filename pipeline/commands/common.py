@@ -44,23 +44,20 @@ def guarded(debug: bool) -> Iterator[None]:
     quiet()
     with interruptible() as interrupts:
         try:
-            yield
-        except (typer.Exit, typer.Abort):
-            raise
-        except Exception as error:
-            if not interrupts.came:  # else it is what became of the interrupt
-                _report(error, debug)
-        except BaseException:
-            if not interrupts.came:
-                raise
-        finally:
-            interrupts.hold()
             try:
-                stop_ray()
+                yield
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as error:
+                if not interrupts.came:  # else it is what became of the interrupt
+                    _report(error, debug)
             finally:
-                if interrupts.came:
-                    sys.stdout.flush()
-                    interrupts.leave()
+                interrupts.hold()
+                stop_ray()
+        finally:
+            if interrupts.came:
+                sys.stdout.flush()
+                interrupts.leave()
 
 
 def _report(error: Exception, debug: bool) -> NoReturn:

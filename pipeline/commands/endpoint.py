@@ -24,7 +24,7 @@ def keep_serving(workspace: Workspace, running: bool) -> None:
     """Serve the champion until Ctrl-C; ``running``: the endpoint is up already."""
     from features.errors import CorankError
     from pipeline.runtime import ensure_ray
-    from pipeline.stages.deployment import CURRENT, DEPLOYMENT, require_own_features, serving_settings
+    from pipeline.stages.deployment import CURRENT, DEPLOYMENT, name_served, require_own_features, serving_settings
     from pipeline.stages.feature_store import require_store
     from serving.deploy import start
     from serving.ports import endpoint_url, require_free
@@ -43,10 +43,9 @@ def keep_serving(workspace: Workspace, running: bool) -> None:
             with workspace.progress.stage("serving") as stage:
                 stage.say(f"starting Ray Serve with verified version {champion.number}")
                 ensure_ray(workspace.config.ray)
+                name_served(workspace, champion)
                 url = start(serving_settings(workspace, champion), options.host, options.port)
                 stage.say(f"version {champion.number} at {url}")
-    # what is served stays registered, whatever is promoted meanwhile
-    workspace.records.put("serving", "current", {"number": champion.number, "artifact": champion.artifact, "url": url})
     typer.echo(f"{url} is up. POST {url}/v1/rank; interactive documentation at {url}/docs. Ctrl-C stops it.")
     signal.pause()
 

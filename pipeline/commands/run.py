@@ -76,7 +76,8 @@ def retrain(
                     f"--backfill {backfill}: partition {newest} comes before, and was not trained on yet; a retraining "
                     "leaves none out"
                 )
-            typer.echo(step.says)
+            if step.says != said:
+                typer.echo(step.says)
             left = pending(step.workspace, step.training)
             if left and step.says != said:
                 _execute(step.workspace, False, step.training)

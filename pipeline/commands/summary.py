@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
-from pipeline.evaluation.texts import classes_text, number_text
+from pipeline.evaluation.texts import classes_text, gain_text, number_text
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
@@ -50,13 +51,8 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
         for task, entry in evaluation.tasks.items():
             console.print(f"{task:<11} {classes_text(entry)}")
     challenger = records.read(CHALLENGER, CHALLENGER.key(workspace))
-    if challenger:
-        steps = sum(entry.get("steps", FEW_STEPS) for entry in challenger.history)
-        if steps < FEW_STEPS:
-            console.print(
-                f"warning     the training had {steps} steps only; more data, more `training.epochs` or a smaller "
-                "`training.batch_candidates` give it more"
-            )
+    if challenger and (warning := few_steps(challenger.history)):
+        console.print(f"warning     {warning}")
     champion, deployment = records.read(CHAMPION, key), records.read(DEPLOYMENT, CURRENT)
     if champion:
         console.print(f"model       {config.name} {champion.model}: {champion.outcome}")
@@ -72,6 +68,17 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
     if answer:
         print_answer(answer["request"], answer["answer"])
     _print_places(console, workspace, evaluation)
+
+
+def few_steps(history: Sequence[Mapping[str, Any]]) -> str:
+    """What is said of a training that had too few steps to learn; empty for all others."""
+    steps = sum(entry.get("steps", FEW_STEPS) for entry in history)
+    if steps >= FEW_STEPS:
+        return ""
+    return (
+        f"the training had {steps} steps only; more data, more `training.epochs` or a smaller "
+        "`training.batch_candidates` give it more"
+    )
 
 
 def _metrics_table(evaluation: EvaluationRecord) -> Table:
@@ -181,7 +188,7 @@ def print_models(workspace: Workspace) -> None:
             version.tags.get("content", ""),
             version.tags.get("partition", ""),
             number_text(entry and entry["auc"]),
-            f"{entry['auc_gain_over_baseline']['difference']:+.4f}" if entry else "–",
+            gain_text(entry and entry["auc_gain_over_baseline"]),
             ("passed" if evaluation.passed else "failed") if evaluation else "–",
         )
     console.print(table)

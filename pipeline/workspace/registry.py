@@ -293,6 +293,15 @@ class ModelRegistry:
             self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         return version
 
+    def restore(self, number: int, instead_of: int, why: str) -> ModelVersion:
+        """Make a version the champion again instead of one that failed after its promotion, which keeps the reason."""
+        with writing(self.place):
+            self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
+            if self.champion(PREVIOUS) is not None:
+                self.client.delete_registered_model_alias(self.name, PREVIOUS)
+            self.client.set_model_version_tag(self.name, str(instead_of), "failed live", why[:500])
+        return self.version(number)
+
     def drop(self, number: int) -> None:
         """Forget a version, and the aliases that it carries; its number is not given again."""
         self.client.delete_model_version(self.name, str(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -85,6 +86,11 @@ def test_dagsters_history_that_cannot_be_opened_is_set_aside(config: Config) -> 
     with open_instance(config) as instance:
         assert instance.get_runs() == []
     assert (home.with_name("dagster.damaged") / "history" / "runs.db").is_file()
+    shutil.rmtree(home)
+    home.write_text("a file where the folder goes", encoding="utf-8")
+    with open_instance(config) as instance:
+        assert instance.get_runs() == []
+    assert home.with_name("dagster.damaged").is_file()
 
 
 @pytest.mark.parametrize("folder", ["what?", "100% größe #1"])

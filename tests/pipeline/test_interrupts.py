@@ -106,6 +106,7 @@ def assert_ended(command: psutil.Popen, number: signal.Signals, within: float, s
     assert number.name in errors.splitlines()[-1]
     assert errors.count("stopped") == 1
     assert "Traceback" not in errors
+    assert "SIGTERM received" not in errors  # what Ray's own handler says
     _, left = psutil.wait_procs(started, timeout=2)
     assert not left
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.responses import PlainTextResponse
 
+import serving.ranking
 from features.batch import collate
 from features.delta.table import Table
 from features.encoding import hash_id
@@ -34,12 +36,12 @@ from features.sample_table import concatenate, feature_column, sample_schema
 from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.reader import History, OnlineReader
-from models.artifact import save_artifact
+from models.artifact import load_artifact, save_artifact
 from models.registry import build_model
 from serving.client import NoEndpointError, RankingClient
 from serving.deploy import start
 from serving.ports import endpoint_url
-from serving.proxy import JsonErrors, middlewares
+from serving.proxy import ADMITTED, JsonErrors, middlewares
 from serving.ranking import Ranker, RankingService, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
 from serving.settings import ServingConfig, ServingSettings
@@ -69,7 +71,7 @@ class InProcess:
 
     def __init__(self, target: Ranker) -> None:
         self.describe = Remote(target.describe)
-        self.rank = Remote(lambda rows: target.score([rows])[0])
+        self.rank = Remote(lambda request: target.score([request])[0])
 
 
 class Remote:
@@ -78,7 +80,8 @@ class Remote:
 
     async def remote(self, *arguments: Any) -> Any:
         await asyncio.sleep(0)
-        return self._function(*arguments)
+        result = self._function(*arguments)
+        return await result if asyncio.iscoroutine(result) else result
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +193,9 @@ def test_unknown_by_the_time_of_the_request_reads_as_unknown(settings: ServingSe
     [
         ({"device": ["ios"]}, "context.device"),
         ({"hour": "3"}, "context.hour"),
-        ({"hour": True}, "context.hour"),
         ({"hour": 1e300}, "context.hour"),
         ({"modes": "dark"}, "context.modes"),
-        ({"modes": ["dark", None]}, "context.modes.1"),
+        ({"modes": ["dark", {}]}, "context.modes.1"),
         ({"other": 1}, "context.other"),
     ],
 )
@@ -207,6 +209,21 @@ def test_context_codes() -> None:
     codes = encode_context(SCHEMA, {"device": 42, "hour": None, "modes": None})
     names = [feature_column(feature) for feature in SCHEMA.side("context")]
     assert codes == dict(zip(names, [hash_id("42"), None, []], strict=True))
+    as_columns = encode_context(SCHEMA, {"device": True, "hour": True, "modes": ["dark", None]})
+    assert as_columns == dict(zip(names, [hash_id("true"), 1.0, [hash_id("dark")]], strict=True))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_context_column_may_be_of_several_kinds_at_once(order: int) -> None:
+    features = (
+        Feature(name="hour", side="context", kind="number"),
+        Feature(name="hour_id", column="hour", side="context"),
+        Feature(name="part", column="hour", side="context", kind="category", vocabulary=("3", "true")),
+    )
+    schema = SCHEMA.model_copy(update={"features": features[::order]})
+    for value, codes in ((3, [3.0, hash_id("3"), 1]), (True, [1.0, hash_id("true"), 2])):
+        found = encode_context(schema, {"hour": value})
+        assert [found[feature_column(feature)] for feature in features] == codes
 
 
 def test_answer(client: TestClient, settings: ServingSettings) -> None:
@@ -235,10 +252,10 @@ def test_merged_requests_score_alike(settings: ServingSettings) -> None:
         build_row(reader, 0, user, items, CONTEXT, NOW).rows
         for user, items in (("7", ["1", "2"]), ("8", ["3"]), ("7", ["1", "9", "2", "3"]))
     ]
-    merged = ranker.score(rows)
+    merged = ranker.score([(settings.artifact, row) for row in rows])
     assert [scores.shape for scores in merged] == [(2, 2), (1, 2), (4, 2)]
     for row, scores in zip(rows, merged, strict=True):
-        np.testing.assert_allclose(ranker.score([row])[0], scores, atol=1e-5)
+        np.testing.assert_allclose(ranker.score([(settings.artifact, row)])[0], scores, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -478,10 +495,10 @@ def test_while_no_ranker_is_there_nobody_waits_for_one(settings: ServingSettings
     describe, rank, there = handle.describe, handle.rank, threading.Event()
 
     class Waiting:
-        async def remote(self) -> Any:
+        async def remote(self, artifact: str) -> Any:
             while not there.is_set():
                 await asyncio.sleep(0.01)
-            return await describe.remote()
+            return await describe.remote(artifact)
 
     def die(_: Any) -> Any:
         handle.describe = Waiting()  # type: ignore[assignment]
@@ -556,6 +573,37 @@ def test_the_proxy_turns_away_what_the_service_would_not_admit_at_once_and_by_pa
     for response in turned_away["/beside/v1/rank"]:
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         assert response.json()["error"]["type"] == "overloaded"
+
+
+def test_while_no_replica_is_there_one_request_alone_waits_for_one() -> None:
+    async def kill() -> None:
+        there, died = asyncio.Event(), False
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal died
+            if died:
+                await there.wait()
+            if scope["path"] == "/v1/events" or died:
+                await PlainTextResponse("ok", headers={ADMITTED: "10"})(scope, receive, send)
+            died = died or scope["path"] == "/v1/rank"  # without an answer
+
+        proxy = httpx.ASGITransport(application)
+        for middleware in middlewares():
+            proxy.app = middleware.cls(proxy.app)
+        async with httpx.AsyncClient(transport=proxy, base_url="http://proxy") as client:
+            await client.post("/v1/events")  # tells the proxy how many are admitted
+            assert (await client.post("/v1/rank")).status_code == 503
+            waiting = asyncio.ensure_future(client.post("/v1/rank"))
+            await asyncio.sleep(0.1)
+            turned_away = await client.post("/v1/rank")
+            assert (turned_away.status_code, turned_away.json()["error"]["type"]) == (503, "unavailable")
+            there.set()
+            assert (await waiting).status_code == 200
+            assert {one.status_code for one in await asyncio.gather(*(client.post("/v1/rank") for _ in range(5)))} == {
+                200
+            }
+
+    asyncio.run(kill())
 
 
 def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() -> None:
@@ -640,6 +688,19 @@ def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
             start(settings, port=port)
 
 
+def own_address() -> str:
+    """This machine's address of the network, as others reach it; on a machine without any, loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+OWN_ADDRESS = own_address()
+
+
 @pytest.fixture
 def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
@@ -658,6 +719,7 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("::1", "http://[::1]:{}"),
         ("::", "http://[::1]:{}"),
         ("localhost", "http://localhost:{}"),
+        (OWN_ADDRESS, f"http://{OWN_ADDRESS}:{{}}"),
     ],
 )
 def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host: str, url: str) -> None:
@@ -666,6 +728,10 @@ def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host
         with RankingClient(endpoint_url(host, port)) as client:
             assert client.healthz() == {"status": "ok"}
     assert asked == ["/healthz"]
+
+
+def test_an_address_of_ipv6_may_be_written_as_in_a_url() -> None:
+    assert ServingConfig(host="[::1]").host == "::1"
 
 
 def test_other_machines_are_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch, proxies: None) -> None:
@@ -696,3 +762,97 @@ def test_an_address_that_is_none_is_said_so() -> None:
         RankingClient("http://::1:8000")
     with RankingClient("localhost:8000") as client, pytest.raises(CorankError, match="unsupported protocol"):
         client.healthz()
+
+
+def published(root: Path, seed: int) -> tuple[str, str]:
+    """Another model of the same features: its artifact and version."""
+    torch.manual_seed(seed)
+    artifact = root / f"model-{seed}"
+    model = build_model(SCHEMA, "ui-mixformer", "tiny", id_dropout=0.0)
+    return str(artifact), save_artifact(artifact, model, {"selfcheck": {"rows": [], "scores": []}})
+
+
+def name(document: Path, artifact: str) -> None:
+    scratch = document.with_suffix(".tmp")
+    scratch.write_text(json.dumps({"artifact": artifact}))
+    scratch.replace(document)
+
+
+def test_a_model_that_is_named_while_requests_come_takes_over_without_a_lost_or_mixed_answer(
+    settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving.ranking, "FOLLOW_SECONDS", 0.05)
+    (first, one), (second, two) = published(tmp_path, 1), published(tmp_path, 2)
+    document = tmp_path / "current.json"
+    name(document, first)
+    handle = InProcess(Ranker(replace(settings, artifact=first)))
+    service = RankingService(replace(settings, artifact=first, follow=str(document)), handle)  # type: ignore[arg-type]
+    answers = []
+    with TestClient(build_api(service)) as client:
+        expected = {}
+        for artifact, version in ((first, one), (second, two), (first, one)):
+            name(document, artifact)
+            until = time.monotonic() + 20
+            while not answers or answers[-1]["model_version"] != version:
+                assert time.monotonic() < until
+                response = client.post("/v1/rank", json=body())
+                assert response.status_code == 200
+                answers.append(response.json())
+            expected[version] = answers[-1]["scores"]
+        assert expected[one] != expected[two]
+        for each in answers:
+            assert each["scores"] == expected[each["model_version"]]
+        # what is no model, or gives other scores than it was published with, stays out, and says so
+        damaged = tmp_path / "damaged"
+        shutil.copytree(second, damaged)
+        (damaged / "model.safetensors").write_bytes(b"")
+        for artifact, why in ((str(damaged), "is damaged"), (str(tmp_path / "none"), "not a model artifact")):
+            name(document, artifact)
+            until = time.monotonic() + 20
+            while (client.get("/v1/model").json()["refused"] or {}).get("artifact") != artifact:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            served = client.get("/v1/model").json()
+            assert served["model_version"] == one
+            assert why in served["refused"]["why"]
+            assert client.post("/v1/rank", json=body()).json()["scores"] == expected[one]
+        document.write_text("{half")
+        name(document, second)
+        until = time.monotonic() + 20
+        while client.get("/v1/model").json()["model_version"] != two:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert client.get("/v1/model").json()["refused"] is None
+
+
+def test_a_model_that_scores_its_self_check_otherwise_is_refused(settings: ServingSettings, tmp_path: Path) -> None:
+    ranker, reader = Ranker(settings), OnlineReader(settings.store)
+    row = build_row(reader, 0, "7", ["1", "2"], CONTEXT, NOW).rows
+    model = load_artifact(settings.artifact).model
+    document = {"rows": row.to_pylist(), "scores": ranker.score([(settings.artifact, row)])[0].tolist()}
+    columns = set(sample_schema(SCHEMA).names)
+    document["rows"] = [{name: value for name, value in one.items() if name in columns} for one in document["rows"]]
+    right = tmp_path / "right"
+    save_artifact(right, model, {"selfcheck": document})
+    assert len(ranker.score([(str(right), row)])[0]) == 2
+    wrong = tmp_path / "wrong"
+    document["scores"][0][0] += 1e-3
+    save_artifact(wrong, model, {"selfcheck": document})
+    with pytest.raises(CorankError, match=r"wrong: its self-check requests differ by 1\.00e-03"):
+        ranker.score([(str(wrong), row)])
+
+
+def test_requests_of_two_models_that_meet_in_one_batch_are_scored_each_by_its_own(
+    settings: ServingSettings, tmp_path: Path
+) -> None:
+    (first, _), (second, _) = published(tmp_path, 1), published(tmp_path, 2)
+    ranker, reader = Ranker(replace(settings, artifact=first)), OnlineReader(settings.store)
+    sizes = (("7", 3), ("8", 1), ("7", 2))
+    rows = [build_row(reader, 0, user, ["1", "2", "3"][:size], CONTEXT, NOW).rows for user, size in sizes]
+    mixed = ranker.score(list(zip((first, second, first), rows, strict=True)))
+    alone = [ranker.score([(artifact, row)])[0] for artifact, row in zip((first, second, first), rows, strict=True)]
+    for one, other in zip(mixed, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    third, _ = published(tmp_path, 3)
+    ranker.score([(third, rows[0])])
+    assert list(ranker._models) == [first, third]  # the one longest not asked for went

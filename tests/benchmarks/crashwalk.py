@@ -42,6 +42,7 @@ FILES = (
     "records/feature_store/*.json",
     "records/challenger/*.json",
     "records/evaluation/*.json",
+    "records/refit/*.json",
     "records/champion/*.json",
     "records/deployment/*.json",
     "records/log/*.json",

@@ -148,7 +148,7 @@ def test_a_model_that_nothing_restores_is_dropped_for_the_one_before_and_trained
     current = opened(config).registry.champion()
     assert current is not None
     assert current.number == previous.number
-    assert pending(opened(config))[:3] == ["challenger", "evaluation", "champion"]
+    assert pending(opened(config))[:4] == ["challenger", "evaluation", "refit", "champion"]
     advance(config, DAYS[2])
     trained = opened(config).registry.champion()
     assert trained is not None

@@ -54,8 +54,9 @@ def encode(field: FieldSpec, column: pl.Expr) -> pl.Expr:
     A list column (multi-valued feature) gives a list of codes: nulls inside it are left out, a null list is empty.
     """
     if field.kind == "number":
-        number = (column.cast(pl.Float64).log1p() if field.scale == "log" else column).cast(pl.Float32)
-        return pl.when(number.is_finite()).then(number)
+        number = column.cast(pl.Float32)
+        value = column.cast(pl.Float64).log1p().cast(pl.Float32) if field.scale == "log" else number
+        return pl.when(number.is_finite() & value.is_finite()).then(value)
 
     def codes(values: pl.Expr) -> pl.Expr:
         if field.vocabulary is None:

@@ -6,6 +6,8 @@ import difflib
 import errno
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import dropwhile
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -33,17 +35,20 @@ class UnavailableError(CorankError):
     """The online store does not answer. The message names it; the same call may succeed later."""
 
 
+class NoSpaceError(CorankError):
+    """A disk is full. The message names what was to be written, and its size where that is known."""
+
+
 class UnreadableError(CorankError):
     """Files of a table are missing, damaged, or of another type than the table. The message names each."""
 
 
 # --- errors of others -----------------------------------------------------------------------------------
 
+FREE_SPACE = "Free some of the disk, or choose another (`workspace`, `local`; Ray's own files lie in /tmp/ray)."
+
 ADVICE = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT),
-        "Free some of the disk, or choose another (`workspace`, `local`; Ray's own files lie in /tmp/ray).",
-    ),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FREE_SPACE),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS),
         "Give the user who runs corank the right to read and write there, or choose another folder.",
@@ -56,8 +61,13 @@ ADVICE = {
 }
 """What to do about an error of the operating system."""
 
-WRITTEN_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+COLOURS = re.compile("\x1b\\[[0-9;]*m")
+
+WRITTEN_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|Os \{ code: (\d+)")
 """How Rust's and Arrow's messages carry the number of the operating system's error."""
+
+WRITTEN_FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full|OutOfDiskError")
+"""How libraries say that a disk is full, SQLite and Ray among them."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -87,18 +97,60 @@ def known_cause(error: BaseException) -> CorankError | None:
     return next((one for one in map(raised, causes(error)) if isinstance(one, CorankError)), None)
 
 
+def no_space(error: BaseException) -> BaseException | None:
+    """The cause that says that a disk is full, if one does; :class:`NoSpaceError` first, as it says where."""
+    full = [one for one in map(raised, causes(error)) if _number_of(one) in (errno.ENOSPC, errno.EDQUOT)]
+    return min(full, key=lambda one: not isinstance(one, NoSpaceError), default=None)
+
+
+@contextmanager
+def writing(path: object, size: int | None = None) -> Iterator[None]:
+    """What is written in the block, and how many bytes where that is known.
+
+    Raises:
+        NoSpaceError: the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if no_space(error) is None or isinstance(error, NoSpaceError):
+            raise
+        needed = "" if size is None else f" for {size:,} bytes"
+        raise NoSpaceError(f"{path}: No space left on device{needed}. {FREE_SPACE}") from error
+
+
+def _number_of(error: BaseException) -> int | None:
+    """The number of the operating system's error, also where only a library's message carries it."""
+    if isinstance(error, NoSpaceError):
+        return errno.ENOSPC
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = f"{type(error).__name__}: {error}"
+    if written := WRITTEN_NUMBER.search(text):
+        return int(next(filter(None, written.groups())))
+    return errno.ENOSPC if WRITTEN_FULL.search(text) else None
+
+
 def message_of(error: BaseException) -> str:
     """What an unforeseen error says, without a trace: its type and whole text, and what to do where that is known."""
     error = raised(error)
-    number = error.errno if isinstance(error, OSError) else None
+    number = _number_of(error)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = f"{type(error).__name__}: {error}".strip().removesuffix(":")
-    if number is None and (written := WRITTEN_NUMBER.search(text)):
-        number = int(written[1] or written[2])
+        text = without_trace(f"{type(error).__name__}: {error}".strip().removesuffix(":"))
     advice = ADVICE.get(number) if number is not None else None
     return f"{text}. {advice}" if advice else text
+
+
+def without_trace(text: str) -> str:
+    """What happened, of a text with stack traces: what it ends with after the last frame, all its lines, without the
+    type where it says what to do."""
+    lines = COLOURS.sub("", text).strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
+    after = lines[frames[-1] + 1 :] if frames else lines
+    own = list(dropwhile(lambda line: line.startswith("    "), after))  # the frame's code and its marks
+    return re.sub(rf"^{CorankError.__module__}\.\w+: ", "", "\n".join(own))
 
 
 def _carried(error: BaseException) -> list[BaseException]:

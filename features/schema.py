@@ -72,6 +72,8 @@ class FieldSpec(Declaration):
     @classmethod
     def _vocabulary_is_text(cls, data: object) -> object:
         if isinstance(data, dict) and isinstance(data.get("vocabulary"), list):
+            if strange := [value for value in data["vocabulary"] if value is None or isinstance(value, list | dict)]:
+                raise ValueError(f"vocabulary: {strange[0]!r} is no value of a column; a text that looks so is quoted")
             # a boolean is spelled as a table's boolean column is when it is cast to text
             texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in data["vocabulary"]]
             return {**data, "vocabulary": texts}
@@ -81,6 +83,9 @@ class FieldSpec(Declaration):
     def _kind_has_what_it_needs(self) -> FieldSpec:
         if (self.kind == "category") != (self.vocabulary is not None):
             raise ValueError("a category lists its vocabulary, and nothing else does")
+        repeated = [one for one in self.vocabulary or () if (self.vocabulary or ()).count(one) > 1]
+        if repeated:
+            raise ValueError(f"vocabulary: {repeated[0]!r} is listed {repeated.count(repeated[0])} times")
         if self.scale == "log" and self.kind != "number":
             raise ValueError("scale: log is for numbers (kind: number)")
         return self
@@ -390,5 +395,5 @@ def partition_bounds(partition: str, grain: Grain) -> tuple[int, int]:
         raise ValueError(f"partition {partition!r} is not {article} {grain}: it is written like {example}")
     if grain == "week" and start.weekday() != 0:
         raise ValueError(f"partition {partition!r} is not a Monday; weeks begin on Monday, like {example}")
-    close = start + GRAIN_LENGTH[grain]
-    return int(start.timestamp()) * SECOND, int(close.timestamp()) * SECOND
+    opening = int(start.timestamp()) * SECOND
+    return opening, opening + GRAIN_LENGTH[grain] // timedelta(microseconds=1)  # of 9999-12-31, too

@@ -17,14 +17,15 @@ from typing import Any
 
 import yaml
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from features.errors import CorankError
+from features.errors import CorankError, writing
 from features.schema import Schema
 from models.protocol import RankingModel
 from models.registry import rebuild_model
 
 SCHEMA_VERSION = 2
-REMEDY = "remove the folder and run again to write it anew, or roll back (`corank models`)"
+REMEDY = "`corank repair` restores it from MLflow's copy, or drops it, so that `corank run` trains again"
 
 
 @dataclass
@@ -43,6 +44,9 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
     Args:
         documents: file stem → JSON content, e.g. ``metrics``, ``lineage``, ``selfcheck``.
 
+    Raises:
+        NoSpaceError
+
     Returns:
         its version: 12 hex digits of the digest of weights and description.
     """
@@ -51,7 +55,18 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, scratch / "model.safetensors")
+    with writing(target, sum(tensor.nbytes for tensor in weights.values())):
+        sums = _write(scratch, model, weights, documents)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(scratch, target)
+    return _version(sums)
+
+
+def _write(
+    scratch: Path, model: RankingModel, weights: Mapping[str, Tensor], documents: Mapping[str, Any]
+) -> dict[str, str]:
+    """All files of an artifact, the digests last; returns these."""
+    save_file(dict(weights), scratch / "model.safetensors")
     description = {
         "schema_version": SCHEMA_VERSION,
         "config": model.describe(),
@@ -64,9 +79,7 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
         )
     sums = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
     (scratch / "SHA256SUMS").write_text("".join(f"{value}  {name}\n" for name, value in sums.items()))
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(scratch, target)
-    return _version(sums)
+    return sums
 
 
 def load_artifact(directory: str | Path) -> Artifact:
@@ -93,6 +106,36 @@ def load_artifact(directory: str | Path) -> Artifact:
         if path.name in sums
     }
     return Artifact(model.eval(), schema, _version(sums), metadata)
+
+
+def problem_of_artifact(directory: str | Path) -> str | None:
+    """What is wrong with an artifact's files, all of which are read; None when they are as they were written."""
+    directory = Path(directory)
+    try:
+        sums = _sums(directory)
+        for name in sums:
+            _verify(directory, name, sums)
+    except CorankError as error:
+        return str(error).removeprefix(f"model {directory}: ").removesuffix(f"; {REMEDY}")
+    return None
+
+
+def is_complete(directory: str | Path) -> bool:
+    """Whether all files of an artifact are there; what they hold is not read."""
+    directory = Path(directory)
+    try:
+        return all((directory / name).is_file() for name in _sums(directory))
+    except CorankError:
+        return False
+
+
+def version_of(directory: str | Path) -> str:
+    """Version of an artifact's content, without loading it.
+
+    Raises:
+        CorankError: it is none.
+    """
+    return _version(_sums(Path(directory)))
 
 
 def read_document(directory: str | Path, stem: str) -> Any:

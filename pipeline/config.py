@@ -228,6 +228,14 @@ class _Scalars(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
+        """Of a list every scalar is text, NULL and ~ too; only a key can be without a value."""
+        node: yaml.SequenceNode = super().compose_sequence_node(anchor)
+        for one in node.value:
+            if isinstance(one, yaml.ScalarNode) and one.value:
+                one.tag = "tag:yaml.org,2002:str"
+        return node
+
 
 def _scalars_as_written(text: str) -> Any:
     return yaml.load(text, _Scalars)

@@ -14,9 +14,13 @@ from typing import Any
 
 import dagster as dg
 from alembic.util import CommandError
+from dagster._core.instance.ref import InstanceRef
+from dagster._core.storage.dagster_run import IN_PROGRESS_RUN_STATUSES
+from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 from sqlalchemy.exc import SQLAlchemyError
 
-from features.errors import DataGateError
+from features.damage import problem_of_database
+from features.errors import DataGateError, no_space
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
 from pipeline.stages import STAGES
@@ -28,6 +32,8 @@ CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
 LOG_PARTITION = "log_partition"
 RANGE_START, RANGE_END = "dagster/asset_partition_range_start", "dagster/asset_partition_range_end"
 SHOWN_NOTES = 20
+WORKSPACE = "corank/workspace"
+"""Tag of the runs in the process of a command."""
 
 
 def build_assets(workspace: Workspace) -> list[dg.AssetsDefinition]:
@@ -121,7 +127,7 @@ def open_instance(config: Config) -> dg.DagsterInstance:
     Its history is for people to look at; nothing is decided by it. So one that cannot be opened is set aside.
     """
     if named := os.environ.get("DAGSTER_HOME"):
-        return dg.DagsterInstance.from_config(named)
+        return _instance(named)
     home = config.local_path("dagster")
     with locked(config.local_path("dagster.lock")):
         if home.exists() and not _opens(home):
@@ -131,7 +137,14 @@ def open_instance(config: Config) -> dg.DagsterInstance:
         if not home.exists():
             make_whole(home, _make_home)
         _configure(home)
-    return dg.DagsterInstance.from_config(str(sqlalchemy_path(home)))
+    return _instance(str(sqlalchemy_path(home)))
+
+
+def _instance(home: str) -> dg.DagsterInstance:
+    """An instance that does not keep what stages print: for that Dagster puts files in the place of stdout and stderr,
+    and starts processes in the group of the command, which answer its signals with stack traces."""
+    nowhere = {"module": NoOpComputeLogManager.__module__, "class": NoOpComputeLogManager.__name__}
+    return dg.DagsterInstance.from_ref(InstanceRef.from_dir(home, overrides={"compute_logs": nowhere}))
 
 
 def _make_home(home: Path) -> None:
@@ -157,9 +170,13 @@ def _open_home(home: Path) -> None:
 
 
 def _opens(home: Path) -> bool:
+    if not home.is_dir() or any(problem_of_database(path) for path in home.rglob("*.db")):
+        return False
     try:
         _open_home(home)
-    except (SQLAlchemyError, CommandError, OSError):
+    except (SQLAlchemyError, CommandError, OSError) as error:
+        if no_space(error):
+            raise
         return False
     return (home / "dagster.yaml").is_file()
 
@@ -172,12 +189,12 @@ def run_dag(workspace: Workspace, names: Sequence[str]) -> None:
     """
     chosen = set(names)
     partitioned = [stage for stage in STAGES if stage.partitioned]
-    tags = {}
+    tags = {WORKSPACE: str(workspace.config.local_path())}
     if any(stage.name in chosen for stage in partitioned):
         # Dagster orders what is selected only, and a stage that is up to date does nothing
         chosen |= {LOG_PARTITION, *(stage.name for stage in partitioned)}
         stale = [part for stage in partitioned for part in stage.stale(workspace)]
-        tags = {RANGE_START: min(stale), RANGE_END: workspace.partitions[-1]}
+        tags |= {RANGE_START: min(stale), RANGE_END: workspace.partitions[-1]}
     with open_instance(workspace.config) as instance:
         dg.materialize(
             build_assets(workspace),
@@ -187,3 +204,18 @@ def run_dag(workspace: Workspace, names: Sequence[str]) -> None:
             resources={},
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
+
+
+def close_killed_runs(config: Config) -> int:
+    """Tell Dagster of the runs whose command was killed that they have ended; returns how many there were.
+
+    Only for who has this workspace alone. What Dagster's own processes run is left to them.
+    """
+    if not os.environ.get("DAGSTER_HOME") and not config.local_path("dagster").exists():
+        return 0
+    with open_instance(config) as instance:
+        ours = dg.RunsFilter(statuses=IN_PROGRESS_RUN_STATUSES, tags={WORKSPACE: str(config.local_path())})
+        runs = instance.get_runs(ours)
+        for run in runs:
+            instance.report_run_failed(run, "The command was killed; what it had recorded is not done again.")
+    return len(runs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -20,10 +20,25 @@ from pyarrow import fs
 from pydantic import TypeAdapter, ValidationError
 
 from features.delta.paths import file_system
-from features.errors import CorankError
+from features.digest import digest
+from features.errors import CorankError, writing
 
 FORMER_NAMES = {"challenger": "candidate"}
 """What stages were called by earlier versions; the records of that time are still read."""
+
+
+class DamagedRecordError(CorankError):
+    """A record is not what was written.
+
+    Attributes:
+        why: what is wrong with it.
+    """
+
+    def __init__(self, path: str, why: object) -> None:
+        super().__init__(
+            f"record {path} is damaged ({why}). `corank repair` removes it; what it stands for is made again then."
+        )
+        self.why = str(why)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,9 @@ class LogRecord(Record):
     now: int = 0
     config: str = ""
 
+
+CHECKSUM = "checksum"
+"""Of everything else in a document; one of an earlier version has none."""
 
 R = TypeVar("R", bound=Record)
 R_co = TypeVar("R_co", bound=Record, covariant=True)
@@ -88,7 +106,7 @@ class Records:
         records of other versions are read.
 
         Raises:
-            CorankError: it is damaged; the file is named.
+            DamagedRecordError
         """
         document = self.get(stage.name, key)
         if document is None and stage.name in FORMER_NAMES:
@@ -100,8 +118,24 @@ class Records:
             record: R = _adapter(kind).validate_python({"inputs": key, **document})
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-            raise self._damaged(self._path(stage.name, key), "; ".join(wrong)) from None
+            raise DamagedRecordError(self.path(stage.name, key), "; ".join(wrong)) from None
         return record
+
+    def all(self, stage: Recorded[R]) -> dict[str, R]:
+        """Every record of a stage, by key.
+
+        Raises:
+            DamagedRecordError
+        """
+        folders = {stage.name, FORMER_NAMES.get(stage.name)}
+        found = {key: self.read(stage, key) for folder, key in self.documents() if folder in folders}
+        return {key: record for key, record in found.items() if record is not None}
+
+    def discard(self, stage: Recorded[R], key: str) -> None:
+        """Remove a record, if there is one: the stage never finished for this key."""
+        for folder, other in list(self.documents()):
+            if other == key and folder in (stage.name, FORMER_NAMES.get(stage.name)):
+                self.remove(folder, key)
 
     def require(self, stage: Recorded[R], key: str) -> R:
         """
@@ -121,37 +155,48 @@ class Records:
         """A plain document, or None.
 
         Raises:
-            CorankError: it is damaged; the file is named.
+            DamagedRecordError
         """
-        path = self._path(folder, key)
+        path = self.path(folder, key)
         if self.fs.get_file_info(path).type == fs.FileType.NotFound:
             return None
         with self.fs.open_input_stream(path) as stream:
             text = stream.read()
         try:
-            return dict(json.loads(text))
+            document = dict(json.loads(text))
         except (ValueError, TypeError) as error:
-            raise self._damaged(path, error) from error
+            raise DamagedRecordError(path, error) from error
+        if document.pop(CHECKSUM, None) not in (None, digest(document)):
+            raise DamagedRecordError(path, "its checksum differs")
+        return document
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Folder and key of every document, in order."""
+        found = self.fs.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True))
+        for path in sorted(one.path for one in found if one.path.endswith(".json")):
+            folder, _, name = path.removeprefix(f"{self.root}/").rpartition("/")
+            yield folder, name.removesuffix(".json")
+
+    def path(self, folder: str, key: str) -> str:
+        return f"{self.root}/{folder}/{key}.json"
+
+    def remove(self, folder: str, key: str) -> None:
+        """Remove a document: what it stands for counts as never made."""
+        self.fs.delete_file(self.path(folder, key))
 
     def put(self, folder: str, key: str, content: Mapping[str, Any]) -> None:
         """Write a plain document as :meth:`write` does a record."""
-        path = self._path(folder, key)
+        path = self.path(folder, key)
         document = {**content, "recorded_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        text = json.dumps(document, indent=1, sort_keys=True, default=str).encode()
-        self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
-        if isinstance(self.fs, fs.LocalFileSystem):
-            _write_durably(Path(path), text)
-        else:
-            with self.fs.open_output_stream(path) as stream:
-                stream.write(text)
-
-    def _path(self, folder: str, key: str) -> str:
-        return f"{self.root}/{folder}/{key}.json"
-
-    def _damaged(self, path: str, why: object) -> CorankError:
-        return CorankError(
-            f"record {path} is damaged ({why}). Remove it and run again: what it stands for is made again."
-        )
+        document = json.loads(json.dumps(document, default=str))  # as it will be read
+        text = json.dumps({**document, CHECKSUM: digest(document)}, indent=1, sort_keys=True).encode()
+        with writing(path, len(text)):
+            self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
+            if isinstance(self.fs, fs.LocalFileSystem):
+                _write_durably(Path(path), text)
+            else:
+                with self.fs.open_output_stream(path) as stream:
+                    stream.write(text)
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shlex
-import signal
-import socket
+import shutil
+import subprocess
 import sys
+import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
 
 from pydantic import Field
 
 from features.schema import Declaration
+from pipeline.interrupts import deferred, reinstate
+
+SESSIONS, OWNER = "corank-", "owner"
+"""Start of the name of a folder for Ray's sessions, and the file in it that the process they belong to has locked."""
+
+LONGEST_FOLDER = 27
+"""Letters; 80 more follow up to the end of a socket's name, which may have 107."""
 
 LEAST_OBJECT_STORE = 80_000_000
 """Bytes; Ray starts with no smaller object store."""
@@ -49,57 +60,41 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # prints the trace of what it raises
 
 
-@contextmanager
-def insistent_interrupts(every: float = 3.0) -> Iterator[None]:
-    """Repeat a SIGINT or SIGTERM that the main thread got, every few seconds, until the block has ended.
-
-    A handler raises its exception wherever the main thread happens to be. Inside a destructor or the callback of a
-    weak reference Python prints the exception and drops it, and the command would run on.
-    """
-    ended = threading.Event()
-    main = threading.main_thread().ident
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def insist() -> None:
-        while number := reader.recv(1):  # every signal writes its number; so does every repetition
-            if number[0] in (signal.SIGINT, signal.SIGTERM) and main is not None and not ended.wait(every):
-                signal.pthread_kill(main, number[0])
-
-    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=insist, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        signal.set_wakeup_fd(before)
-        writer.close()
-        watcher.join()
-        reader.close()
+_owner: TextIO | None = None  # its lock says that the owner of a folder of sessions lives
 
 
-@contextmanager
-def _interrupted_afterwards() -> Iterator[None]:
-    """A SIGINT or SIGTERM waits for the end of the block, and meets the handlers that were there before it.
+def _own_folder() -> Path:
+    """A new folder in Ray's temporary folder for the sessions of a Ray of this process, instead of the one that all
+    share; those of processes that have ended, whose logs nobody has looked at until now, are deleted."""
+    global _owner
+    clear_sessions()
+    folder = Path(tempfile.mkdtemp(prefix=SESSIONS, dir=_temporary_folder()))
+    _owner = (folder / f".{OWNER}").open("w")
+    fcntl.flock(_owner, fcntl.LOCK_EX)
+    (folder / f".{OWNER}").rename(folder / OWNER)  # nobody sees it unlocked
+    return folder
 
-    Half started, Ray can only be killed, and its agents would look for it for another minute.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals come to the main thread
-        return
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda one, _: came.append(one)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
-        if came:
-            signal.raise_signal(came[0])
+
+def _temporary_folder() -> str:
+    """Ray's, or /tmp where the paths of Ray's sockets would become too long below that."""
+    from ray._common.utils import get_default_system_temp_dir
+
+    folder: str = get_default_system_temp_dir()  # type: ignore[no-untyped-call]
+    return folder if len(folder) <= LONGEST_FOLDER or "RAY_TMPDIR" in os.environ else "/tmp"
+
+
+def clear_sessions() -> None:
+    """Delete the folders of local Rays whose commands, of this user, have ended or were killed."""
+    for owner in Path(_temporary_folder()).glob(f"{SESSIONS}*/{OWNER}"):
+        with suppress(FileNotFoundError), owner.open() as lock:
+            if os.fstat(lock.fileno()).st_uid != os.getuid():
+                continue
+            with suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(owner.parent, ignore_errors=True)  # its last processes may be writing still
 
 
 def _listen_on_loopback() -> None:
@@ -109,6 +104,15 @@ def _listen_on_loopback() -> None:
 
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for its processes
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read the variable already
+
+
+def _in_sessions_of_their_own() -> None:
+    """Keep the processes of a Ray that starts later out of this one's group, to which terminals and process managers
+    send their signals: when Ray ends first, this process waits a minute for it."""
+    from ray._private import services, utils
+
+    if utils.detect_fate_sharing_support():  # type: ignore[no-untyped-call]  # elsewhere Ray's reaper finds them by the group
+        services.ConsolePopen = partial(subprocess.Popen, start_new_session=True)  # type: ignore[misc,assignment]
 
 
 def ensure_ray(config: RayConfig) -> None:
@@ -128,18 +132,21 @@ def ensure_ray(config: RayConfig) -> None:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         local = {"num_cpus": config.num_cpus, "include_dashboard": False}
         local["object_store_memory"] = config.object_store_memory
+        local["_temp_dir"] = str(_own_folder())
         _listen_on_loopback()
+        _in_sessions_of_their_own()
         if shlex.quote(sys.executable) != sys.executable:  # Ray hands it to a shell as it is
             local["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
     global _cluster
     _cluster = config.address
-    # connecting may last, and leaves nothing behind
-    with nullcontext() if config.address else _interrupted_afterwards():
+    # half started, Ray can only be killed; connecting may last, and leaves nothing behind
+    with nullcontext() if config.address else deferred():
         _in_a_thread(
             lambda: ray.init(
                 address=config.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local
             )
         )
+        reinstate()
 
 
 def _in_a_thread(work: Callable[[], object]) -> None:
@@ -168,14 +175,13 @@ def _in_a_thread(work: Callable[[], object]) -> None:
 def stop_ray() -> None:
     """Stop the local Ray of this process with all that runs on it; on a cluster, stop the service that this process
     started, and disconnect."""
-    if "ray" not in sys.modules:
-        return
-    import ray
-
-    if not ray.is_initialized():
+    ray = sys.modules.get("ray")
+    if ray is None or not hasattr(ray, "is_initialized") or not ray.is_initialized():  # an import may be interrupted
         return
     if _cluster and "serving.deploy" in sys.modules:
         from serving.deploy import stop
 
         stop()
     ray.shutdown()
+    if _owner is not None:
+        _owner.close()

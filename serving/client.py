@@ -9,11 +9,11 @@ from typing import Any, cast
 import httpx
 
 from features.errors import CorankError
-from serving.ports import is_loopback
+from serving.ports import is_own
 
 
 class NoEndpointError(CorankError):
-    """What answers at the address is not corank."""
+    """Nothing answers at the address, or what answers is not corank."""
 
 
 class RankingClient:
@@ -31,9 +31,9 @@ class RankingClient:
         """
         self.url = url.rstrip("/")
         self._timeout = timeout
-        # the variables http_proxy, all_proxy, … name proxies, which do not reach this machine's own addresses
+        # the variables http_proxy, all_proxy, … name proxies; this machine's own addresses need none
         try:
-            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not is_loopback(self.url))
+            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not is_own(self.url))
         except (httpx.InvalidURL, ValueError, ImportError) as error:  # a proxy of socks needs a package of its own
             raise CorankError(
                 f"no endpoint can be asked at {url}: {error}. Correct the address, or the variables that name a proxy "
@@ -95,7 +95,7 @@ class RankingClient:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.ConnectError:
-            raise CorankError(f"no endpoint at {self.url}; start it with `corank serve`") from None
+            raise NoEndpointError(f"no endpoint at {self.url}; start it with `corank serve`") from None
         except httpx.TimeoutException:
             raise CorankError(f"{self.url}{path}: no answer within {self._timeout:g} s") from None
         except httpx.HTTPError as error:

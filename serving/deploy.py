@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import dropwhile
 
 import ray
 from ray import serve
 
-from features.errors import CorankError
+from features.errors import CorankError, without_trace
 from serving.client import RankingClient
 from serving.ports import endpoint_url, free_port, require_free
 from serving.proxy import announce
 from serving.ranking import APPLICATION, build_application
 from serving.settings import ServingSettings
-
-COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 _started = False  # whether this process started Serve
 
@@ -112,13 +108,4 @@ def _reason(name: str, error: Exception) -> str:
     """What the replicas that did not start raised, from the status of the application; the log has all of it."""
     application = serve.status().applications.get(name)
     messages = [one.message for one in application.deployments.values() if one.message] if application else []
-    return "; ".join(dict.fromkeys(error_in(message) for message in messages)) or str(error)
-
-
-def error_in(text: str) -> str:
-    """The error that a text with stack traces ends with, all its lines; without its type where it says what to do."""
-    lines = COLOURS.sub("", text).strip().splitlines()
-    frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
-    after = lines[frames[-1] + 1 :] if frames else lines
-    own = list(dropwhile(lambda line: line.startswith("    "), after))  # the frame's code and its marks
-    return re.sub(rf"^{CorankError.__module__}\.\w+: ", "", "\n".join(own))
+    return "; ".join(dict.fromkeys(without_trace(message) for message in messages)) or str(error)

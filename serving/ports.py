@@ -18,13 +18,14 @@ def endpoint_url(host: str, port: int) -> str:
     return f"http://{f'[{asked}]' if ':' in asked else asked}:{port}"
 
 
-def is_loopback(url: str) -> bool:
-    """Whether an address is this machine's own, which no proxy reaches."""
+def is_own(url: str) -> bool:
+    """Whether an address is this machine's own, on loopback or not, which is asked without a proxy."""
     host = urlsplit(url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost")
+    return address.is_loopback or is_free(host, 0)
 
 
 def require_free(host: str, port: int) -> None:

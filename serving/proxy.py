@@ -1,4 +1,5 @@
-"""What Ray's HTTP proxy answers in place of a service replica that is gone, as JSON like every other answer.
+"""What Ray's HTTP proxy does before and after a replica of the service: it turns away what is too much, at once, and
+answers in JSON in place of a replica that is gone.
 
 Ray gives the proxy no options for it but an environment variable, which has to be set before Ray starts.
 """
@@ -7,21 +8,74 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+ADMITTED = "x-corank-admitted"
+"""Header of the service's answers: how many requests of each path of ``LIMITED`` its replicas hold together. Whoever
+starts an endpoint asks ``/healthz`` first; a proxy that is replaced learns it from the next answer."""
+UNAVAILABLE = "no process of the service answers; try again"
+GONE = "corank.gone"
+"""In the scope of a request that no replica answered."""
+HEALTH, LIMITED = "/healthz", ("/v1/rank", "/v1/events")
 
 
 def announce() -> None:
-    """Let the proxies of a Ray that starts later answer so."""
+    """Let the proxies of a Ray that starts later answer so, and one that was killed be replaced soon."""
     os.environ.setdefault(VARIABLE, f"{middlewares.__module__}:{middlewares.__qualname__}")
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")  # three in a row fail before; by default 30 s
 
 
 def middlewares() -> list[Middleware]:
     """What Ray's proxy calls when it starts."""
-    return [Middleware(JsonErrors)]
+    return [Middleware(JsonErrors), Middleware(Admission)]  # the last one sees a request first
+
+
+class Admission:
+    """Answers 503 where a path has as many requests as the service admits, before they cost it anything.
+
+    Each of them would else wait in the proxy and in a replica for what came before it, only to be turned away there.
+    After a replica was gone, one request alone waits for the next one, until it is answered.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._admitted: dict[str, int] = {}
+        self._ongoing: Counter[str] = Counter()
+        self._lost: set[str] = set()  # paths whose last answer was none of a replica
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"] if scope["type"] == "http" else ""
+        if path not in self._admitted:
+            await self._app(scope, receive, self._learning(path, send))
+        elif path in self._lost and self._ongoing[path]:
+            await _send_error(send, "unavailable", UNAVAILABLE)
+        elif self._ongoing[path] >= self._admitted[path]:
+            message = f"{self._ongoing[path]} requests are being worked on, which is the limit; try again later"
+            await _send_error(send, "overloaded", message)
+        else:
+            self._ongoing[path] += 1
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._ongoing[path] -= 1
+            if GONE in scope:
+                self._lost.add(path)
+            else:
+                self._lost.discard(path)
+
+    def _learning(self, path: str, send: Send) -> Send:
+        async def forward(message: Message) -> None:
+            for name, value in message.get("headers", []):
+                if name == ADMITTED.encode():
+                    root = next(path.removesuffix(own) for own in (HEALTH, *LIMITED) if path.endswith(own))
+                    self._admitted |= {root + limited: int(value) for limited in LIMITED}
+            await send(message)
+
+        return forward
 
 
 class JsonErrors:
@@ -39,18 +93,25 @@ class JsonErrors:
                 text = any(name == b"content-type" and b"text/plain" in value for name, value in message["headers"])
                 started, replaced = True, text and message["status"] in (408, 429, 503)
                 if replaced:
-                    await _send_unavailable(send)
+                    await self._replace(scope, send)
             if not replaced:
                 await send(message)
 
         await self._app(scope, receive, forward)
         if scope["type"] == "http" and not started:
-            await _send_unavailable(send)
+            await self._replace(scope, send)
+
+    async def _replace(self, scope: Scope, send: Send) -> None:
+        scope[GONE] = True
+        await _send_error(send, "unavailable", UNAVAILABLE)
 
 
-async def _send_unavailable(send: Send) -> None:
-    message = "no process of the service answers; try again"
-    content = json.dumps({"error": {"type": "unavailable", "field": None, "message": message}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"retry-after", b"1")]
+async def _send_error(send: Send, kind: str, message: str) -> None:
+    content = json.dumps({"error": {"type": kind, "field": None, "message": message}}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(content)),
+        (b"retry-after", b"1"),
+    ]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -2,6 +2,10 @@
 
 One request travels as one row of the sample table. Requests that wait together are merged into one
 ``RequestBatch``; the user side of a request is computed once, however many candidates it has.
+
+A request is bound to one model when it is admitted. When another is to be served (``ServingSettings.follow``), it is
+loaded and checked beside the old one, and a reader of its features opened; then requests are bound to it. No request
+waits for that, and none meets two models.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ import asyncio
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,20 +39,33 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from features.delta.paths import file_system
 from features.errors import CorankError, UnavailableError, message_of, raised
 from features.sample_table import concatenate
 from features.schema import OTHER_UNITS, Schema
 from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader
-from models.artifact import load_artifact
+from models.artifact import Artifact, load_artifact
 from models.memory import keep_freed_memory
 from models.scoring import score_batches
+from models.selfcheck import require_selfcheck
 from serving.bodies import BodyError, bounded_route
+from serving.proxy import ADMITTED
 from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
-from serving.settings import MOST_BODY_BYTES, ServingSettings
+from serving.settings import MOST_BODY_BYTES, ServingConfig, ServingSettings
 
 APPLICATION = "corank"
 
+FOLLOW_SECONDS = 1.0
+"""Between two looks at which model is to be served."""
+
+BoundRow = tuple[str, pa.Table]
+"""The artifact that a request is bound to, and its row in the layout of ``serving_schema``."""
+
+MOST_MODELS = 2
+"""Models that a ranker holds: the one that is served, and the one before or after it."""
+
+NO_RANKER = "the model does not answer, its process has ended; try again"
 MOST_EVENTS = 10_000
 """Events of one push."""
 
@@ -64,6 +83,19 @@ class ModelDescription:
     @property
     def tasks(self) -> list[str]:
         return [task.name for task in self.schema.tasks]
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model that requests are bound to, with a reader of the features that it reads (its schema, not the config's).
+
+    Attributes:
+        artifact: its directory, by which the ranker knows it.
+    """
+
+    artifact: str
+    model: ModelDescription
+    reader: OnlineReader
 
 
 # --- the HTTP interface -------------------------------------------------------------------------------
@@ -149,19 +181,29 @@ class Service(Protocol):
 
     async def describe(self) -> ModelDescription: ...
 
+    @property
+    def refused(self) -> dict[str, str] | None: ...
 
-def build_api(service: Service, max_body_bytes: int = MOST_BODY_BYTES) -> FastAPI:
-    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``."""
+
+def build_api(
+    service: Service, max_body_bytes: int = MOST_BODY_BYTES, admitted: int = ServingConfig().admitted
+) -> FastAPI:
+    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``.
+
+    Args:
+        admitted: requests to rank, and pushes, that all replicas hold together; the proxy turns away what is more.
+    """
     api = FastAPI(title="corank")
     api.router.route_class = bounded_route(max_body_bytes)
+    limits = {ADMITTED: str(admitted)}
 
     @api.post("/v1/rank")
     async def rank(request: RankRequest) -> JSONResponse:
-        return JSONResponse(await service.rank(request))
+        return JSONResponse(await service.rank(request), headers=limits)
 
     @api.post("/v1/events")
     async def events(request: EventsRequest) -> JSONResponse:
-        return JSONResponse(await service.push(request))
+        return JSONResponse(await service.push(request), headers=limits)
 
     @api.get("/healthz")
     async def healthz() -> JSONResponse:
@@ -170,11 +212,11 @@ def build_api(service: Service, max_body_bytes: int = MOST_BODY_BYTES) -> FastAP
         except Exception as error:
             LOG.exception("the model does not answer")
             return _error(503, "not_ready", None, _told(error))
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok"}, headers=limits)
 
     @api.get("/v1/model")
     async def model() -> JSONResponse:
-        return JSONResponse(_summary(await service.describe()))
+        return JSONResponse({**_summary(await service.describe()), "refused": service.refused})
 
     @api.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -318,22 +360,25 @@ class RankingService:
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="feature-store-reader")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
         self._opening = asyncio.Lock()
-        self._model: ModelDescription | None = None
-        self._reader: OnlineReader | None = None
+        self._live: LiveModel | None = None
+        self._following: asyncio.Task[None] | None = None
+        self.refused: dict[str, str] | None = None  # the artifact that was to be served last, and why it is not
         self._writer: OnlineWriter | None = None
         self._admitted = {"rank": 0, "push": 0}
+        self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self, self._settings.options.max_body_bytes)
+        options = self._settings.options
+        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas)
 
     async def describe(self) -> ModelDescription:
         """What the ranker serves, asked anew each time; also proves that the store can be read.
 
         Raises:
-            CorankError: the store lacks what the model reads.
+            CorankError: the store lacks what the model reads, or does not answer.
         """
-        await self._open()
-        return await self._described()
+        live = await self._open()
+        return await self._described(live.artifact)
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
         """Score and order the candidates of a request.
@@ -349,12 +394,12 @@ class RankingService:
                 "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
             )
         with self._admission("rank"):
-            model, reader = await self._open()
+            live = await self._open()
             ts = request.ts if request.ts is not None else time.time_ns() // 1_000
             row = await _in_thread(
                 self._reading,
                 lambda: build_row(
-                    reader,
+                    live.reader,
                     settings.log_delay,
                     str(request.user_id),
                     [str(item) for item in request.candidates],
@@ -363,8 +408,8 @@ class RankingService:
                     limits.missing_context,
                 ),
             )
-            scores: np.ndarray = await _answered(self._ranker.rank.remote(row.rows))
-            return answer(request, ts, row, model, scores)
+            scores: np.ndarray = await self._ask(self._ranker.rank, (live.artifact, row.rows))
+            return answer(request, ts, row, live.model, scores)
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         """Append events to the online sequences; the next request sees them.
@@ -382,7 +427,12 @@ class RankingService:
 
     def _push(self, request: EventsRequest) -> dict[str, int]:
         if self._writer is None:  # of the newest config, whose views the store has; a model may read fewer of them
-            self._writer = OnlineWriter(self._settings.store, self._settings.log_delay)
+            live = self._live
+            switched = live is not None and live.artifact != self._settings.artifact
+            store = (
+                replace(self._settings.store, schema=live.model.schema) if live and switched else self._settings.store
+            )
+            self._writer = OnlineWriter(store, self._settings.log_delay)
         writer = self._writer
         try:
             table = writer.table(request.table)
@@ -423,36 +473,81 @@ class RankingService:
         finally:
             self._admitted[kind] -= 1
 
-    async def _open(self) -> tuple[ModelDescription, OnlineReader]:
-        """The model and a reader of the features that this model reads (its schema, not the newest config's)."""
-        async with self._opening:
-            if self._model is None or self._reader is None:
-                model = await self._described()
-                store = replace(self._settings.store, schema=model.schema)
-                self._reader = await _in_thread(self._reading, lambda: OnlineReader(store))
-                self._model = model
-            return self._model, self._reader
+    async def _open(self) -> LiveModel:
+        """The model that requests are bound to now."""
+        if self._live is None:
+            async with self._opening:
+                if self._live is None:
+                    self._live = await self._prepared(await self._wanted() or self._settings.artifact)
+        if self._settings.follow is not None and (self._following is None or self._following.done()):
+            self._following = asyncio.create_task(self._follow())
+        return self._live
 
-    async def _described(self) -> ModelDescription:
-        description: ModelDescription = await _answered(self._ranker.describe.remote())
+    async def _prepared(self, artifact: str) -> LiveModel:
+        model = await self._described(artifact)
+        store = replace(self._settings.store, schema=model.schema)
+        reader = await _in_thread(self._reading, lambda: OnlineReader(store))
+        await _in_thread(self._reading, lambda: reader.user(""))  # a lost store has its views, but no tables
+        return LiveModel(artifact, model, reader)
+
+    async def _wanted(self) -> str | None:
+        """The artifact that is to be served; None when nothing says so."""
+        if self._settings.follow is None:
+            return None
+        return await asyncio.to_thread(followed, self._settings.follow)
+
+    async def _follow(self) -> None:
+        """Bind requests to what is to be served, once it is ready; what is not fit stays out, and says why."""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            wanted = await self._wanted()
+            if self._live is None or wanted in (None, self._live.artifact, (self.refused or {}).get("artifact")):
+                continue
+            assert wanted is not None
+            try:
+                live = await self._prepared(wanted)
+            except UnavailableError:  # the ranker or the store is away; later
+                continue
+            except Exception as error:
+                LOG.exception("model %s is not served", wanted)
+                self.refused = {"artifact": wanted, "why": _told(error)}
+                continue
+            if live.model.schema != self._live.model.schema:  # pushes fill the views that it reads
+                self._writer = None
+            self._live, self.refused = live, None
+
+    async def _described(self, artifact: str) -> ModelDescription:
+        description: ModelDescription = await self._ask(self._ranker.describe, artifact)
         return description
 
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
+        """What a ranker answers. When one has ended, until another is there, nobody waits for it.
 
-async def _answered(call: Awaitable[Any]) -> Any:
-    """What a ranker answers.
+        Raises:
+            UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
+            Exception: what it raised, as it was raised there.
+        """
+        if self._missing is not None and not self._missing.done():
+            raise UnavailableError(NO_RANKER)
+        try:
+            return await method.remote(*arguments)
+        except (RayError, RayServeException) as failure:
+            error = raised(failure)
+            if not isinstance(error, (RayError, RayServeException)):
+                raise error from None
+            LOG.error("the model does not answer", exc_info=failure)
+            if self._missing is None or self._missing.done():
+                self._missing = asyncio.create_task(self._until_answered())
+            raise UnavailableError(NO_RANKER) from None
 
-    Raises:
-        UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
-        Exception: what it raised, as it was raised there.
-    """
-    try:
-        return await call
-    except (RayError, RayServeException) as failure:
-        error = raised(failure)
-        if not isinstance(error, (RayError, RayServeException)):
-            raise error from None
-        LOG.error("the model does not answer", exc_info=failure)
-        raise UnavailableError("the model does not answer, its process has ended; try again") from None
+    async def _until_answered(self) -> None:
+        """Wait for a ranker, as every request would in Ray's queue."""
+        while True:
+            try:
+                await self._ranker.describe.remote(self._live.artifact if self._live else self._settings.artifact)
+                return
+            except (RayError, RayServeException):
+                await asyncio.sleep(0.2)
 
 
 async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
@@ -460,33 +555,68 @@ async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any
 
 
 class Ranker:
-    """The model, on merged batches of requests."""
+    """The models that are asked for, on merged batches of requests."""
 
     def __init__(self, settings: ServingSettings) -> None:
         keep_freed_memory()
         torch.set_num_threads(
             settings.ranker_threads or max(1, (os.cpu_count() or 1) // settings.options.ranker_replicas)
         )
-        self._artifact = load_artifact(settings.artifact)
+        self._models: OrderedDict[str, Artifact] = OrderedDict()
+        self._loading = threading.Lock()
         self._max_candidates = settings.options.max_candidates
         self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
         self.rank.set_batch_wait_timeout_s(settings.options.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
+        self._model(settings.artifact)
 
-    def describe(self) -> ModelDescription:
-        return ModelDescription(self._artifact.version, self._artifact.schema, self._artifact.metadata)
+    def _model(self, artifact: str) -> Artifact:
+        """A model, loaded and checked when it is first asked for; the one longest not asked for goes then.
+
+        Raises:
+            CorankError: it cannot be read, or gives other scores than those stored beside it.
+        """
+        with self._loading:
+            if artifact not in self._models:
+                loaded = load_artifact(artifact)
+                require_selfcheck(artifact, loaded.model, loaded.metadata.get("selfcheck", {}))
+                self._models[artifact] = loaded
+            self._models.move_to_end(artifact)
+            while len(self._models) > MOST_MODELS:
+                self._models.popitem(last=False)
+            return self._models[artifact]
+
+    async def describe(self, artifact: str) -> ModelDescription:
+        model = await asyncio.to_thread(self._model, artifact)
+        return ModelDescription(model.version, model.schema, model.metadata)
 
     @serve.batch
-    async def rank(self, rows: list[pa.Table]) -> list[np.ndarray]:
-        """Probabilities [C, K] of every request; each is one row of the layout of ``serving_schema``."""
-        return await asyncio.to_thread(self.score, rows)
+    async def rank(self, requests: list[BoundRow]) -> list[np.ndarray]:
+        """Probabilities [C, K] of every request by the model that it is bound to."""
+        return await asyncio.to_thread(self.score, requests)
 
-    def score(self, rows: list[pa.Table]) -> list[np.ndarray]:
-        """Scores of these requests, merged into batches of at most ``max_candidates`` candidates."""
-        return [
-            of_request
-            for batch, scores in score_batches(self._artifact.model, concatenate(rows), self._max_candidates)
-            for of_request in np.split(scores, batch.items.offsets[1:-1].numpy())
-        ]
+    def score(self, requests: Sequence[BoundRow]) -> list[np.ndarray]:
+        """Scores of these requests, merged per model into batches of at most ``max_candidates`` candidates."""
+        scores: dict[int, np.ndarray] = {}
+        for artifact in dict.fromkeys(artifact for artifact, _ in requests):
+            places = [place for place, (bound_to, _) in enumerate(requests) if bound_to == artifact]
+            rows = concatenate([requests[place][1] for place in places])
+            of_requests = (
+                of_request
+                for batch, merged in score_batches(self._model(artifact).model, rows, self._max_candidates)
+                for of_request in np.split(merged, batch.items.offsets[1:-1].numpy())
+            )
+            scores |= dict(zip(places, of_requests, strict=True))
+        return [scores[place] for place in range(len(requests))]
+
+
+def followed(path: str) -> str | None:
+    """The artifact that the document of ``ServingSettings.follow`` names; None when it is not there or half written."""
+    store, inside = file_system(path)
+    try:
+        with store.open_input_stream(inside) as stream:
+            return str(json.loads(stream.read())["artifact"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def build_application(settings: ServingSettings) -> serve.Application:

@@ -14,10 +14,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from features.encoding import encode
 from features.errors import CorankError
-from features.sample_table import end_column, label_column, sample_schema, timeline_column
+from features.sample_table import end_column, feature_column, label_column, sample_schema, timeline_column
 from features.schema import Feature, Schema
-from features.store.reader import History, OnlineReader, encode_features
+from features.store.reader import History, OnlineReader
 from serving.settings import MissingContext
 
 MOST = float(np.finfo(np.float32).max)
@@ -130,25 +131,27 @@ def encode_context(schema: Schema, context: Mapping[str, Any], missing: MissingC
     """Codes of the context features, by ``feature_column``.
 
     Args:
-        context: source column → text, number, boolean, null or (multi-valued) a list of them.
+        context: source column → text, number, boolean, null or (multi-valued) a list of them; as in the log's columns
+            a boolean is a number where one is read, and nulls in a list are left out.
         missing: whether a column that it lacks is an error or unknown.
 
     Raises:
         InvalidRequestError: a column is missing, unknown, or its value is of the wrong kind.
     """
     features = schema.side("context")
-    sources = {feature.source: feature for feature in features}
+    sources = list(dict.fromkeys(feature.source for feature in features))
     for key in context:
         if key not in sources:
-            raise InvalidRequestError(f"context.{key}", f"the model reads no such context; it reads {list(sources)}")
+            raise InvalidRequestError(f"context.{key}", f"the model reads no such context; it reads {sources}")
     columns = []
-    for source, feature in sources.items():
-        if source not in context and missing == "error":
-            raise InvalidRequestError(f"context.{source}", "is missing; send null if it is not known")
-        columns.append(pl.Series(source, [_raw(feature, context.get(source))], dtype=_type(feature)))
+    for feature in features:  # a column of its own, as a source may be a number and a category at once
+        if feature.source not in context and missing == "error":
+            raise InvalidRequestError(f"context.{feature.source}", "is missing; send null if it is not known")
+        columns.append(pl.Series(feature.name, [_raw(feature, context.get(feature.source))], dtype=_type(feature)))
     if not features:
         return {}
-    return encode_features(features, pl.DataFrame(columns)).row(0, named=True)
+    codes = [encode(feature, pl.col(feature.name)).alias(feature_column(feature)) for feature in features]
+    return pl.DataFrame(columns).select(codes).row(0, named=True)
 
 
 def _type(feature: Feature) -> Any:
@@ -162,14 +165,14 @@ def _raw(feature: Feature, value: Any) -> Any:
     if value is None:
         return None
     if feature.kind == "number":
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST <= value <= MOST:
+        if not isinstance(value, (int, float)) or not -MOST <= value <= MOST:  # a boolean is a number in tables, too
             raise InvalidRequestError(field, "must be a finite number or null")
         return float(value)
     if not feature.multi:
         return _text(field, value)
     if not isinstance(value, list):
         raise InvalidRequestError(field, "must be a list or null")
-    return [_text(f"{field}.{index}", one) for index, one in enumerate(value)]
+    return [_text(f"{field}.{index}", one) for index, one in enumerate(value) if one is not None]
 
 
 def _text(field: str, value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from features.schema import Declaration
 
@@ -37,6 +37,12 @@ class ServingConfig(Declaration):
     max_body_bytes: int = Field(MOST_BODY_BYTES, ge=1, description="a larger body of a request is answered 413")
     missing_context: MissingContext = Field("error", description="what a column is that a request's context lacks")
 
+    @field_validator("host")
+    @classmethod
+    def _host_has_no_brackets(cls, host: str) -> str:
+        """An address of IPv6 may be written as in a URL."""
+        return host.removeprefix("[").removesuffix("]")
+
     @property
     def admitted(self) -> int:
         """Requests to rank, and pushes, that one service replica holds at a time."""
@@ -50,6 +56,7 @@ class ServingSettings:
     Attributes:
         artifact: directory of the published model.
         log_delay: microseconds; a request sees events older than this.
+        follow: JSON document that names the ``artifact`` to serve from now on, whenever it changes; None: always this.
         ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
         ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
     """
@@ -58,6 +65,7 @@ class ServingSettings:
     store: FeatureStoreSettings
     options: ServingConfig = field(default_factory=ServingConfig)
     log_delay: int = 0
+    follow: str | None = None
     ranker_cpus: float = 0.5
     service_cpus: float = 0.1
     ranker_threads: int | None = None

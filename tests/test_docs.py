@@ -13,7 +13,7 @@ import click
 import pytest
 import typer
 
-from pipeline.cli import app
+from pipeline.commands.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("models/**/*.md")])

@@ -162,7 +162,8 @@ def deltas(
         value = pl.lit(1.0) if aggregate.column is None else pl.col(aggregate.column).cast(pl.Float64)
         parts.append(
             rows.select(*keys, known.alias("ts"), value.alias("value"))
-            .filter(pl.col("value").is_finite())  # nor null; one NaN would stay in the sum for ever
+            # nor null; one NaN would stay in the sum for ever, and what no feature can hold takes others with it
+            .filter(pl.col("value").cast(pl.Float32).is_finite())
             .group_by(owner, maintain_order=True)
             .agg(
                 pl.len().cast(pl.Int64).alias(count_column(feature)),

@@ -37,7 +37,7 @@ def read_type(name: str, kind: pa.DataType) -> pa.DataType:
     """The Arrow type that a column is read as (:func:`read`)."""
     if pa.types.is_dictionary(kind):
         return read_type(name, kind.value_type)
-    if name in MOMENTS and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+    if name in MOMENTS and (pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_integer(kind)):
         return pa.int64()
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
         inner = kind.value_type
@@ -60,7 +60,7 @@ def read(name: str, column: pl.Expr, kind: Any) -> pl.Expr:
         return column.dt.cast_time_unit("us").dt.timestamp("us")
     if name in MOMENTS and kind == pl.Date:
         return column.cast(pl.Datetime("us")).dt.timestamp("us")
-    wanted = _read_as(kind)
+    wanted = pl.Int64 if name in MOMENTS and kind.is_integer() and kind != pl.Int64 else _read_as(kind)
     return column if wanted is None else column.cast(wanted)
 
 

@@ -7,6 +7,7 @@ finishes. For derived tables only, never for the user's own log.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.delta.paths import address, file_system
-from features.delta.table import Table
-from features.delta.write import DataFile, committing, write_file
-from features.errors import CorankError
+from features.delta.table import MENDED, Table
+from features.delta.write import DATA_FILE, DataFile, committing, write_file
+from features.errors import CorankError, UnreadableError
 
 KEEP_HOURS = 168
 """Default age in hours of unreferenced files before vacuum removes them: a week, as Delta has it."""
@@ -116,6 +117,25 @@ def vacuum(table: Table, keep_hours: int = KEEP_HOURS) -> int:
     return len(removed)
 
 
+def remove_uncommitted(table: Table) -> int:
+    """Remove the data files below a derived table's root that no version ever showed: what killed writers left.
+
+    The table itself may not have been made yet. What an older version shows stays, so readers miss nothing; but nobody
+    may be writing meanwhile.
+
+    Returns:
+        files removed.
+    """
+    store, root = file_system(table.uri)
+    files = store.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+    written = [file for file in files if DATA_FILE.fullmatch(file.base_name)]
+    shown = _ever_shown(table) if written else set()
+    left = [file.path for file in written if file.base_name not in shown]
+    for path in left:
+        store.delete_file(path)
+    return len(left)
+
+
 def find_users(table: Table, users: Collection[str], progress: Progress = lambda *_: None) -> FoundUsers:
     """Where these users have rows; reads no column but ``user_id``. A table without that column has none of them.
 
@@ -195,6 +215,24 @@ def _files(table: Table) -> list[DataFile]:
     return sorted(files, key=lambda file: (file.partition["dt"], *file.partition.values(), file.path))
 
 
+def _ever_shown(table: Table) -> set[str]:
+    """Names of all data files that any commit of the log speaks of, those of before a cleaned-up log excepted."""
+    if not table.exists():
+        return set()
+    store, paths = _store(table), [file.path for file in _files(table)]
+    for entry in store.get_file_info(fs.FileSelector("_delta_log")):
+        if entry.path.endswith(".json"):
+            with store.open_input_stream(entry.path) as stream:
+                try:
+                    actions = [json.loads(line) for line in stream.read().splitlines()]
+                except ValueError as error:
+                    raise UnreadableError(
+                        f"table {table.name} at {table.uri}: the Delta log's {entry.path} is damaged; {MENDED}"
+                    ) from error
+            paths += [one[kind]["path"] for one in actions for kind in ("add", "remove") if kind in one]
+    return {path.rpartition("/")[2] for path in paths}
+
+
 def _slices(files: Iterable[DataFile]) -> list[list[DataFile]]:
     return [list(group) for _, group in groupby(files, key=lambda file: file.partition)]
 
@@ -204,8 +242,8 @@ def _read(table: Table, file: DataFile, columns: list[str] | None = None) -> pa.
         return pq.ParquetFile(file.path, filesystem=_store(table)).read(columns=columns)  # takes nested columns too
     except (OSError, pa.ArrowException) as error:
         raise CorankError(
-            f"table {table.name} at {table.uri}: cannot read {file.path}: {error}. Delete the record of partition "
-            f"{file.partition['dt']} under records/samples and run again to rebuild it."
+            f"table {table.name} at {table.uri}: cannot read {file.path}: {error}. `corank repair`, then "
+            "`corank run`, build it again."
         ) from error
 
 

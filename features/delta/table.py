@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from pyarrow import fs
 
 from features.delta.columns import partition_column, read, read_type, reads_as, row_text, type_name
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
-from features.delta.paths import address
+from features.delta.paths import address, file_system
+from features.delta.write import is_as_written, is_written_for
 from features.encoding import bucket_column
-from features.errors import CorankError, UnreadableError, first_line
-from features.schema import Grain, partition_bounds, partition_of
+from features.errors import CorankError, DataGateError, UnreadableError, first_line
+from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
 
@@ -32,6 +34,10 @@ READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.Arrow
 """What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
 
 SHOWN_FILES = 5
+
+MISPLACED = "was written for another partition than the Delta log says"
+
+MENDED = "a table that corank derived is mended by `corank repair`"
 
 MADE_OF = {
     "updated_at": "every profile is valid from the beginning",
@@ -43,8 +49,20 @@ MADE_OF = {
 READ_FEATURES = {"deletionVectors", "timestampNtz"}
 """Delta's table features that deltalake and Polars can read."""
 
+UNSUPPORTED = re.compile("unsupported|not supported|catalog-managed", re.IGNORECASE)
+"""What deltalake says of a feature, or a version of the protocol, that it does not know; the log itself is whole."""
+
 MAPPING_VERSION = 2
 """Delta's reader version that brought column mapping."""
+
+
+@dataclass(frozen=True)
+class DamagedFile:
+    """A file of a table, relative to it, and what is wrong with it. ``partition``: None where it is cut from ``ts``."""
+
+    path: str
+    partition: str | None
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -107,11 +125,13 @@ class Table:
         except DeltaProtocolError as error:
             unread = first_line(error)
         except (DeltaError, OSError) as error:
-            at = "" if self.version is None else f" at version {self.version}"
-            raise UnreadableError(
-                f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({first_line(error)}); "
-                "restore its files in _delta_log"
-            ) from error
+            unread = first_line(error)
+            if not UNSUPPORTED.search(unread):
+                at = "" if self.version is None else f" at version {self.version}"
+                raise UnreadableError(
+                    f"table {self.name}: the Delta log of {self.uri} cannot be read{at} ({unread}); "
+                    f"restore its files in _delta_log; {MENDED}"
+                ) from error
         if unread:
             raise UnreadableError(
                 f"table {self.name} at {self.uri} uses a Delta feature that cannot be read: {unread}. Write a copy "
@@ -165,7 +185,11 @@ class Table:
         return self.grain is not None and self.partition_column() is None
 
     def partitions(self) -> list[str]:
-        """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt."""
+        """All values of ``dt`` with rows, oldest first; empty when the table is not partitioned by dt.
+
+        Raises:
+            DataGateError: partitions are cut from ``ts``, and one is beyond all calendars.
+        """
         column = self.partition_column()
         if column is not None:
             return sorted({str(part[column]) for part in self.delta().partitions() if part[column] is not None})
@@ -174,7 +198,13 @@ class Table:
         found: set[str] = set()
         unclear = []
         for path, extent in self._extents().items():
-            names = {partition_of(moment, self.grain) for moment in extent} if extent is not None else set()
+            try:
+                names = {partition_of(moment, self.grain) for moment in extent or ()}
+            except (ValueError, OverflowError):
+                raise DataGateError(
+                    f"table {self.name} at {self.uri}: a ts of file {path} is no time of the years 1 to 9999; correct "
+                    "it, or cast it to microseconds UTC"
+                ) from None
             if len(names) == 1:
                 found |= names
             else:
@@ -285,22 +315,47 @@ class Table:
         Raises:
             UnreadableError: names table, partition, file and problem.
         """
-        delta = self.delta()
-        schema = pa.schema(delta.schema().to_arrow())
-        types = {column.name: type_name(column.type) for column in schema}
-        files = self._files(None if partitions is None else list(partitions))
-        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
-        with ThreadPoolExecutor(16) as pool:
-            problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
-            broken = [(path, day, problem) for (path, _, day), problem in zip(files, problems, strict=True) if problem]
+        broken = self.damaged_files(partitions, whole)
         if broken:
             named = [
-                f"table {self.name}{f', partition {day}' if day else ''}: file {self.uri}/{path} {problem}"
-                for path, day, problem in sorted(broken, key=lambda one: (one[1] or "", one[0]))
+                f"table {self.name}{f', partition {one.partition}' if one.partition else ''}: "
+                f"file {self.uri}/{one.path} {one.problem}"
+                for one in broken
             ]
             more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
-            remedy = "restore the files, or write their partition again"
+            remedy = f"restore the files, or write their partition again; {MENDED}"
             raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
+
+    def damaged_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> list[DamagedFile]:
+        """What :meth:`check_files` raises about, by partition and path."""
+        schema = pa.schema(self.delta().schema().to_arrow())
+        types = {column.name: type_name(column.type) for column in schema}
+        files = self._files(None if partitions is None else list(partitions))
+        store = self._store()
+        with ThreadPoolExecutor(16) as pool:
+            problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
+            broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
+        broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
+        return sorted(broken, key=lambda one: (one.partition or "", one.path))
+
+    def lost_files(self) -> list[DamagedFile]:
+        """The files that are gone, or of another size than the Delta log says; costs one listing of the table.
+
+        Raises:
+            UnreadableError: the Delta log cannot be read, or a commit of it is empty, which Delta takes for no change.
+        """
+        store, root = file_system(self.uri)  # lists several times faster than deltalake does
+        entries = store.get_file_info(fs.FileSelector(root, recursive=True))
+        sizes = {entry.path: entry.size for entry in entries if entry.type == fs.FileType.File}
+        for path, size in sizes.items():
+            if not size and path.startswith(f"{root}/_delta_log/") and path.endswith(".json"):
+                raise UnreadableError(
+                    f"table {self.name}: the Delta log of {self.uri} is damaged: {path} is empty; {MENDED}"
+                )
+        problems = (
+            (path, day, _problem_of_size(sizes.get(f"{root}/{path}"), size)) for path, size, day in self._files(None)
+        )
+        return [DamagedFile(path, day, problem) for path, day, problem in problems if problem]
 
     def require_buckets(self, buckets: int) -> None:
         """Of a table laid out by bucket: nobody would read what lies in a bucket beyond these, or in none.
@@ -348,8 +403,7 @@ class Table:
         Args:
             cache: what an earlier call left there; only later commits are read then.
         """
-        delta = self.delta()
-        store = fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
+        delta, store = self.delta(), self._store()
         present = self.partitions() or [WHOLE_TABLE]
         files: dict[str, list[str]] = {partition: [] for partition in present}
         if self.is_cut and "ts" in self._names(delta):
@@ -374,6 +428,10 @@ class Table:
 
         return fingerprints(delta, store, {one: files.get(one, []) for one in present}, touched, cache)
 
+    def _store(self) -> fs.FileSystem:
+        """Rooted at the table."""
+        return fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
+
     def _names(self, delta: DeltaTable) -> dict[str, str]:
         """Canonical name of every column that can be reached → its own name, in the table's order."""
         own = [column.name for column in delta.schema().fields]
@@ -381,7 +439,7 @@ class Table:
         hidden = set(mapped.values()) | set(self.columns)
         if self.grain is not None:
             column = self.partition_column()
-            hidden |= {"dt"} if column is None else {column}
+            hidden |= {"dt"} if column is None else {"dt", column}
             mapped |= {} if column is None else {"dt": column}
         names = mapped | {column: column for column in own if column not in hidden}
         return dict(sorted(names.items(), key=lambda one: own.index(one[1])))
@@ -422,6 +480,15 @@ class Table:
         slack = 0 if kind.is_integer() else 999
         bounds = [None if None in row else (int(row[0]), int(row[1]) + slack) for row in ends.rows()]
         return dict(zip(paths, bounds, strict=True))
+
+    def wrong_unit(self) -> tuple[str, int] | None:
+        """Of a log whose partitions are cut from ``ts``: the unit other than microseconds that it seems to be written
+        in, by the log's statistics, and an example; else its partitions would be early in 1970, or far off."""
+        for extent in self._extents().values() if self.is_cut else ():
+            for unit, (low, high) in OTHER_UNITS.items():
+                if extent is not None and low <= extent[0] and extent[1] < high:
+                    return unit, extent[0]
+        return None
 
     def _within(self, partitions: Sequence[str], extent: tuple[int, int] | None) -> list[str]:
         """Those of some partitions that a file of this extent may hold rows of."""
@@ -512,12 +579,11 @@ def _spans(partitions: Iterable[str], grain: Grain) -> list[tuple[int, int]]:
 
 
 def _moment(ts: int, kind: Any) -> pl.Expr:
-    """Microseconds UTC as a column of times stores them."""
-    return (
-        pl.lit(ts, pl.Int64).cast(pl.Datetime("us")).cast(pl.Date)
-        if kind == pl.Date
-        else pl.lit(ts, pl.Int64).cast(kind)
-    )
+    """Microseconds UTC as a column of times stores them; a narrower integer is compared as the wider one."""
+    moment = pl.lit(ts, pl.Int64)
+    if kind == pl.Date:
+        return moment.cast(pl.Datetime("us")).cast(pl.Date)
+    return moment.cast(kind) if isinstance(kind, pl.Datetime) else moment
 
 
 def _meets(extent: tuple[int, int] | None, spans: Iterable[tuple[int, int]]) -> bool:
@@ -540,15 +606,25 @@ def _logged_extent(action: Mapping[str, Any], clock: str) -> tuple[int, int] | N
     return round(low.timestamp() * 1e6), round(high.timestamp() * 1e6) + 999
 
 
+def _problem_of_size(found: int | None, size: int) -> str | None:
+    """
+    Args:
+        found: bytes of a file; None: it is gone.
+    """
+    if found is None:
+        return "is missing"
+    return None if found == size else f"has {found:,} bytes, but the Delta log says {size:,}"
+
+
 def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
     """What is wrong with a Parquet file that the Delta log says to have this size and these columns."""
     try:
         info = store.get_file_info(path)
-        if info.type == fs.FileType.NotFound:
-            return "is missing"
-        if info.size != size:
-            return f"has {info.size:,} bytes, but the Delta log says {size:,}"
+        if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):
+            return problem
         with store.open_input_file(path) as stream:
+            if whole and not is_as_written(path, stream.readall()):
+                return "has other bytes than were written"
             file = pq.ParquetFile(stream)
             stored = {column.name: type_name(column.type) for column in file.schema_arrow}
             if whole:

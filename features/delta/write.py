@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +22,10 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
 from features.delta.paths import address
-from features.errors import CorankError, first_line
+from features.errors import CorankError, first_line, writing
+
+DATA_FILE = re.compile(r"part-[0-9a-f]{32}(?:-([0-9a-f]{32}))?\.parquet")
+"""Names of the files that :func:`write_file` writes: no two alike, and with the digest of all their bytes."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,6 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
         partition: partition column → value, e.g. ``{"dt": "2026-01-05", "bucket": "3"}``.
     """
     directory = "/".join(f"{column}={value}" for column, value in partition.items())
-    path = f"{directory}/part-{uuid.uuid4().hex}.parquet"
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
     store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
@@ -67,15 +71,38 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     ]
     # no value comes twice, so a dictionary of them is only work
     plain = [path for name, path, _ in leaves if name.endswith("__event_id")]
-    with store.open_output_stream(path) as sink:
-        pq.write_table(
-            rows,
-            sink,
-            compression="zstd",
-            use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
-            column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
-        )
-    return DataFile(path, store.get_file_info(path).size, rows.num_rows, dict(partition), _times(rows))
+    content = pa.BufferOutputStream()
+    pq.write_table(
+        rows,
+        content,
+        compression="zstd",
+        use_dictionary=[path for _, path, _ in leaves if path not in (*times, *plain)],
+        column_encoding=dict.fromkeys(times, "DELTA_BINARY_PACKED"),
+    )
+    written = content.getvalue().to_pybytes()
+    path = f"{directory}/part-{uuid.uuid4().hex}-{_digest(written)}.parquet"
+    # through Arrow's buffer, as deltalake's stream takes nothing but plain bytes
+    with (
+        writing(f"{root}/{path}", len(written)),
+        store.open_output_stream(path, buffer_size=len(written) + 1) as sink,
+    ):
+        sink.write(written)
+    return DataFile(path, len(written), rows.num_rows, dict(partition), _times(rows))
+
+
+def is_as_written(path: str, content: bytes) -> bool:
+    """Whether a file that :func:`write_file` wrote has all the bytes it had; others' files name no digest."""
+    named = DATA_FILE.search(path)
+    return named is None or named[1] in (None, _digest(content))
+
+
+def is_written_for(path: str, partition: str) -> bool:
+    """Whether a file that :func:`write_file` wrote lies where rows of this ``dt`` do."""
+    return DATA_FILE.search(path) is None or path.startswith(f"dt={partition}/")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def read_files(root: str, files: Iterable[DataFile], options: Mapping[str, str]) -> pa.Table:
@@ -162,9 +189,11 @@ def committing(root: str) -> Iterator[None]:
 
     Raises:
         CorankError: another writer changed the same files meanwhile, and came first.
+        NoSpaceError
     """
     try:
-        yield
+        with writing(f"{root}/_delta_log"):
+            yield
     except CommitFailedError as error:
         raise CorankError(
             f"table at {root}: another writer changed it meanwhile, so nothing was committed ({first_line(error)}). "

@@ -285,7 +285,7 @@ def _write(
             raise CorankError(
                 f"export, partition {partition}: the sample table holds {candidates[partition]:,} candidates, but "
                 f"{rows[partition]:,} rows were written; nothing was kept. If the samples were rebuilt meanwhile, run "
-                f"it again; else delete records/samples/{partition}.json and `corank run` to rebuild them."
+                f"it again; else `corank repair`, then `corank run`, build them again."
             )
     manifest = {"partitions": rows, "schema": source.schema.model_dump(mode="json")}
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

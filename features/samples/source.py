@@ -92,7 +92,7 @@ class SampleSource:
         except (OSError, pa.ArrowException) as error:
             raise CorankError(
                 f"table samples at {self.root}: cannot read {file}: {error}. "
-                "Delete its partition's record under records/samples and run again to rebuild it."
+                "`corank repair`, then `corank run`, build it again."
             ) from error
         rows = rows.cast(pa.schema([full.field(name) for name in columns]))
         if self.replay is None:

@@ -5,10 +5,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import typeguard
+
+# Feast's own server is imported with it, and with the server its metrics, which make a folder in the temporary folder
+# for every process: a killed one leaves it. Nobody asks for either here; where Feast would count, it does without.
+sys.modules.setdefault("feast.feature_server", ModuleType("feast.feature_server"))
+sys.modules.setdefault("feast.metrics", None)  # type: ignore[arg-type]
 
 
 def _unchecked(target: Any = None, **_: Any) -> Any:

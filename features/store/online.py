@@ -29,7 +29,7 @@ from feast.types import Array, FeastType, Float32
 
 from features.delta.table import Table
 from features.encoding import bucket_column
-from features.errors import CorankError, UnavailableError
+from features.errors import CorankError, UnavailableError, writing
 from features.schema import Schema
 from features.store.definitions import (
     ITEM,
@@ -315,6 +315,7 @@ def reachable(store: FeatureStore) -> Iterator[None]:
 
     Raises:
         UnavailableError
+        NoSpaceError
     """
     online = store.config.online_store
     failures: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
@@ -328,7 +329,8 @@ def reachable(store: FeatureStore) -> Iterator[None]:
         where = online.path
         advice = "If the file is lost or damaged, remove it and `corank features materialize --all`; else try again."
     try:
-        yield
+        with writing(where):
+            yield
     except failures as error:
         raise UnavailableError(f"online store {online.type} at {where} cannot be used: {error}. {advice}") from error
 

@@ -346,7 +346,7 @@ def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
 
     for column in ("event_id", "user_id", "ts"):
         refuse(column, pl.col(column).is_null(), f"no {column}")
-    for column in ("event_id", "user_id"):
+    for column in ("event_id", "user_id", "item_id"):
         refuse(column, is_negative(column), f"a negative {column}")
     for unit, span in OTHER_UNITS.items():
         unlikely = pl.col("ts").is_between(*span, closed="left")

@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from feast.infra.registry.file import FileRegistryStore
-from google.protobuf.message import DecodeError
 
+from features.damage import problem_of_sealed, seal
 from features.errors import UnreadableError
 
 
@@ -23,20 +23,26 @@ class WholeRegistryStore(FileRegistryStore):
         Raises:
             DamagedRegistryError
         """
-        try:
-            return super().get_registry_proto()  # type: ignore[no-untyped-call]
-        except DecodeError as error:
+        problem = problem_of_sealed(self._filepath)
+        if problem and self._filepath.exists():
             raise DamagedRegistryError(
-                f"the feature store's registry {self._filepath} is damaged ({error}); `corank features apply` makes it "
-                "again from the config"
-            ) from error
+                f"the feature store's registry {self._filepath} is damaged (it {problem}); `corank features apply` "
+                "makes it again from the config"
+            )
+        found = super().get_registry_proto()  # type: ignore[no-untyped-call]
+        found.DiscardUnknownFields()  # the digest, which would be written again as content
+        return found
 
     def _write_registry(self, registry_proto: Any) -> None:
         path = self._filepath
         path.parent.mkdir(parents=True, exist_ok=True)
         self._filepath = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            super()._write_registry(registry_proto)  # to the disk, too
+            super()._write_registry(registry_proto)
+            with self._filepath.open("r+b") as stream:
+                stream.write(seal(stream.read()))
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(self._filepath, path)
         finally:
             self._filepath.unlink(missing_ok=True)

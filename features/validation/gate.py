@@ -7,6 +7,7 @@ hundred thousand rows does, so small partitions are read and judged together, an
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,12 @@ from typing import Any
 import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
+import yaml
 
 from features.delta.table import Table, together
 from features.delta.write import replace_partition, replace_partitions, write_file
 from features.errors import ConfigError, UnreadableError
-from features.schema import SECOND, Grain, Schema, partition_bounds
+from features.schema import FEEDBACK, SECOND, Grain, Schema, partition_bounds
 from features.validation.layout import columns_read, joins, layout_checks, roles
 from features.validation.rules import (
     EVENT_KEY,
@@ -76,6 +78,8 @@ class Gate:
         import great_expectations
 
         root.mkdir(parents=True, exist_ok=True)
+        for path in damaged_settings(root):
+            path.unlink()
         self.gx: Any = great_expectations
         self.context: Any = self.gx.get_context(mode="file", project_root_dir=str(root))
         self.context.variables.progress_bars = {"globally": False}
@@ -128,6 +132,25 @@ class Gate:
         return Path(next(iter(sites.values())).removeprefix("file://"))
 
 
+def damaged_settings(root: Path) -> dict[Path, str]:
+    """Settings and suites of a context that Great Expectations cannot read, and why. All are written anew by a
+    :class:`Gate` that finds none, as they are made from the config."""
+    found: dict[Path, str] = {}
+    results = root / "gx" / "uncommitted" / "validations"  # are left out of the pages when they are damaged
+    for path in sorted([*root.rglob("*.yml"), *root.rglob("*.json")]):
+        if results in path.parents:
+            continue
+        try:
+            content = path.read_text(encoding="utf-8")
+            read = yaml.safe_load(content) if path.suffix == ".yml" else json.loads(content)
+            problem = None if isinstance(read, dict) else "holds no settings"
+        except (ValueError, yaml.YAMLError) as error:
+            problem = f"cannot be read ({' '.join(str(error).split())})"
+        if problem:
+            found[path] = problem
+    return found
+
+
 def validate_partitions(
     tables: Mapping[str, Table],
     schema: Schema,
@@ -173,7 +196,8 @@ def validate_partitions(
             broken += verdict.failures
             checks += verdict.checks
     if not broken:
-        strangers, count = _judge_joins(gate, readable, schema, partitions, rules, newest)
+        joined = readable | ({FEEDBACK: tables[FEEDBACK]} if schema.delayed_tasks and FEEDBACK in tables else {})
+        strangers, count = _judge_joins(gate, joined, schema, partitions, rules, newest)
         said, broken, checks = said + strangers, broken + strangers, checks + count
     shared = PartitionValidation("", profile_rows, 0, checks, tuple(said), tuple(broken))
     logs = {role: table.pinned() for role, table in readable.items() if role not in PROFILE_KEYS}
@@ -228,7 +252,8 @@ def _judge_joins(
 ) -> tuple[list[Finding], int]:
     """Findings of ids that never meet those of another table, such as 001 and 1, and the number of checks.
 
-    The newest of these partitions tell: ids are written alike, or they are not.
+    The newest of these partitions tell: ids are written alike, or they are not. Few of them may be strangers by chance,
+    so all are looked at before it is said.
     """
     checked: list[tuple[Rule, float, str]] = []
     for role, other, key in joins(schema):
@@ -236,19 +261,22 @@ def _judge_joins(
             continue
         try:
             here, there = (_some_ids(tables[one], key, partitions) for one in (role, other))
+            smaller = min(here.len(), there.len())
+            if not smaller:
+                continue
+            if _share_in(here, there) < rules.min_matched_share:
+                here, there = (_some_ids(tables[one], key, None) for one in (role, other))
+                smaller = min(here.len(), there.len())
         except UnreadableError:
             continue  # the verdict on the partition itself names the file
-        smaller = min(here.len(), there.len())
-        if not smaller:
-            continue
-        met = int(here.is_in(there.implode()).sum())
+        share = _share_in(here, there)
         text = (
-            f"has (almost) no {key} in common with table {other}: {met:,} of {smaller:,} are in both (for example "
-            f"{here.sort()[0]!r} here, {there.sort()[0]!r} there); write them alike, or accept it by "
+            f"has (almost) no {key} in common with table {other}: {round(share * smaller):,} of {smaller:,} are in "
+            f"both (for example {here.sort()[0]!r} here, {there.sort()[0]!r} there); write them alike, or accept it by "
             "validation.min_matched_share: 0"
         )
         rule = Rule(f"{role}_{key}_in_{other}", pl.lit(0), text, None, rules.min_matched_share)
-        checked.append((rule, met / smaller, role))
+        checked.append((rule, share, role))
     if not checked:
         return [], 0
     metrics = {rule.name: share for rule, share, _ in checked}
@@ -261,11 +289,18 @@ def _judge_joins(
     ], len(checked)
 
 
-def _some_ids(table: Table, key: str, partitions: Sequence[str]) -> pl.Series:
-    """Distinct ids of a profile table, or of a log's newest partitions, as text."""
-    own = None if table.grain is None else [one for one in table.partitions() if one in partitions][-JOINED_PARTITIONS:]
+def _some_ids(table: Table, key: str, partitions: Sequence[str] | None) -> pl.Series:
+    """Distinct ids as text: of a log's newest ones of some partitions; of a profile table, or for None, all."""
+    own = None
+    if table.grain is not None and partitions is not None:
+        own = [one for one in table.partitions() if one in partitions][-JOINED_PARTITIONS:]
     ids = table.scan(own).select(pl.col(key).cast(pl.String).drop_nulls().unique())
     return table.collect(ids, own).to_series()
+
+
+def _share_in(here: pl.Series, there: pl.Series) -> float:
+    """Share of the ids on the side with fewer that are on the other, too."""
+    return float(here.is_in(there.implode()).sum()) / min(here.len(), there.len())
 
 
 @dataclass(frozen=True)

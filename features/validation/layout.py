@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,14 @@ import pyarrow as pa
 
 from features.delta.table import Table
 from features.schema import FEEDBACK, Feature, FieldSpec, Schema
-from features.validation.rules import PROFILE_KEYS, Finding, columns_counted, columns_of_events
+from features.validation.rules import (
+    KEYS_AS_TEXT,
+    PROFILE_KEYS,
+    Finding,
+    columns_counted,
+    columns_of_events,
+    conditions_of,
+)
 
 
 def check_tables(tables: Mapping[str, Table], schema: Schema) -> list[Finding]:
@@ -37,10 +45,16 @@ def joins(schema: Schema) -> list[tuple[str, str, str]]:
     """The joins that a pipeline rests on: (table, other table, id that both have)."""
     first, *events = schema.logs
     found = [(first, "users", "user_id"), (first, "items", "item_id")]
+    items = {feature.embedding for feature in schema.side("item") if feature.source == "item_id"}
     for role in events:
         found.append((role, first, "user_id"))
-        if any(one.joined for one in schema.sequences if one.events == role):
+        fields = [one for sequence in schema.sequences if sequence.events == role for one in sequence.fields]
+        counts = [one.aggregate.key for one in schema.counts_of(role) if one.aggregate and one.side != "user"]
+        if any(one.of == "item" for one in fields) or any(key not in (None, "item_id") for key in counts):
             found.append((role, "items", "item_id"))
+        # what was done is known by the rows that what is shown has, or counted for it
+        if counts or any(one.source == "item_id" and one.embedding in items for one in fields):
+            found.append((role, first, "item_id"))
     if schema.delayed_tasks:
         found += [(FEEDBACK, first, "request_id"), (FEEDBACK, first, "item_id")]
     return found
@@ -89,26 +103,21 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
         checks |= _partition_checks(table, where)
     if any(broken for broken, _ in checks.values()):
         return checks
-    conditions = [("sequence", one.name, one.where) for one in schema.sequences if one.events == role]
-    conditions += [
-        ("feature", one.name, one.aggregate.where if one.aggregate else None) for one in schema.counts_of(role)
-    ]
-    for what, name, condition in conditions:
-        if condition is not None:
-            problem = _problem_of_condition(condition, table.scan().collect_schema())
-            shown = f"table {role}: the condition {condition!r} of {what} {name}"
-            checks[f"condition_{name}"] = (bool(problem), f"{shown} {problem}; correct {what}s in the config")
+    for what, name, condition in conditions_of(role, schema):
+        problem = _problem_of_condition(condition, _columns_of_conditions(table))
+        shown = f"table {role}: the condition {condition!r} of {what} {name}"
+        checks[f"condition_{name}"] = (bool(problem), f"{shown} {problem}; correct {what}s in the config")
     return checks
 
 
 def _reachable(table: Table, layout: pa.Schema, own_names: Sequence[str]) -> str:
-    """The columns that a config can name, and those of the table's own that a mapping hides."""
-    targets = set(table.columns.values())
-    hidden = [name for name in own_names if name in table.columns and name not in targets]
-    shadows = "".join(
-        f"; its own column {name} is hidden, as {name} is mapped to {table.columns[name]}" for name in hidden
-    )
-    return ", ".join(layout.names) + shadows
+    """The columns that a config can name, and those of the table's own that a mapping or the partition hides."""
+    targets, partition = set(table.columns.values()), table.partition_column()
+    taken = {name: f"{name} is mapped to {own}" for name, own in table.columns.items()}
+    if table.grain is not None and partition != "dt":
+        taken["dt"] = f"dt is the partition, {'cut from ts' if partition is None else f'the column {partition}'}"
+    hidden = [name for name in own_names if name in taken and name not in targets]
+    return ", ".join(layout.names) + "".join(f"; its own column {name} is hidden, as {taken[name]}" for name in hidden)
 
 
 def _partition_checks(table: Table, where: str) -> dict[str, tuple[bool, str]]:
@@ -125,7 +134,18 @@ def _partition_checks(table: Table, where: str) -> dict[str, tuple[bool, str]]:
         lost = "ts" if column is None else "dt" if column == "dt" else f"{column} (its partition)"
         text = f"{where} has rows without a {lost}, which belong to no partition; give them theirs"
         checks["null_dt"] = (table.unpartitioned_rows(), text)
+        unit, example = table.wrong_unit() or ("", 0)
+        text = f"{where} has a wrong unit: ts looks like {unit} (for example {example}); cast to microseconds"
+        checks["ts_unit"] = (bool(unit), text)
     return checks
+
+
+def _columns_of_conditions(table: Table) -> dict[str, Any]:
+    """Name and Polars type of the columns that a condition sees in the builder."""
+    kinds = dict(table.scan().collect_schema())
+    if table.is_bucketed():
+        del kinds["bucket"]
+    return kinds
 
 
 def _problem_of_condition(condition: str, kinds: Mapping[str, Any]) -> str:
@@ -144,6 +164,8 @@ def _problem_of_condition(condition: str, kinds: Mapping[str, Any]) -> str:
         return f"is not valid SQL ({reason}{'; ' if of else ''}{of}; ids are text)"
     if result.dtype != pl.Boolean:
         return f"gives {str(result.dtype).lower()}, not true or false"
+    if OTHER_ROWS.search(QUOTED.sub("", str(expression))):
+        return "looks at other rows, but must say of each row by itself whether it counts"
     return ""
 
 
@@ -154,10 +176,14 @@ def _names_in(condition: str, kinds: Mapping[str, Any]) -> list[str]:
         return []
 
 
-Accepts = Callable[[pa.DataType], bool]
+OTHER_ROWS = re.compile(
+    r"\.(over|rank|shift|sum|mean|median|quantile|max|min|count|first|last|len|std|var|n_unique|cum_\w+)\(|\blen\(\)"
+)
+"""How Polars writes aggregates and windows. Over the rows of a bucket they would mean nothing."""
 
-KEYS_AS_TEXT = {"request_id", "user_id", "item_id"}
-"""Columns that the builder reads as text, also in conditions."""
+QUOTED = re.compile(r'"[^"]*"')
+
+Accepts = Callable[[pa.DataType], bool]
 
 
 def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]]:
@@ -203,8 +229,7 @@ def _is_identifier(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         return _is_identifier(kind.value_type)
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
-    return bool(text or whole or pa.types.is_boolean(kind) or pa.types.is_date(kind))
+    return bool(text or _is_whole(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind))
 
 
 def _is_partition(kind: pa.DataType) -> bool:
@@ -220,7 +245,11 @@ def _is_moment(kind: pa.DataType) -> bool:
 
 
 def _is_label(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind))
+    return _is_whole(kind) or bool(pa.types.is_boolean(kind))
+
+
+def _is_whole(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0))
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -234,7 +263,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 OPTIONAL: dict[str, tuple[Accepts, str]] = {
-    "position": (lambda kind: bool(pa.types.is_integer(kind)), "an integer"),
+    "position": (_is_whole, "an integer"),
     "weight": (_is_number, "a number"),
 }
 """Columns of impressions that may be missing."""

@@ -30,6 +30,9 @@ EVENT_KEY = ("user_id", "event_id")
 KEYS = ("request_id", "user_id", "item_id", "ts")
 """Columns that every impression needs."""
 
+KEYS_AS_TEXT = {"request_id", "user_id", "item_id"}
+"""Columns that the builder reads as text, also in conditions."""
+
 
 class ValidationRules(Declaration):
     """Config section ``validation``."""
@@ -125,6 +128,7 @@ def row_rules(schema: Schema, partitions: Sequence[str], grain: Grain, now: int)
     rules |= _clock_rules(start, close, now)
     weight = cs.by_name("weight", require_all=False)
     unfit = pl.any_horizontal(~is_finite(weight) | (weight < 0)).fill_null(False)
+    rules["negative_position"] = (is_negative("position"), "have a negative position; leave unknown ones null")
     rules["weight"] = (unfit, "have a weight that is negative or not finite")
     # with the user, so that a bucket of users never depends on the rows of another
     within = [start.alias("partition")] if len(partitions) > 1 else []
@@ -215,7 +219,12 @@ def _clock_rules(start: pl.Expr, close: pl.Expr, now: int) -> dict[str, tuple[pl
         "milliseconds": (start // 1_000, close // 1_000),
         "nanoseconds": (start * 1_000, close * 1_000),
     }
-    units = {unit: (ts.is_between(*span, closed="left") & ~inside).fill_null(False) for unit, span in spans.items()}
+    # of a log that is cut from ts these lie inside of a partition, early in 1970
+    far = {unit: ts.is_between(*span, closed="left") for unit, span in OTHER_UNITS.items()}
+    units = {
+        unit: ((ts.is_between(*span, closed="left") & ~inside) | far[unit]).fill_null(False)
+        for unit, span in spans.items()
+    }
     right_unit = ~pl.any_horizontal(*units.values())
     outside = (~inside & right_unit).fill_null(False)
     future = ((ts > now) & right_unit).fill_null(False)
@@ -293,6 +302,7 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
             share=True,
         ),
         *_null_share_rules(schema.side("context"), rules),
+        *_condition_rules("impressions", schema),
         *value_rules(schema.side("context"), rules, _summed("impressions", schema)),
     ]
 
@@ -337,12 +347,51 @@ def event_rules(
             Rule(name, bad.sum(), f"{text}; {REWRITE}", example=_example(name, bad))
             for name, (bad, text) in _clock_rules(*bounds_of([partition], grain), now).items()
         ],
+        *_condition_rules(role, schema),
         *value_rules(
             [field for sequence in schema.sequences if sequence.events == role for field in sequence.own],
             rules,
             _summed(role, schema),
         ),
     ]
+
+
+def conditions_of(role: str, schema: Schema) -> list[tuple[str, str, str]]:
+    """The SQL conditions on rows of a log: (sequence or feature, its name, condition)."""
+    found = [("sequence", one.name, one.where) for one in schema.sequences if one.events == role]
+    found += [("feature", one.name, one.aggregate.where if one.aggregate else None) for one in schema.counts_of(role)]
+    return [(what, name, condition) for what, name, condition in found if condition is not None]
+
+
+def _condition_rules(role: str, schema: Schema) -> list[Rule]:
+    """A condition may fit its columns' types and yet fail on their values, as a CAST does."""
+    return [
+        Rule(
+            f"condition_{what}_{name}",
+            _fails(condition),
+            f"hold a value on which the condition {condition!r} of {what} {name} fails (TRY_CAST gives null where CAST "
+            f"fails); correct {what}s in the config",
+            subject="its {rows:,} rows",
+        )
+        for what, name, condition in conditions_of(role, schema)
+        if pl.sql_expr(condition).meta.root_names()
+    ]
+
+
+def _fails(condition: str) -> pl.Expr:
+    """1 where a condition cannot be evaluated on all of these rows, else 0."""
+    expression = pl.sql_expr(condition)
+
+    def fails(rows: pl.Series) -> int:
+        try:
+            rows.struct.unnest().select(expression)
+        except pl.exceptions.PolarsError:
+            return 1
+        return 0
+
+    columns = list(dict.fromkeys(expression.meta.root_names()))
+    read = [pl.col(one).cast(pl.String) if one in KEYS_AS_TEXT else pl.col(one) for one in columns]
+    return pl.struct(read).map_batches(fails, return_dtype=pl.Int64, returns_scalar=True)
 
 
 def _differing(columns: Sequence[str]) -> pl.Expr:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+from pipeline.interrupts import interruptible
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -30,40 +32,62 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the stack trace
 UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. Default: the one the config names.")]
 
 
+_loaded: list[Config] = []
+"""The configs of this command; a full disk is one that they name."""
+
+
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
-    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C neither."""
-    from features.errors import causes, known_cause, message_of
-    from pipeline.runtime import insistent_interrupts, quiet, stop_ray
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C and SIGTERM neither."""
+    from pipeline.runtime import quiet, stop_ray
 
     quiet()
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with insistent_interrupts():
-            yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as error:
-        known = known_cause(error)
-        if known is not None:
-            _fail(str(known), known.exit_code, debug)
-        notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
-        where = "".join(f"{note}: " for note in notes[:1])
-        _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
-    except BaseException as error:  # Ctrl-C, and Dagster's own name for it
-        if not isinstance(error, KeyboardInterrupt) and "Interrupted" not in type(error).__name__:
-            raise
-        typer.secho("\nstopped; run the same command again to continue", fg="yellow", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing must stop the cleaning up
-        stop_ray()
+    with interruptible() as interrupts:
+        try:
+            try:
+                yield
+            except (typer.Exit, typer.Abort):
+                raise
+            except Exception as error:
+                if not interrupts.came:  # else it is what became of the interrupt
+                    _report(error, debug)
+            finally:
+                interrupts.hold()
+                stop_ray()
+        finally:
+            if interrupts.came:
+                sys.stdout.flush()
+                interrupts.leave()
 
 
-def _fail(message: str, code: int, debug: bool) -> None:
+def _report(error: Exception, debug: bool) -> NoReturn:
+    from features.errors import NoSpaceError, causes, known_cause, message_of, no_space
+
+    notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+    where = "".join(f"{note}: " for note in notes[:1])
+    if full := no_space(error):
+        said = str(full) if isinstance(full, NoSpaceError) else message_of(full)
+        _fail(f"{where}{said}\n{_free_space()}\nThe same command goes on from here.", 1, debug)
+    known = known_cause(error)
+    if known is not None:
+        _fail(str(known), known.exit_code, debug)
+    _fail(f"{where}{message_of(error)}\nRun with --debug for the stack trace.", 1, debug)
+
+
+def _free_space() -> str:
+    """How much is free where this command writes."""
+    import shutil
+    import tempfile
+
+    places = {tempfile.gettempdir(): "temporary files, and Ray's"}
+    if _loaded:
+        places[str(_loaded[-1].local_path())] = "the workspace's local files"
+        places[_loaded[-1].path()] = "the workspace"
+    free = {place: shutil.disk_usage(place).free for place in places if Path(place).exists()}
+    return "Free: " + ", ".join(f"{free[one] / 1e6:,.1f} MB at {one} ({places[one]})" for one in free)
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         import traceback
 
@@ -80,7 +104,8 @@ def load(path: Path) -> Config:
     """
     from pipeline.config import load_config
 
-    return load_config(path)
+    _loaded.append(load_config(path))
+    return _loaded[-1]
 
 
 def open_workspace(config: Config, until: str | None = None, as_of: Path | None = None) -> Workspace:

@@ -24,7 +24,8 @@ def keep_serving(workspace: Workspace, running: bool) -> None:
     """Serve the champion until Ctrl-C; ``running``: the endpoint is up already."""
     from features.errors import CorankError
     from pipeline.runtime import ensure_ray
-    from pipeline.stages.deployment import CURRENT, DEPLOYMENT, require_own_features, serving_settings
+    from pipeline.stages.deployment import CURRENT, DEPLOYMENT, name_served, require_own_features, serving_settings
+    from pipeline.stages.feature_store import require_store
     from serving.deploy import start
     from serving.ports import endpoint_url, require_free
 
@@ -35,16 +36,16 @@ def keep_serving(workspace: Workspace, running: bool) -> None:
     url = endpoint_url(options.host, options.port)
     if not running:
         require_own_features(workspace, champion)
+        require_store(workspace)
         if not workspace.config.ray.address:  # on a cluster the service of a process that was killed is taken over
             require_free(options.host, options.port)
         if not DEPLOYMENT.stale(workspace) or DEPLOYMENT.run(workspace, [CURRENT])[CURRENT].beside:
             with workspace.progress.stage("serving") as stage:
                 stage.say(f"starting Ray Serve with verified version {champion.number}")
                 ensure_ray(workspace.config.ray)
+                name_served(workspace, champion)
                 url = start(serving_settings(workspace, champion), options.host, options.port)
                 stage.say(f"version {champion.number} at {url}")
-    # what is served stays registered, whatever is promoted meanwhile
-    workspace.records.put("serving", "current", {"number": champion.number, "artifact": champion.artifact, "url": url})
     typer.echo(f"{url} is up. POST {url}/v1/rank; interactive documentation at {url}/docs. Ctrl-C stops it.")
     signal.pause()
 

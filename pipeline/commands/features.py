@@ -49,7 +49,7 @@ def features_list(config: ConfigOption, debug: DebugOption = False) -> None:
 def features_apply(config: ConfigOption, debug: DebugOption = False) -> None:
     """Register the config's features in Feast and create their online tables. Doing it twice changes nothing."""
     with guarded(debug):
-        from pipeline.workspace import exclusive
+        from pipeline.leftovers import exclusive
 
         workspace = open_workspace(load(config))
         with exclusive(workspace.config), workspace.progress.stage("features") as stage:
@@ -75,8 +75,8 @@ def features_materialize(
 ) -> None:
     """Fill the online store with the newest profiles and sequences, as the stage feature_store of `corank run` does."""
     with guarded(debug):
+        from pipeline.leftovers import exclusive
         from pipeline.stages.feature_store import FEATURE_STORE, ONLINE
-        from pipeline.workspace import exclusive
 
         workspace = open_workspace(load(config), until)
         with exclusive(workspace.config):
@@ -186,8 +186,8 @@ def features_export(
     """
     with guarded(debug):
         from features.samples.export import export_impressions
+        from pipeline.leftovers import exclusive
         from pipeline.stages.samples import SAMPLES
-        from pipeline.workspace import exclusive
 
         workspace = open_workspace(load(config))
         with exclusive(workspace.config):
@@ -353,9 +353,9 @@ def features_skew(
 
         from features.errors import CorankError
         from pipeline.deployment.skew import replay
+        from pipeline.leftovers import exclusive
         from pipeline.stages.feature_store import store_settings
         from pipeline.stages.samples import FOREVER, SAMPLES, build_settings, kept, sample_source
-        from pipeline.workspace import exclusive
 
         workspace = open_workspace(load(config))
         with exclusive(workspace.config), workspace.progress.stage("skew") as stage:

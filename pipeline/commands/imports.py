@@ -39,6 +39,7 @@ def import_synthetic_log(
     seed: Annotated[int, typer.Option(help="The same seed gives the same log.")] = 0,
     start: Annotated[str, typer.Option(help="First day.")] = "2026-01-05",
     buckets: Annotated[int, typer.Option(min=1, help="User-hash buckets; `buckets` in the config.")] = 4,
+    drift: Annotated[float, typer.Option(min=0.0, help="How far tastes turn over the weeks; 0: not at all.")] = 1.0,
     debug: DebugOption = False,
 ) -> None:
     """A simulated shop with known click probabilities, partitioned by day, of any size."""
@@ -47,7 +48,7 @@ def import_synthetic_log(
 
         _print_counts(
             target,
-            lambda: import_synthetic(target, days, users, items, seed, start, buckets, say=typer.echo),
+            lambda: import_synthetic(target, days, users, items, seed, start, buckets, drift=drift, say=typer.echo),
         )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.commands.common import ConfigOption, DebugOption, guarded, load, open_workspace
+
+if TYPE_CHECKING:
+    from pipeline.workspace import Workspace
 
 models_app = typer.Typer(help="List, promote and roll back registered models; profile any.", no_args_is_help=True)
 
@@ -27,22 +30,44 @@ def models_promote(
     config: ConfigOption,
     debug: DebugOption = False,
 ) -> None:
-    """Make a version the champion, whatever its gate said; that is recorded. `corank serve` verifies and serves it."""
+    """Make a version the champion, whatever its gate said; that is recorded. A running service takes it over once it is
+    verified."""
     with guarded(debug):
-        from pipeline.workspace.registry import REFUSED
-
-        promoted = open_workspace(load(config)).registry.promote_by_hand(version)
-        for reason in promoted.tags.get(REFUSED, "").splitlines():
-            typer.echo(f"its gate had refused it: {reason}")
-        typer.echo(f"version {promoted.number} is champion; restart `corank serve` to serve it")
+        _make_champion(open_workspace(load(config)), version)
 
 
 @models_app.command("rollback")
 def models_rollback(config: ConfigOption, debug: DebugOption = False) -> None:
-    """Make the champion before this one the champion again."""
+    """Make the champion before this one the champion again. A running service takes it over once it is verified."""
     with guarded(debug):
-        back = open_workspace(load(config)).registry.rollback()
-        typer.echo(f"version {back.number} is champion again; restart `corank serve` to serve it")
+        _make_champion(open_workspace(load(config)), None)
+
+
+def _make_champion(workspace: Workspace, number: int | None) -> None:
+    """A version, or the champion before this one; if the service that runs cannot take it over, nothing changes.
+
+    Raises:
+        CorankError: there is no such version, or it cannot be verified.
+    """
+    from features.errors import CorankError
+    from pipeline.leftovers import exclusive
+    from pipeline.stages.deployment import CURRENT, DEPLOYMENT, serves_already
+
+    registry = workspace.registry
+    with exclusive(workspace.config):
+        before = registry.champion()
+        version = registry.rollback() if number is None else registry.promote_by_hand(number)
+        typer.echo(f"version {version.number} is champion" + (" again" if number is None else ""))
+        if not serves_already(workspace):
+            typer.echo("nothing is served at the moment; `corank serve` serves it")
+            return
+        try:
+            DEPLOYMENT.run(workspace, [CURRENT])
+        except CorankError:
+            if before is not None and registry.champion() == registry.version(version.number):
+                registry.promote(before.number)
+                typer.echo(f"version {before.number} is champion again", err=True)
+            raise
 
 
 @models_app.command("profile")

@@ -76,7 +76,8 @@ def retrain(
                     f"--backfill {backfill}: partition {newest} comes before, and was not trained on yet; a retraining "
                     "leaves none out"
                 )
-            typer.echo(step.says)
+            if step.says != said:
+                typer.echo(step.says)
             left = pending(step.workspace, step.training)
             if left and step.says != said:
                 _execute(step.workspace, False, step.training)
@@ -106,10 +107,10 @@ def _backfilled(backfill: str | None, partition: str | None) -> tuple[str | None
 
 def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
     from pipeline.commands.summary import print_summary
+    from pipeline.leftovers import exclusive
     from pipeline.maintenance import retain
     from pipeline.stages import pending
     from pipeline.stages.deployment import DEPLOYMENT, serves_already
-    from pipeline.workspace import exclusive
     from serving.ports import require_free
 
     with exclusive(workspace.config):
@@ -159,8 +160,8 @@ def validate(
     """Run the Great Expectations gate alone and print what it found. Exit code 3 when it does not pass."""
     with guarded(debug):
         from features.errors import DataGateError
+        from pipeline.leftovers import exclusive
         from pipeline.stages.validated import VALIDATED
-        from pipeline.workspace import exclusive
 
         workspace = open_workspace(load(config))
         if partition is not None and partition not in workspace.partitions:

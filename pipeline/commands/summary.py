@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from pipeline.evaluation.criterion import COLUMNS, cells, counts_text
-from pipeline.evaluation.texts import classes_text, number_text
+from pipeline.evaluation.texts import classes_text, gain_text, number_text
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
@@ -57,13 +58,8 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
         if evaluation.criteria:  # a record of an earlier version has none
             print_gate(console, evaluation)
     challenger = records.read(CHALLENGER, CHALLENGER.key(workspace))
-    if challenger:
-        steps = sum(entry.get("steps", FEW_STEPS) for entry in challenger.history)
-        if steps < FEW_STEPS:
-            console.print(
-                f"warning     the training had {steps} steps only; more data, more `training.epochs` or a smaller "
-                "`training.batch_candidates` give it more"
-            )
+    if challenger and (warning := few_steps(challenger.history)):
+        console.print(f"warning     {warning}")
     champion, deployment = records.read(CHAMPION, key), records.read(DEPLOYMENT, CURRENT)
     if champion:
         console.print(f"model       {config.name} {champion.model}: {champion.outcome}")
@@ -92,6 +88,17 @@ def print_gate(console: Console, evaluation: EvaluationRecord) -> None:
         console.print(table)
     console.print(
         f"gate        {'passed' if evaluation.passed else 'failed'}: {counts_text(criteria)}; all of them in the report"
+    )
+
+
+def few_steps(history: Sequence[Mapping[str, Any]]) -> str:
+    """What is said of a training that had too few steps to learn; empty for all others."""
+    steps = sum(entry.get("steps", FEW_STEPS) for entry in history)
+    if steps >= FEW_STEPS:
+        return ""
+    return (
+        f"the training had {steps} steps only; more data, more `training.epochs` or a smaller "
+        "`training.batch_candidates` give it more"
     )
 
 
@@ -221,7 +228,7 @@ def print_models(workspace: Workspace) -> None:
             version.tags.get("content", ""),
             version.tags.get("partition", ""),
             number_text(entry and entry["auc"]),
-            f"{entry['auc_gain_over_baseline']['difference']:+.4f}" if entry else "–",
+            gain_text(entry and entry["auc_gain_over_baseline"]),
             escape(gate_text(version, evaluation)),
         )
     console.print(table)

@@ -1,4 +1,4 @@
-"""``corank features compact | forget | retain``: upkeep of the derived tables. Heavy imports stay inside."""
+"""``corank repair`` and ``corank features compact | forget | retain``: upkeep. Heavy imports stay inside."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipeline.commands.common import ConfigOption, DebugOption, guarded, load, o
 if TYPE_CHECKING:
     from features.delta.maintenance import Size
     from pipeline.maintenance import Forgotten
+    from pipeline.repair import Damage
 
 
 def register(app: typer.Typer) -> None:
@@ -18,6 +19,51 @@ def register(app: typer.Typer) -> None:
     app.command("compact")(compact)
     app.command("forget")(forget)
     app.command("retain")(retain)
+
+
+def repair(
+    config: ConfigOption,
+    check: Annotated[bool, typer.Option("--check", help="Only report; exit code 1 when something is damaged.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Check every file of the workspace and mend what can be made again from your tables; say what cannot.
+
+    All files are read. Your own tables are checked, too, and never changed.
+    """
+    with guarded(debug):
+        from pipeline import repair as repairs
+        from pipeline.leftovers import clear
+        from pipeline.workspace import exclusive
+
+        workspace = open_workspace(load(config))
+        with exclusive(workspace.config) as orderly:
+            found = repairs.repair(workspace, only_check=check)
+            if not (orderly or check):
+                clear(workspace.config)  # what a killed command left; it is told by tables and databases that are whole
+            _print_damages(found, check)
+            if found and (check or any(damage.mend is None for damage in found)):
+                raise typer.Exit(1)
+            if check and not orderly:
+                raise typer.Exit(0)  # in here, so that the next command still clears it
+
+
+def _print_damages(found: list[Damage], check: bool) -> None:
+    if not found:
+        typer.echo("Nothing is damaged.")
+        return
+    for damage in found:
+        typer.secho(f"{damage.file} {damage.problem}", bold=True)
+        typer.echo(f"  holds     {damage.holds}\n  lost      {damage.lost}")
+        done = "do this" if damage.mend is None else "would be" if check else "mended"
+        typer.echo(f"  {done:<8}  {damage.remedy}")
+    rest = [damage for damage in found if damage.mend is None]
+    if check:
+        typer.echo(f"{len(found)} pieces are damaged; `corank repair` mends {len(found) - len(rest)} of them.")
+    else:
+        typer.echo(
+            f"{len(found) - len(rest)} pieces are mended; what is to be made again, `corank run` makes."
+            + (f" {len(rest)} remain: mend them as said above." if rest else "")
+        )
 
 
 def compact(
@@ -36,8 +82,8 @@ def compact(
     """
     with guarded(debug):
         from features.errors import ConfigError
+        from pipeline.leftovers import exclusive
         from pipeline.maintenance import compact_tables
-        from pipeline.workspace import exclusive
 
         if keep_hours == 0 and not yes:
             raise ConfigError(
@@ -64,7 +110,7 @@ def forget(
     """
     with guarded(debug):
         from pipeline import maintenance
-        from pipeline.workspace import exclusive
+        from pipeline.leftovers import exclusive
 
         workspace = open_workspace(load(config))
         with exclusive(workspace.config):
@@ -107,7 +153,7 @@ def retain(
     """
     with guarded(debug):
         from pipeline import maintenance
-        from pipeline.workspace import exclusive
+        from pipeline.leftovers import exclusive
 
         workspace = open_workspace(load(config))
         keep = workspace.config.retention.partitions

@@ -9,13 +9,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from features.samples.source import SampleSource
 from models.metrics import require_finite
 from models.protocol import RankingModel
-from pipeline.evaluation.scoring import score_rows
+from models.selfcheck import selfcheck_scores
 
 ROWS = 8
 
@@ -30,23 +27,9 @@ def selfcheck_document(model: RankingModel, source: SampleSource) -> dict[str, A
     if rows is None:
         return {"rows": [], "scores": []}
     rows = rows.slice(0, ROWS)
-    scores = score_rows(model, rows)["scores"].to_pylist()
-    require_finite("scores of the self-check requests", np.array(scores))
-    return {"rows": rows.to_pylist(), "scores": scores}
-
-
-def selfcheck_rows(document: dict[str, Any], layout: pa.Schema) -> pa.Table:
-    """The stored rows in the layout of the sample table."""
-    columns = pa.schema([field for field in layout if field.name not in ("dt", "bucket")])
-    return pa.Table.from_pylist(document["rows"], schema=columns)
-
-
-def selfcheck_difference(model: RankingModel, document: dict[str, Any], layout: pa.Schema) -> float:
-    """Largest difference between the stored scores and the model's scores of the same rows; NaN when one is NaN."""
-    if not document["rows"]:
-        return 0.0
-    scores = score_rows(model, selfcheck_rows(document, layout))["scores"].to_pylist()
-    return float(np.abs(np.array(scores) - np.array(document["scores"])).max())
+    scores = selfcheck_scores(model, rows)
+    require_finite("scores of the self-check requests", scores)
+    return {"rows": rows.to_pylist(), "scores": scores.tolist()}
 
 
 def erase_from_selfcheck(artifact: Path, users: Collection[str]) -> int:

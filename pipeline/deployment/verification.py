@@ -15,15 +15,14 @@ import polars as pl
 from features.builder.fold import rows_after
 from features.builder.states import BuildSettings
 from features.errors import CorankError
-from features.sample_table import sample_schema
 from features.schema import Schema
 from features.validation import quarantine
+from features.validation.rules import is_finite
 from models.artifact import load_artifact
-from pipeline.deployment.selfcheck import selfcheck_difference
+from models.selfcheck import TOLERANCE, require_selfcheck
 from pipeline.evaluation.scoring import score_rows
 from serving.client import RankingClient
 
-TOLERANCE = 1e-5
 REQUESTS = 16
 
 
@@ -44,11 +43,7 @@ def verify_endpoint(
     """
     artifact = load_artifact(artifact_path)
     schema = build.schema
-    drift = selfcheck_difference(artifact.model, artifact.metadata["selfcheck"], sample_schema(schema))
-    if not drift <= TOLERANCE:  # NaN is no agreement either
-        raise CorankError(
-            f"model {artifact_path}: its self-check requests differ by {drift:.2e} from the stored scores"
-        )
+    require_selfcheck(artifact_path, artifact.model, artifact.metadata["selfcheck"])
     impressions = asked_again(build, partitions[-1], moment, limit)
     contexts = raw_contexts(schema, impressions)
     rows = rows_after(build, partitions, impressions)
@@ -102,8 +97,13 @@ def asked_again(build: BuildSettings, partition: str, moment: int, limit: int) -
 
 
 def raw_contexts(schema: Schema, impressions: pl.DataFrame) -> dict[str, dict[str, Any]]:
-    """Raw context by request id, as the first candidate has it: what a caller of the endpoint sends."""
+    """Raw context by request id, as the first candidate has it: what a caller of the endpoint sends.
+
+    A number that is not finite is missing, and JSON has no such number.
+    """
     sources = list(dict.fromkeys(feature.source for feature in schema.side("context")))
     position = [name for name in ("position", "item_id") if name in impressions.columns]
     first = impressions.sort(position).unique("request_id", keep="first", maintain_order=True)
+    numbers = dict.fromkeys(feature.source for feature in schema.side("context") if feature.kind == "number")
+    first = first.with_columns(pl.when(is_finite(pl.col(name))).then(name).alias(name) for name in numbers)
     return {str(row["request_id"]): {name: row[name] for name in sources} for row in first.iter_rows(named=True)}

@@ -25,9 +25,10 @@ from models.metrics import (
     gauc_gain,
     population_stability,
 )
+from models.selfcheck import selfcheck_scores
 from pipeline.evaluation.comparison import TaskReport
 from pipeline.evaluation.criterion import Criterion
-from pipeline.evaluation.scoring import Scored, score_rows
+from pipeline.evaluation.scoring import Scored
 from pipeline.evaluation.settings import EvaluationConfig
 
 LATENCY_ROUNDS = 5
@@ -247,6 +248,6 @@ def scoring_seconds(model: Any, other: Any, rows: pa.Table) -> tuple[float, floa
     for _ in range(1 + LATENCY_ROUNDS):
         for times, scores in zip(taken, (model, other), strict=True):
             started = time.perf_counter()
-            score_rows(scores, rows)
+            selfcheck_scores(scores, rows)
             times.append(time.perf_counter() - started)
     return min(taken[0][1:]), min(taken[1][1:])

@@ -11,6 +11,11 @@ def number_text(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
+def gain_text(gain: Mapping[str, float] | None) -> str:
+    """A difference of AUC, or a dash where there is none: a task that the gate does not judge by may have no labels."""
+    return "–" if gain is None else f"{gain['difference']:+.4f}"
+
+
 def classes_text(entry: Mapping[str, Any]) -> str:
     """What the metrics of a task are made of: positives, and the share of users and requests behind UAUC and so on."""
     if not entry["impressions"]:

@@ -95,6 +95,14 @@ class World:
     start: str
     buckets: int
     requests_per_user: float
+    drift: float = 1.0
+
+    def marker(self) -> str:
+        """Names the simulation in the tables' commits."""
+        return json.dumps(
+            {"synthetic": {name: value for name, value in asdict(self).items() if (name, value) != ("drift", 1.0)}},
+            sort_keys=True,
+        )
 
     def partition(self, day: int) -> str:
         """Name of a day's partition."""
@@ -144,7 +152,9 @@ class World:
         by_country = self._normal("taste of country", np.arange(len(COUNTRIES)), LATENT)[self.country(user)]
         period, phase = (self._uniform("drift", user, 2) * [40, 2 * np.pi] + [20, 0]).T
         drift = np.sin(2 * np.pi * day / period + phase)[:, None] * self._normal("drift", user, LATENT)
-        return np.asarray(0.35 * by_age + 0.35 * by_country + 0.8 * self._normal("taste", user, LATENT) + 0.4 * drift)
+        return np.asarray(
+            0.35 * by_age + 0.35 * by_country + 0.8 * self._normal("taste", user, LATENT) + 0.4 * self.drift * drift
+        )
 
     def category(self, item: Array) -> Array:
         """0 … CATEGORIES − 1; the first ones hold more items."""
@@ -203,6 +213,7 @@ def import_synthetic(
     start: str = "2026-01-05",
     buckets: int = 4,
     requests_per_user: float = 1.0,
+    drift: float = 1.0,
     say: Callable[[str], None] = print,
 ) -> dict[str, int]:
     """Simulate days of behaviour into Delta tables, in parallel on Ray.
@@ -219,6 +230,7 @@ def import_synthetic(
         start: first day, as YYYY-MM-DD.
         buckets: user-hash buckets; best the number in the config.
         requests_per_user: mean number per user and day.
+        drift: how far tastes turn over the weeks; 0: not at all.
         say: takes lines of progress.
 
     Returns:
@@ -228,9 +240,9 @@ def import_synthetic(
         ConfigError: a parameter makes no sense.
         CorankError: the target holds another simulation, or tables of somebody else.
     """
-    world = World(users, items, seed, start, buckets, requests_per_user)
+    world = World(users, items, seed, start, buckets, requests_per_user, drift)
     _check(world, days)
-    marker = json.dumps({"synthetic": asdict(world)}, sort_keys=True)
+    marker = world.marker()
     paths = {table: table_path(target, table) for table in ("users", "items", *SCHEMAS)}
     held = imported(paths["users"])
     if held not in (None, marker):
@@ -450,6 +462,8 @@ def _check(world: World, days: int) -> None:
         raise ConfigError(
             f"seed ({world.seed}) is 0 or more, requests_per_user ({world.requests_per_user}) more than 0"
         )
+    if not 0 <= world.drift < float("inf"):
+        raise ConfigError(f"drift is {world.drift}: 0 or more is needed")
     try:
         date.fromisoformat(world.start)
     except ValueError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.digest import digest
@@ -86,10 +85,12 @@ class Challenger(Stage[ChallengerRecord]):
         return {key: key}
 
     def stale(self, workspace: Workspace) -> list[str]:
-        """Also when its artifact is gone."""
+        """Also when files of its artifact are gone."""
+        from models.artifact import is_complete
+
         key = self.key(workspace)
         record = workspace.records.read(self, key)
-        return [] if record is not None and Path(record.artifact, "SHA256SUMS").is_file() else [key]
+        return [] if record is not None and is_complete(record.artifact) else [key]
 
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, ChallengerRecord]:
         """Train from scratch on the window, or from the champion on what it has not trained on.

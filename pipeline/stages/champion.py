@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from features.errors import CorankError
 from pipeline.records import LogRecord
-from pipeline.stages.challenger import CHALLENGER
-from pipeline.stages.evaluation import EVALUATION
-from pipeline.stages.refit import REFIT
+from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
+from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
+from pipeline.stages.refit import REFIT, RefitRecord
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
+
+if TYPE_CHECKING:
+    from pipeline.workspace.registry import ModelVersion
 
 
 @dataclass(frozen=True)
@@ -44,57 +48,39 @@ class Champion(Stage[ChampionRecord]):
     def inputs(self, workspace: Workspace) -> dict[str, str]:
         return EVALUATION.inputs(workspace)
 
+    def stale(self, workspace: Workspace) -> list[str]:
+        """Also when the registry has lost the version, or every champion."""
+        (key,) = self.inputs(workspace)
+        record = workspace.records.read(self, key)
+        if record is None:
+            return [key]
+        known = [version.tags.get("content") for version in workspace.registry.versions()]
+        lost = record.model not in known or (record.promoted and workspace.registry.champion() is None)
+        return [key] if lost else super().stale(workspace)
+
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, ChampionRecord]:
         """Register the challenger in MLflow; it becomes champion when it passed the gate.
 
         Raises:
             CorankError: it did not pass and there is no champion to keep.
         """
-        from pipeline.workspace.registry import verdict_tags
-
         (key,) = parts
-        config, partitions = workspace.config, workspace.partitions
+        config = workspace.config
         challenger = workspace.records.require(CHALLENGER, CHALLENGER.key(workspace))
         evaluation = workspace.records.require(EVALUATION, key)
         published = workspace.records.require(REFIT, REFIT.key(workspace))
         with workspace.progress.stage(self.name) as stage:
             stage.say("registering in MLflow")
             registry = workspace.registry
-            metrics = {
-                f"test/{task}_{name}": value
-                for task, entry in evaluation.tasks.items()
-                for name, value in entry.items()
-                if isinstance(value, float)
+            if not registry.versions():  # made anew, as its database was lost
+                for number in restore_versions(workspace):
+                    workspace.progress.note(f"version {number} was registered again from its record")
+            params = {
+                f"{section}.{name}": value
+                for section in ("model", "training", "holdout")
+                for name, value in config.model_dump(mode="json")[section].items()
             }
-            known = [v for v in registry.versions() if v.tags.get("content") == published.version]
-            if known:
-                version = registry.judged(known[0].number, key, evaluation.reasons)
-            else:
-                flat = {
-                    f"{section}.{name}": value
-                    for section in ("model", "training", "holdout")
-                    for name, value in config.model_dump(mode="json")[section].items()
-                }
-                run = registry.log_run(
-                    f"{config.name}-{published.version}",
-                    published.version,
-                    {**flat, "partitions": f"{partitions[0]} … {partitions[-1]}", "code": challenger.code},
-                    metrics,
-                    challenger.history,
-                    published.artifact,
-                )
-                tags = {
-                    "content": published.version,
-                    "judged": challenger.version,
-                    "started from": str(challenger.warm_start or "scratch"),
-                    **verdict_tags(key, evaluation.reasons),
-                    "partition": partitions[-1],
-                    "trained": max(challenger.partitions),
-                }
-                unmeasured = [task for task, entry in evaluation.tasks.items() if entry["auc"] is None]
-                if unmeasured:
-                    tags["no test AUC of"] = ", ".join(unmeasured)
-                version = registry.register(published.artifact, run, tags)
+            version = _registered(workspace, published, challenger, key, evaluation, workspace.partitions, params)
             if evaluation.passed:
                 registry.promote(version.number)
                 outcome = f"version {version.number} is champion"
@@ -120,3 +106,94 @@ class Champion(Stage[ChampionRecord]):
 
 
 CHAMPION = Champion()
+
+
+def _registered(
+    workspace: Workspace,
+    published: ChallengerRecord | RefitRecord,
+    challenger: ChallengerRecord,
+    key: str,
+    evaluation: EvaluationRecord,
+    partitions: Sequence[str],
+    params: Mapping[str, Any],
+) -> ModelVersion:
+    """The version of a published model, registered when there is none; it names this verdict, the newest.
+
+    Args:
+        challenger: the judged model, which it is or comes from.
+        key: of the verdict.
+        partitions: of the log at that time.
+        params: shown with its run.
+    """
+    from pipeline.workspace.registry import verdict_tags
+
+    registry = workspace.registry
+    known = [version for version in registry.versions() if version.tags.get("content") == published.version]
+    if known:
+        return registry.judged(known[0].number, key, evaluation.reasons)
+    metrics = {
+        f"test/{task}_{name}": value
+        for task, entry in evaluation.tasks.items()
+        for name, value in entry.items()
+        if isinstance(value, float)
+    }
+    run = registry.log_run(
+        f"{workspace.config.name}-{published.version}",
+        published.version,
+        {**params, "partitions": f"{partitions[0]} … {partitions[-1]}", "code": challenger.code},
+        metrics,
+        challenger.history,
+        published.artifact,
+    )
+    tags = {
+        "content": published.version,
+        "judged": challenger.version,
+        "started from": str(challenger.warm_start or "scratch"),
+        **verdict_tags(key, evaluation.reasons),
+        "partition": partitions[-1],
+        "trained": max(challenger.partitions),
+    }
+    unmeasured = [task for task, entry in evaluation.tasks.items() if entry["auc"] is None]
+    if unmeasured:
+        tags["no test AUC of"] = ", ".join(unmeasured)
+    return registry.register(published.artifact, run, tags)
+
+
+def published_models(workspace: Workspace) -> dict[str, ChallengerRecord | RefitRecord]:
+    """Every model that a record names, by the version of its content."""
+    judged = {one.version: one for one in workspace.records.all(CHALLENGER).values()}
+    return {**judged, **{one.version: one for one in workspace.records.all(REFIT).values()}}
+
+
+def restore_versions(workspace: Workspace) -> list[int]:
+    """Register again, in a registry without versions, all that the records know and whose artifacts are whole; their
+    numbers. Champion is what was deployed or promoted last.
+
+    What was promoted by hand and never deployed, and the parameters of the trainings, no record has.
+    """
+    from models.artifact import problem_of_artifact
+
+    records, registry = workspace.records, workspace.registry
+    models, challengers = published_models(workspace), {one.version: one for one in records.all(CHALLENGER).values()}
+    verdicts = records.all(CHAMPION)
+    written = {key: (records.get(CHAMPION.name, key) or {})["recorded_at"] for key in verdicts}
+    restored: list[int] = []
+    for number in range(1, max((one.number for one in verdicts.values()), default=0) + 1):
+        for key, verdict in sorted(verdicts.items(), key=lambda one: written[one[0]]):
+            published, evaluation = models.get(verdict.model), records.read(EVALUATION, key)
+            challenger = challengers.get(verdict.judged or verdict.model)
+            if verdict.number != number or published is None or challenger is None or evaluation is None:
+                continue
+            if problem_of_artifact(published.artifact) is None:
+                partitions = sorted(verdict.fingerprints)
+                _registered(workspace, published, challenger, key, evaluation, partitions, {})
+                restored.append(number)
+        if number not in restored:  # later ones keep their numbers
+            registry.drop(registry.register("gone", "", {}).number)
+    promoted = [(written[key], one.number) for key, one in verdicts.items() if one.promoted]
+    if deployed := records.get("deployment", "current"):
+        promoted.append((deployed["recorded_at"], deployed["number"]))
+    served = list(dict.fromkeys(number for _, number in sorted(promoted, reverse=True) if number in restored))
+    for number in reversed(served[:2]):
+        registry.promote(number)
+    return list(dict.fromkeys(restored))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from features.digest import digest
@@ -14,6 +16,7 @@ from pipeline.stages.feature_store import FEATURE_STORE, ONLINE, store_settings
 from pipeline.stages.samples import build_settings
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
+from serving.ports import endpoint_url
 
 if TYPE_CHECKING:
     from pipeline.progress import Line
@@ -22,6 +25,12 @@ if TYPE_CHECKING:
 
 CURRENT = "current"
 """Key of the only record."""
+
+SERVED = ("serving", "current")
+"""Folder and key of the document that names what is served; a running service follows it."""
+
+SWITCH_SECONDS = 120.0
+"""In which a running service must have taken a version over."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class DeploymentRecord(LogRecord):
         model: version of its content.
         artifact: directory of the published model.
         url: of the endpoint.
-        beside: it was verified at an endpoint of its own, as another process serves.
+        beside: it was verified at an endpoint of its own alone, as another process serves that does not take it over.
         verified: what was compared (:func:`pipeline.deployment.verification.verify_endpoint`).
     """
 
@@ -65,13 +74,15 @@ class Deployment(Stage[DeploymentRecord]):
         """Start the endpoint with the champion, verify its answers over HTTP, and record the version.
 
         While another process serves this pipeline, the version is verified at a private endpoint, which is stopped
-        again; that process goes on with what it serves.
+        again; then that process takes it over while it answers, and is verified, too. A version that does not pass
+        is champion no longer: the one that was verified before is again.
 
         Raises:
             CorankError: it does not start, or its scores differ from the offline scores.
         """
+        from models.artifact import load_artifact
+        from models.selfcheck import require_selfcheck
         from serving.deploy import beside, runs, serves_another, start
-        from serving.ports import endpoint_url
 
         (key,) = parts
         quiet()
@@ -79,23 +90,35 @@ class Deployment(Stage[DeploymentRecord]):
         if champion is None:
             raise CorankError("there is no champion to deploy; `corank run` trains one")
         require_own_features(workspace, champion)
-        settings, options = serving_settings(workspace, champion), workspace.config.serving
+        options = workspace.config.serving
+        url = endpoint_url(options.host, options.port)
         with workspace.progress.stage(self.name) as stage:
             stage.say(f"starting Ray Serve with model version {champion.number}")
+            with _or_rolled_back(workspace, champion):
+                artifact = load_artifact(champion.artifact)
+                require_selfcheck(champion.artifact, artifact.model, artifact.metadata["selfcheck"])
             ensure_ray(workspace.config.ray)
             is_beside = serves_another() or (not runs() and serves_already(workspace))
             if is_beside:
-                with beside(settings, options.host, options.port) as url:
-                    verified = _verify(workspace, url, champion, stage)
+                alone = replace(serving_settings(workspace, champion), follow=None)
+                with beside(alone, options.host, options.port) as private, _or_rolled_back(workspace, champion):
+                    verified = _verify(workspace, private, champion, stage)
+                stage.say(f"the running service takes version {champion.number} over")
+                with _or_rolled_back(workspace, champion):
+                    is_beside = not _switch(workspace, url, champion)
+                    if not is_beside:
+                        verified = _verify(workspace, url, champion, stage)
             else:
-                url = start(settings, options.host, options.port)
-                verified = _verify(workspace, url, champion, stage)
+                name_served(workspace, champion)
+                start(serving_settings(workspace, champion), options.host, options.port)
+                with _or_rolled_back(workspace, champion):
+                    verified = _verify(workspace, url, champion, stage)
             record = DeploymentRecord(
                 inputs=self.inputs(workspace)[key],
                 number=champion.number,
                 model=champion.tags.get("content", ""),
                 artifact=champion.artifact,
-                url=endpoint_url(options.host, options.port),
+                url=url,
                 beside=is_beside,
                 verified=verified,
                 **workspace.lineage(),
@@ -117,6 +140,58 @@ class Deployment(Stage[DeploymentRecord]):
 
 
 DEPLOYMENT = Deployment()
+
+
+def name_served(workspace: Workspace, version: ModelVersion) -> None:
+    """Name the version that is served from now on: a running service takes it over; its features stay registered."""
+    options = workspace.config.serving
+    url = endpoint_url(options.host, options.port)
+    workspace.records.put(*SERVED, {"number": version.number, "artifact": version.artifact, "url": url})
+
+
+def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
+    """Have the running service take a version over; False when it was started by a corank that cannot.
+
+    Raises:
+        CorankError: it refuses the version, or does not take it over in time; it goes on with the one before.
+    """
+    from serving.client import RankingClient
+
+    before = workspace.records.get(*SERVED)
+    with RankingClient(url) as client:
+        if before is None or "refused" not in client.model():
+            return False
+        name_served(workspace, champion)
+        replicas, taken = workspace.config.serving.service_replicas, 0
+        until, why = time.monotonic() + SWITCH_SECONDS, f"did not take it over within {SWITCH_SECONDS:g} s"
+        while time.monotonic() < until:
+            model = client.model()
+            taken = taken + 1 if model["model_version"] == champion.tags.get("content") else 0
+            if taken >= 3 * replicas:  # whichever replica answers
+                return True
+            refused = model["refused"] or {}
+            if refused.get("artifact") == champion.artifact:
+                why = f"refuses it: {refused['why']}"
+                break
+            time.sleep(0.2 if not taken else 0.0)
+    workspace.records.put(*SERVED, {key: value for key, value in before.items() if key != "recorded_at"})
+    raise CorankError(f"model version {champion.number}: the service at {url} {why}; it goes on with the one before")
+
+
+@contextmanager
+def _or_rolled_back(workspace: Workspace, champion: ModelVersion) -> Iterator[None]:
+    """A version that fails here is champion no longer, if another one was verified before."""
+    try:
+        yield
+    except CorankError as error:
+        last = workspace.records.read(DEPLOYMENT, CURRENT)
+        if last is None or not last.number or last.number == champion.number:
+            raise
+        back = workspace.registry.restore(last.number, champion.number, str(error))
+        served = workspace.records.get(*SERVED)
+        if served is not None and served["artifact"] == champion.artifact:
+            name_served(workspace, back)
+        raise CorankError(f"{error}\nVersion {back.number} is champion again; it was verified before.") from error
 
 
 def _verify(workspace: Workspace, url: str, champion: ModelVersion, stage: Line) -> dict[str, Any]:
@@ -153,11 +228,13 @@ def serves_already(workspace: Workspace) -> bool:
         CorankError: something else has the port.
     """
     from serving.client import NoEndpointError, RankingClient
-    from serving.ports import endpoint_url, is_free, require_free
+    from serving.ports import is_free, require_free
 
     options = workspace.config.serving
     if is_free(options.host, options.port):
         return False
+    if not is_free(options.host, 0):  # no address of this machine, where nobody can be asked
+        require_free(options.host, options.port)
     try:
         with RankingClient(endpoint_url(options.host, options.port), timeout=10.0) as client:
             model = client.model()["model_version"]
@@ -179,4 +256,10 @@ def serving_settings(workspace: Workspace, champion: ModelVersion) -> ServingSet
     from serving.settings import ServingSettings
 
     config = workspace.config
-    return ServingSettings(champion.artifact, store_settings(workspace), config.serving, log_delay=config.log_delay)
+    return ServingSettings(
+        champion.artifact,
+        store_settings(workspace),
+        config.serving,
+        log_delay=config.log_delay,
+        follow=config.path("records", *SERVED) + ".json",
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.digest import digest
-from features.errors import CorankError
+from features.errors import CorankError, writing
 from pipeline.config import Config
 from pipeline.evaluation.criterion import COLUMNS, Criterion, cells, counts_text, reasons
 from pipeline.evaluation.texts import classes_text, number_text
@@ -170,9 +170,8 @@ def _rival(
     """The champion on the challenger's test set; or None, and why it is not compared."""
     import numpy as np
 
-    from features.sample_table import sample_schema
     from models.artifact import load_artifact
-    from pipeline.deployment.selfcheck import selfcheck_rows
+    from models.selfcheck import selfcheck_rows
     from pipeline.evaluation.gate import Rival, scoring_seconds
     from pipeline.evaluation.scoring import score_source
 
@@ -190,7 +189,7 @@ def _rival(
     if not np.isfinite(found.scores).all():  # no reason to keep it
         return None, "it gives scores that are not finite"
     own = load_artifact(challenger.artifact)
-    rows = selfcheck_rows(own.metadata["selfcheck"], sample_schema(schema))
+    rows = selfcheck_rows(schema, own.metadata["selfcheck"])
     seconds = scoring_seconds(own.model, artifact.model, rows) if rows.num_rows else (None, None)
     return Rival(f"champion version {champion.number}", found, since, own_seconds=seconds[0], seconds=seconds[1]), ""
 
@@ -254,6 +253,7 @@ def write_report(folder: Path, config: Config, challenger: ChallengerRecord, ver
         lines += [classes_text(entry) + ".", ""]
     path = folder / f"{challenger.version}.md"
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("\n".join(lines), encoding="utf-8")
+    with writing(path, len("\n".join(lines).encode())):
+        scratch.write_text("\n".join(lines), encoding="utf-8")
     os.replace(scratch, path)
     return str(path)

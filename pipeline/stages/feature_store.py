@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from features.damage import problem_of_database, problem_of_sealed, remove_database
 from features.digest import digest
-from features.errors import ConfigError
+from features.errors import ConfigError, CorankError
 from pipeline.records import LogRecord
 from pipeline.runtime import ensure_ray
 from pipeline.stages.samples import SAMPLES, build_settings, state_inputs
@@ -59,12 +61,17 @@ class FeatureStore(Stage[FeatureStoreRecord]):
         return {partition: digest([inputs, settings]) for partition, inputs in state_inputs(workspace).items()}
 
     def stale(self, workspace: Workspace) -> list[str]:
-        """The partitions to materialise: all after the first that changed, or any when others have gone."""
+        """The partitions to materialise: all after the first that changed, or any when others have gone; all when the
+        online store is lost, and one, to register anew, when the registry is."""
         record, wanted = online_record(workspace), self.inputs(workspace)
+        if store_problem(workspace, pages=False) and record.partitions:
+            return workspace.partitions
         for index, partition in enumerate(workspace.partitions):
             if record.partitions.get(partition) != wanted[partition]:
                 return workspace.partitions[index:]
         newest = workspace.partitions[-1]
+        if registry_problem(workspace):
+            return [newest]
         if lost_partitions(workspace, record.partitions):
             return [newest]  # what the store holds of later partitions has to go
         # it was filled before the newest counts became known, and now they are
@@ -109,6 +116,12 @@ class FeatureStore(Stage[FeatureStoreRecord]):
             stage.say("registering features")
             _drop_gone_states(workspace)
             settings = registered_settings(workspace)
+            if filled.partitions and (problem := store_problem(workspace, pages=False)):
+                workspace.progress.note(
+                    f"online store {settings.sqlite_path} {problem}: it is filled anew; events that were pushed and "
+                    "are in no log are lost"
+                )
+                remove_database(Path(settings.sqlite_path))
             apply(settings)
             # a larger table is read by slices, in Ray tasks
             if config.ray.address or any(table.size() > settings.slice_bytes for table in settings.tables):
@@ -153,6 +166,32 @@ FEATURE_STORE = FeatureStore()
 def online_record(workspace: Workspace) -> FeatureStoreRecord:
     """What the online store holds; an empty record before it was filled."""
     return workspace.records.read(FEATURE_STORE, ONLINE) or FeatureStoreRecord()
+
+
+def store_problem(workspace: Workspace, pages: bool) -> str | None:
+    """What is wrong with the file of an online store on SQLite (:func:`features.damage.problem_of_database`)."""
+    settings = store_settings(workspace)
+    return problem_of_database(Path(settings.sqlite_path), pages) if settings.online == "sqlite" else None
+
+
+def registry_problem(workspace: Workspace) -> str | None:
+    """What is wrong with the file of Feast's registry."""
+    return problem_of_sealed(Path(store_settings(workspace).registry))
+
+
+def require_store(workspace: Workspace) -> None:
+    """
+    Raises:
+        CorankError: what a service reads its features from is damaged; the file is named.
+    """
+    settings = store_settings(workspace)
+    found = {settings.registry: registry_problem(workspace), settings.sqlite_path: store_problem(workspace, pages=True)}
+    damaged = [f"{path} {problem}" for path, problem in found.items() if problem]
+    if damaged:
+        raise CorankError(
+            f"the feature store is damaged: {'; '.join(damaged)}. `corank repair`, then `corank run`, fill it again "
+            "from the tables."
+        )
 
 
 def lost_partitions(workspace: Workspace, partitions: Iterable[str]) -> list[str]:

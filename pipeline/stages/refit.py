@@ -58,10 +58,12 @@ class Refit(Stage[RefitRecord]):
         return {key: key}
 
     def stale(self, workspace: Workspace) -> list[str]:
-        """Also when its artifact is gone."""
+        """Also when files of its artifact are gone."""
+        from models.artifact import is_complete
+
         key = self.key(workspace)
         record = workspace.records.read(self, key)
-        return [] if record is not None and Path(record.artifact, "SHA256SUMS").is_file() else [key]
+        return [] if record is not None and is_complete(record.artifact) else [key]
 
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, RefitRecord]:
         """Train the judged model on validation and test set, once; keep it if it predicts alike.

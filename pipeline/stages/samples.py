@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from features.delta.table import Table
 from features.digest import digest
 from pipeline.records import Record
 from pipeline.runtime import ensure_ray
@@ -63,6 +64,11 @@ class Samples(Stage[SamplesRecord]):
         """Of a partition's samples: its states, and labels that came later."""
         return {one: digest([inputs, workspace.log.labels(one)]) for one, inputs in state_inputs(workspace).items()}
 
+    def stale(self, workspace: Workspace) -> list[str]:
+        """Also those of whose files, in any of the builder's tables, some are lost."""
+        stale = {*super().stale(workspace), *(partition for _, partition, _ in lost_files(workspace))}
+        return [partition for partition in workspace.partitions if partition in stale]
+
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, SamplesRecord]:
         """Fold partitions into timelines and write their rows.
 
@@ -76,6 +82,8 @@ class Samples(Stage[SamplesRecord]):
         with workspace.progress.stage(self.name) as stage:
             stage.say("starting Ray")
             ensure_ray(config.ray)
+            for table, partition, problem in lost_files(workspace):
+                workspace.progress.note(f"table {table}, partition {partition}: {problem}; it is built again")
             settings, inputs = build_settings(workspace), self.inputs(workspace)
             stage.say(f"{len(parts)} partitions, {config.buckets} buckets")
             rows = {partition: workspace.records.require(VALIDATED, partition).rows for partition in parts}
@@ -170,6 +178,33 @@ def build_settings(workspace: Workspace, versions: dict[str, int] | None = None)
         aggregates_delay=config.aggregates_delay,
         at_once=config.ray.concurrent_buckets,
     )
+
+
+def lost_files(workspace: Workspace) -> list[tuple[str, str, str]]:
+    """Table, partition and problem of what is gone or of another size than written, of partitions that were built.
+
+    Costs one listing per table. What is damaged otherwise, `corank repair` finds (:mod:`pipeline.repair`).
+    """
+    from features.builder.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
+
+    records = {partition: workspace.records.read(SAMPLES, partition) for partition in workspace.partitions}
+    built = [partition for partition, record in records.items() if record is not None]
+    lost: list[tuple[str, str, str]] = []
+    for name in (SAMPLES.name, STATE, USER_AGGREGATES, ITEM_AGGREGATES):
+        table = Table(name, workspace.config.path("tables", name))
+        if not table.exists():
+            lost += [(name, partition, f"there is no table at {table.uri}") for partition in built]
+            continue
+        files = table.lost_files()
+        if name == SAMPLES.name:
+            known = set(table.partitions())
+            lost += [
+                (name, partition, "the Delta log names no file of it")
+                for partition in built
+                if (record := records[partition]) and record.users and not record.retired and partition not in known
+            ]
+        lost += [(name, one.partition or "", f"file {table.uri}/{one.path} {one.problem}") for one in files]
+    return [one for one in lost if one[1] in built]
 
 
 def kept(workspace: Workspace) -> list[str]:

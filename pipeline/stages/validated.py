@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from features.digest import digest
-from features.errors import DataGateError
+from features.errors import DataGateError, writing
 from pipeline.records import Record
 from pipeline.stages.stage import Stage
 from pipeline.version import code_version
@@ -78,18 +78,19 @@ class Validated(Stage[ValidatedRecord]):
                 done += 1
                 stage.say(f"{done}/{len(parts)} partitions, now {result.partition}")
 
-            results, docs = validate_partitions(
-                log.tables,
-                config.schema_,
-                list(parts),
-                config.grain,
-                config.validation,
-                config.local_path("great_expectations"),
-                config.path("quarantine"),
-                log.now,
-                said,
-                set(log.partitions) - set(log.shown),
-            )
+            with writing(config.local_path("great_expectations")):
+                results, docs = validate_partitions(
+                    log.tables,
+                    config.schema_,
+                    list(parts),
+                    config.grain,
+                    config.validation,
+                    config.local_path("great_expectations"),
+                    config.path("quarantine"),
+                    log.now,
+                    said,
+                    set(log.partitions) - set(log.shown),
+                )
             failed = [result for result in results if not result.passed]
             if not failed:  # before the records: with these alone a changed type would pass the next time
                 log.keep_types(workspace.records)

@@ -15,7 +15,7 @@ import torch
 from pyarrow import fs
 
 from features.delta.paths import file_system
-from features.errors import CorankError
+from features.errors import CorankError, writing
 
 KEPT = 2
 STATE, SUMS = "state.pt", "SHA256SUMS"
@@ -34,10 +34,17 @@ class Checkpoints:
         for epoch in reversed(epochs):
             if self._digest(epoch) == self._expected(epoch):
                 return epoch
-            say(f"checkpoint {self._folder(epoch)} is damaged or was not finished: it is not used")
+            say(f"checkpoint {self.folder(epoch)} is damaged or was not finished: it is not used")
         if epochs:
             say("no checkpoint is whole: training starts anew")
         return 0
+
+    def damaged(self) -> list[int]:
+        """Epochs of the checkpoints that are damaged or were not finished; all are read."""
+        return [epoch for epoch in self._epochs() if self._digest(epoch) != self._expected(epoch)]
+
+    def remove(self, epoch: int) -> None:
+        self.fs.delete_dir(self.folder(epoch))
 
     def load(self, epoch: int) -> dict[str, Any]:
         """State after an epoch.
@@ -46,29 +53,32 @@ class Checkpoints:
             CorankError: the checkpoint is damaged.
         """
         if self._digest(epoch) != self._expected(epoch):
-            raise CorankError(f"checkpoint {self._folder(epoch)} is damaged; run again to continue from the one before")
-        with self.fs.open_input_file(f"{self._folder(epoch)}/{STATE}") as stream:
+            raise CorankError(f"checkpoint {self.folder(epoch)} is damaged; run again to continue from the one before")
+        with self.fs.open_input_file(f"{self.folder(epoch)}/{STATE}") as stream:
             return dict(torch.load(stream, weights_only=True))
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
         """Write the state after an epoch and drop all but the newest two; killed half-way, it does not count."""
-        folder = self._folder(epoch)
+        folder = self.folder(epoch)
         if epoch in self._epochs():
             self.fs.delete_dir(folder)
-        self.fs.create_dir(folder, recursive=True)
         with tempfile.TemporaryFile() as local:
-            torch.save(state, local)
+            with writing(tempfile.gettempdir()):
+                torch.save(state, local)
+            size = local.tell()
             local.seek(0)
             digest = hashlib.file_digest(local, "sha256").hexdigest()
             local.seek(0)
-            with self.fs.open_output_stream(f"{folder}/{STATE}") as stream:
-                shutil.copyfileobj(local, stream, 1 << 20)
-        with self.fs.open_output_stream(f"{folder}/{SUMS}") as stream:
-            stream.write(f"{digest}  {STATE}\n".encode())
+            with writing(folder, size):
+                self.fs.create_dir(folder, recursive=True)
+                with self.fs.open_output_stream(f"{folder}/{STATE}") as stream:
+                    shutil.copyfileobj(local, stream, 1 << 20)
+                with self.fs.open_output_stream(f"{folder}/{SUMS}") as stream:
+                    stream.write(f"{digest}  {STATE}\n".encode())
         for old in self._epochs()[:-KEPT]:
-            self.fs.delete_dir(self._folder(old))
+            self.fs.delete_dir(self.folder(old))
 
-    def _folder(self, epoch: int) -> str:
+    def folder(self, epoch: int) -> str:
         return f"{self.root}/epoch-{epoch:04}"
 
     def _epochs(self) -> list[int]:
@@ -78,14 +88,14 @@ class Checkpoints:
 
     def _expected(self, epoch: int) -> str:
         try:
-            with self.fs.open_input_file(f"{self._folder(epoch)}/{SUMS}") as stream:
+            with self.fs.open_input_file(f"{self.folder(epoch)}/{SUMS}") as stream:
                 return bytes(stream.read()).decode(errors="replace").partition(" ")[0]
         except FileNotFoundError:
             return "none"
 
     def _digest(self, epoch: int) -> str:
         try:
-            with self.fs.open_input_file(f"{self._folder(epoch)}/{STATE}") as stream:
+            with self.fs.open_input_file(f"{self.folder(epoch)}/{STATE}") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
         except FileNotFoundError:
             return "no state"

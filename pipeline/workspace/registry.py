@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from features.errors import CorankError
+from features.damage import problem_of_database
+from features.errors import CorankError, no_space, writing
 from features.schema import Schema
 from pipeline.config import Config
 from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
@@ -34,12 +35,13 @@ WHOLE = int.from_bytes(b"rank")
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A registered version. ``number`` counts from 1; ``artifact`` is its directory."""
+    """A registered version. ``number`` counts from 1; ``artifact`` is its directory, ``run`` the id of its run."""
 
     number: int
     artifact: str
     tags: dict[str, str]
     aliases: tuple[str, ...]
+    run: str = ""
 
     def lineage(self) -> dict[str, Any]:
         """What it was made from.
@@ -54,7 +56,7 @@ class ModelVersion:
         except CorankError as error:
             raise CorankError(
                 f"model version {self.number} at {self.artifact}: its lineage cannot be read ({error}), so what it "
-                "still needs is unknown. Restore the artifact, or promote another version (`corank models list`)."
+                "still needs is unknown. `corank repair` restores the artifact or drops it."
             ) from error
 
 
@@ -72,17 +74,34 @@ def local_database(folder: Path) -> str:
     path = folder / "mlflow.db"
     uri = f"sqlite:///{sqlalchemy_path(folder) / path.name}"
     with locked(folder / "mlflow.lock"):
+        damage = problem_of_database(path) if path.exists() and path.stat().st_size else None
+        if damage:
+            raise CorankError(
+                f"MLflow's database {path} {damage}. Restore it from a backup, or `corank repair`, which makes it "
+                "again from the records and the artifacts."
+            )
         if path.exists() and not _is_whole(path) and (problem := _problem_of(path)):
             if _may_hold_content(path):
                 raise CorankError(
                     f"MLflow's database {path} cannot be opened: {problem}. If another version of MLflow wrote it, "
-                    f"`mlflow db upgrade {uri}`; if it is damaged, restore it from a backup, or move it away: "
-                    "its versions are lost then, and `corank run` registers a new first one."
+                    f"`mlflow db upgrade {uri}`; else restore it from a backup, or move it away: the next `corank run` "
+                    "makes it again from the records and the artifacts."
                 )
             remove(path)
         if not path.exists():
-            make_whole(path, _open_database)
+            with writing(path):
+                make_whole(path, _open_database)
     return uri
+
+
+def forget_connections() -> None:
+    """Have MLflow open its database anew: it keeps its connections by name, also to a file that has gone."""
+    from mlflow.store.model_registry import sqlalchemy_store as models
+    from mlflow.store.tracking import sqlalchemy_store as runs
+
+    for module in (models, runs):
+        for engine in module.SqlAlchemyStore._engine_map.values():
+            engine.dispose()
 
 
 def _open_database(path: Path) -> None:
@@ -117,6 +136,8 @@ def _problem_of(path: Path) -> str:
         try:
             _open_database(copy)
         except Exception as error:  # of a half-made one MLflow and its migrations raise anything
+            if no_space(error):
+                raise
             return f"{type(error).__name__}: {error}".splitlines()[0]
         os.replace(copy, path)
     return ""
@@ -149,7 +170,7 @@ def published_schema(artifact: str) -> Schema | None:
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise CorankError(
             f"model {artifact}: what it reads is unknown, as model.yaml cannot be read ({error}), so nothing can be "
-            "registered beside it. Restore the artifact, or remove it if it is not served."
+            "registered beside it. `corank repair` restores the artifact or drops it."
         ) from error
 
 
@@ -165,7 +186,7 @@ class ModelRegistry:
 
         local = config.local_path("mlflow")
         self.uri = config.mlflow_uri or local_database(local)
-        self.name = config.name
+        self.name, self.place = config.name, config.mlflow_uri or str(local)
         self._artifacts = None if config.mlflow_uri else (local / "artifacts").as_uri()
         mlflow.set_tracking_uri(self.uri)
         self.client = MlflowClient(self.uri, self.uri)
@@ -182,7 +203,23 @@ class ModelRegistry:
         """Log a finished training as a run with its artifact directory; returns the run id.
 
         The same content is logged once: a finished run of it is found again.
+
+        Raises:
+            NoSpaceError
         """
+        size = sum(path.stat().st_size for path in Path(files).iterdir())
+        with writing(self.place, size):
+            return self._log_run(name, content, params, metrics, history, files)
+
+    def _log_run(
+        self,
+        name: str,
+        content: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        history: Sequence[Mapping[str, Any]],
+        files: str,
+    ) -> str:
         from mlflow.entities import Metric, Param
 
         experiment = self.client.get_experiment_by_name(self.name)
@@ -195,6 +232,10 @@ class ModelRegistry:
         known = self.client.search_runs([identity], finished, max_results=1)
         if known:
             return str(known[0].info.run_id)
+        for left in self.client.search_runs(
+            [identity], f"tags.content = '{content}' and attributes.status = 'RUNNING'"
+        ):
+            self.client.set_terminated(left.info.run_id, "KILLED")  # before it was whole
         run = self.client.create_run(identity, run_name=name, tags={"content": content})
         logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items()]
         for entry in history:
@@ -217,12 +258,13 @@ class ModelRegistry:
         """Register a new version."""
         from mlflow.exceptions import MlflowException
 
-        try:
-            self.client.create_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        created = self.client.create_model_version(self.name, artifact, run_id, tags=dict(tags))
+        with writing(self.place):
+            try:
+                self.client.create_registered_model(self.name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            created = self.client.create_model_version(self.name, artifact, run_id, tags=dict(tags))
         return self.version(int(created.version))
 
     def judged(self, number: int, evaluation: str, reasons: Sequence[str]) -> ModelVersion:
@@ -249,7 +291,7 @@ class ModelRegistry:
         except MlflowException:
             known = ", ".join(str(version.number) for version in self.versions()) or "none"
             raise CorankError(f"model {self.name} has no version {number}; there are: {known}") from None
-        return ModelVersion(number, str(entry.source), dict(entry.tags), tuple(entry.aliases))
+        return ModelVersion(number, str(entry.source), dict(entry.tags), tuple(entry.aliases), str(entry.run_id))
 
     def champion(self, alias: str = CHAMPION) -> ModelVersion | None:
         """The version that carries the alias, or None."""
@@ -258,9 +300,10 @@ class ModelRegistry:
     def promote(self, number: int) -> ModelVersion:
         """Make a version the champion and remember the one before it."""
         version, before = self.version(number), self.champion()
-        if before is not None and before.number != number:
-            self.client.set_registered_model_alias(self.name, PREVIOUS, str(before.number))
-        self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
+        with writing(self.place):
+            if before is not None and before.number != number:
+                self.client.set_registered_model_alias(self.name, PREVIOUS, str(before.number))
+            self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         return version
 
     def promote_by_hand(self, number: int) -> ModelVersion:
@@ -273,9 +316,23 @@ class ModelRegistry:
         failed = "; ".join(version.tags.get(REFUSED, "unknown").splitlines()) or "nothing"
         line = f"{datetime.now(UTC).isoformat(timespec='seconds')}{place}, failed: {failed}"
         lines = [*version.tags.get(PROMOTED_BY_HAND, "").splitlines(), line]
-        self.client.set_model_version_tag(self.name, str(number), PROMOTED_BY_HAND, "\n".join(lines)[-TAG_LENGTH:])
+        with writing(self.place):
+            self.client.set_model_version_tag(self.name, str(number), PROMOTED_BY_HAND, "\n".join(lines)[-TAG_LENGTH:])
         self.promote(number)
         return self.version(number)
+
+    def restore(self, number: int, instead_of: int, why: str) -> ModelVersion:
+        """Make a version the champion again instead of one that failed after its promotion, which keeps the reason."""
+        with writing(self.place):
+            self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
+            if self.champion(PREVIOUS) is not None:
+                self.client.delete_registered_model_alias(self.name, PREVIOUS)
+            self.client.set_model_version_tag(self.name, str(instead_of), "failed live", why[:500])
+        return self.version(number)
+
+    def drop(self, number: int) -> None:
+        """Forget a version, and the aliases that it carries; its number is not given again."""
+        self.client.delete_model_version(self.name, str(number))
 
     def rollback(self) -> ModelVersion:
         """Make the champion before this one the champion again.

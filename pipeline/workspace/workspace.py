@@ -57,6 +57,13 @@ class Workspace:
 
         return ModelRegistry(self.config)
 
+    def close_registry(self) -> None:
+        """Open another the next time, as the database was taken away."""
+        from pipeline.workspace.registry import forget_connections
+
+        self.__dict__.pop("registry", None)
+        forget_connections()
+
     @property
     def partitions(self) -> list[str]:
         """The log's, oldest first."""
@@ -74,19 +81,26 @@ class Workspace:
 
 
 @contextmanager
-def exclusive(config: Config) -> Iterator[None]:
+def exclusive(config: Config) -> Iterator[bool]:
     """One run per workspace at a time; a lock of a killed run is released by the operating system.
+
+    Yields:
+        whether the one before ended in good order. Who does not leaves the number of its process behind.
 
     Raises:
         CorankError: another run is working in this workspace.
     """
     path = config.local_path("run.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
+    with path.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CorankError(f"another corank run is working in {path.parent}; wait for it or stop it") from None
+        handle.seek(0)
+        orderly = not handle.read()
+        handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
-        yield
+        yield orderly
+        handle.truncate(0)

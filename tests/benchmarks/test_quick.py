@@ -44,3 +44,11 @@ def test_the_features_benchmark_agrees_with_one_polars_program_and_reports_every
 def test_the_long_log_benchmark_builds_together_what_it_builds_day_by_day() -> None:
     report = report_of("longlog", timeout=140)  # it ends with an error where a row differs
     assert set(report["goals"]) == {"build_seconds", "validation_seconds"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(330)
+def test_the_retraining_benchmark_loses_no_answer_while_a_new_champion_goes_live() -> None:
+    report = report_of("retraining", timeout=320)  # it ends with an error where an answer failed or differs
+    assert report["results"]["models_that_answered"] == 2
+    assert set(report["goals"]) >= {"retraining_cpu_share_of_run", "warm_minus_frozen", "failed_or_differing"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -75,3 +76,16 @@ def test_feast_is_imported_without_its_run_time_checks_and_others_keep_theirs() 
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert run.stdout.strip() == "fine", run.stderr
+
+
+def test_feast_counts_nothing_and_makes_no_folder_for_it(tmp_path: Path) -> None:
+    program = """
+import tempfile
+from pathlib import Path
+from features.store import feast_internals
+from feast.feature_store import _get_track_materialization
+assert _get_track_materialization() is None
+assert not list(Path(tempfile.gettempdir()).iterdir())
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=60)

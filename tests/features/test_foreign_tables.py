@@ -18,7 +18,7 @@ from features.builder.states import SAMPLES, BuildSettings
 from features.delta.columns import partition_column
 from features.delta.table import Table
 from features.encoding import encode, hash_id
-from features.errors import UnreadableError
+from features.errors import DataGateError, UnreadableError
 from features.schema import (
     SECOND,
     Aggregate,
@@ -33,6 +33,7 @@ from features.schema import (
     partition_of,
 )
 from features.validation import PartitionValidation, ValidationRules, check_tables, validate_partitions
+from features.validation.rules import event_rules
 from tests.features.worlds import DAY, DAYS, SCHEMA, fold_all, settings, write_world
 
 OPENING = partition_bounds(DAYS[0], "day")[0]
@@ -68,6 +69,16 @@ def test_a_partition_is_called_exactly_what_its_grain_writes(name: str, grain: G
         partition_bounds(name, grain)
 
 
+def test_the_last_day_of_all_is_a_partition_and_a_time_beyond_is_named(tmp_path: Path) -> None:
+    opening, close = partition_bounds("9999-12-31", "day")
+    assert close - opening == DAY
+    for ts in (close, -(2**60), 2**62):
+        rows = pl.DataFrame({"user_id": ["a"], "ts": [ts]})
+        table = written(tmp_path, f"at {ts}", rows, grain="day")
+        with pytest.raises(DataGateError, match=r"table .* a ts of file .* is no time of the years 1 to 9999"):
+            table.partitions()
+
+
 @pytest.mark.parametrize("grain", ["hour", "day", "week"])
 def test_partitions_cut_from_a_column_are_those_of_each_time(grain: Grain) -> None:
     times = [0, 1, OPENING - 1, OPENING, OPENING + 3_600 * SECOND, OPENING + 6 * DAY, OPENING + 7 * DAY - 1]
@@ -94,6 +105,22 @@ def test_logs_partitioned_otherwise_or_not_at_all_give_the_same_samples(
     assert samples(settings(other, tmp_path / "other")) == samples(settings(tables, tmp_path / "one"))
 
 
+def test_a_partition_column_takes_the_place_of_a_dt_of_the_tables_own(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    rows = tables["events"].scan().collect().drop("bucket")
+    renamed = rows.with_columns(pl.col("dt").alias("ds"), pl.lit("a draft").alias("dt"))
+    uri = written(tmp_path, "events", renamed, ["ds"]).uri
+    table = Table("events", uri, {"draft": "dt"}, grain="day", partition="ds")
+    assert table.scan([DAYS[0]]).collect()["dt"].unique().to_list() == [DAYS[0]]
+    assert table.scan([DAYS[0]]).collect()["draft"].unique().to_list() == ["a draft"]
+    ours = samples(settings({**tables, "events": table}, tmp_path / "out"))
+    assert ours == samples(settings(tables, tmp_path / "one"))
+    hidden = Table("events", uri, grain="day", partition="ds")
+    schema = SCHEMA.model_copy(update={"sequences": (with_field("written"),)})
+    (finding,) = check_tables({**tables, "events": hidden}, schema)
+    assert "its own column dt is hidden, as dt is the partition, the column ds" in finding.message
+
+
 def test_rows_of_no_partition_and_columns_that_are_none_are_named(tmp_path: Path) -> None:
     tables = write_world(tmp_path / "own", seed=4)
     rows = tables["events"].scan().collect().drop("dt", "bucket")
@@ -105,6 +132,44 @@ def test_rows_of_no_partition_and_columns_that_are_none_are_named(tmp_path: Path
         uri = written(tmp_path, name, frame).uri
         (finding,) = check_tables({**tables, "events": Table("events", uri, grain="day", partition=column)}, SCHEMA)
         assert text in finding.message
+
+
+@pytest.mark.parametrize(
+    ("unit", "ts"),
+    [
+        ("seconds", (pl.col("ts") // SECOND).cast(pl.Int32)),
+        ("milliseconds", pl.col("ts") // 1_000),
+        ("nanoseconds", pl.col("ts") * 1_000),
+    ],
+)
+@pytest.mark.parametrize("by_statistics", [True, False])
+def test_times_in_another_unit_are_named_where_partitions_are_cut_from_them(
+    tmp_path: Path, unit: str, ts: pl.Expr, by_statistics: bool
+) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    before = (
+        [] if by_statistics else [pl.lit(number).alias(f"c{number}") for number in range(40)]
+    )  # Delta counts so many
+    rows = tables["events"].scan().collect().drop("dt", "bucket").with_columns(ts.alias("ts")).select(*before, pl.all())
+    cut = {**tables, "events": written(tmp_path, "events", rows, grain="day")}
+    messages = [finding.message for finding in check_tables(cut, SCHEMA)]
+    if by_statistics:
+        assert ["has a wrong unit: ts looks like" in one and unit in one for one in messages] == [True]
+        return
+    rules = event_rules("events", SCHEMA, "1970-01-21", "day", ValidationRules(), NOW)
+    counts = cut["events"].scan().select(rule.metric.alias(rule.name) for rule in rules).collect()
+    assert not messages
+    assert counts[f"ts_in_{unit}"].item() == rows.height
+
+
+def test_a_time_of_any_integer_type_is_read(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    first = tables["users"].scan().collect().filter(pl.col("updated_at") == 0)
+    narrow = first.with_columns(pl.col("updated_at").cast(pl.Int8))
+    one, other = (
+        {**tables, "users": written(tmp_path, name, frame)} for name, frame in (("wide", first), ("narrow", narrow))
+    )
+    assert samples(settings(other, tmp_path / "other")) == samples(settings(one, tmp_path / "one"))
 
 
 # --- fingerprints -------------------------------------------------------------------------------------
@@ -251,8 +316,8 @@ def test_a_number_is_finite_or_missing() -> None:
     values = pl.DataFrame({"x": [1.0, float("inf"), float("-inf"), float("nan"), 1e39, None]})
     plain, log_scaled = (FieldSpec(name="x", kind="number", scale=scale) for scale in ("linear", "log"))
     assert values.select(encode(plain, pl.col("x")))["x"].to_list() == [1.0, None, None, None, None, None]
-    below = pl.DataFrame({"x": [-1.0, -2.0, 0.0]})
-    assert below.select(encode(log_scaled, pl.col("x")))["x"].to_list() == [None, None, 0.0]
+    below = pl.DataFrame({"x": [-1.0, -2.0, 0.0, 1e39]})  # too large on any scale
+    assert below.select(encode(log_scaled, pl.col("x")))["x"].to_list() == [None, None, 0.0, None]
 
 
 def test_numbers_that_are_not_finite_are_counted_and_read_as_missing(tmp_path: Path) -> None:
@@ -295,6 +360,44 @@ def test_ids_that_never_meet_stop_the_log_with_examples_of_both_sides(tmp_path: 
         assert "'000'" in finding.message or "'001'" in finding.message
         assert "'0'" in finding.message
         assert gate(tmp_path, {**tables, role: other})[0].passed
+
+
+def test_items_that_nobody_was_shown_under_that_id_stop_the_log(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    rows = tables["events"].scan().collect().with_columns(pl.format("i{}", "item_id").alias("item_id"))
+    changed = {**tables, "events": written(tmp_path, "events", rows, ["dt", "bucket"])}
+    first = gate(tmp_path, changed, SCHEMA.model_copy(update={"sequences": SCHEMA.sequences[1:]}), **MATCHED)[0]
+    assert ["no item_id in common with table impressions" in one.message for one in first.failures] == [True]
+    # where nothing is made of both, they may be of two worlds
+    own = with_field("item_id", table="done", buckets=7)
+    assert gate(tmp_path, changed, SCHEMA.model_copy(update={"sequences": (own,)}), **MATCHED)[0].passed
+
+
+def test_feedback_on_requests_that_nobody_made_stops_the_log(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    schema = SCHEMA.model_copy(update={"tasks": (*SCHEMA.tasks, Task(name="bought", attribution_window_seconds=9.0))})
+    shown = tables["impressions"].scan().collect()
+    given = shown.select("request_id", "item_id", "ts", "dt", label=pl.lit("bought"), value=pl.lit(1))
+    strange = given.with_columns(pl.format("R-{}", "request_id").alias("request_id"))
+    for name, rows, passes in (("known", given, True), ("strange", strange, False)):
+        result = gate(tmp_path, {**tables, "feedback": written(tmp_path, name, rows, ["dt"])}, schema, **MATCHED)[0]
+        assert result.passed == passes
+    assert "table feedback has (almost) no request_id in common with table impressions" in result.failures[0].message
+
+
+def test_a_few_ids_that_are_strangers_by_chance_stop_nothing(tmp_path: Path) -> None:
+    tables = write_world(tmp_path / "own", seed=4)
+    rows = tables["events"].scan().collect()
+    alone = rows.filter((pl.col("dt") != DAYS[2]) | (pl.col("user_id") == 0))
+    shown = tables["impressions"].scan().collect().filter((pl.col("dt") != DAYS[2]) | (pl.col("user_id") != 0))
+    tables["events"] = written(tmp_path, "events", alone, ["dt", "bucket"], grain="day")
+    tables["impressions"] = written(tmp_path, "impressions", shown, ["dt", "bucket"], grain="day")
+    limits, root = ValidationRules(max_outside_vocabulary=1), str(tmp_path / "quarantine")
+    newest = validate_partitions(tables, SCHEMA, DAYS[2:], "day", limits, tmp_path / "gx", root, NOW, lambda _: None)
+    assert [result.passed for result in newest[0]] == [True]
+
+
+MATCHED = {"min_matched_share": 0.01}
 
 
 def test_values_outside_a_vocabulary_are_said_above_a_threshold(tmp_path: Path) -> None:
@@ -342,7 +445,9 @@ def test_decimals_are_numbers_and_dates_ids_by_their_iso_text(tmp_path: Path) ->
             pl.lit([True, False]).alias("flags"), pl.lit(day).alias("released")
         ),
         "impressions": tables["impressions"].scan().collect().with_columns(
-            pl.lit(Decimal("1.25")).cast(money).alias("price"), pl.lit(day).alias("slot")
+            pl.col("click", "position").cast(pl.Decimal(3, 0)),
+            pl.lit(Decimal("1.25")).cast(money).alias("price"),
+            pl.lit(day).alias("slot"),
         ),
         "events": tables["events"].scan().collect().with_columns(
             pl.lit(Decimal("0.50")).cast(money).alias("paid"), pl.lit(day).alias("day")
@@ -375,6 +480,12 @@ def test_decimals_are_numbers_and_dates_ids_by_their_iso_text(tmp_path: Path) ->
         ("user_id > 5", "is not valid SQL"),
         ("action = ", "is not valid SQL"),
         ("kind = 'buy'", "reads kind, but there are only"),
+        ("bucket = '0'", "reads bucket, but there are only"),
+        ("MAX(seconds) > 1", "looks at other rows"),
+        ("seconds > AVG(seconds)", "looks at other rows"),
+        ("COUNT(*) > 1", "looks at other rows"),
+        ("SUM(seconds) OVER (PARTITION BY user_id) > 1", "looks at other rows"),
+        ("RANK() OVER (ORDER BY ts) > 1", "looks at other rows"),
     ],
 )
 def test_a_condition_is_checked_for_its_type(tmp_path: Path, condition: str, problem: str) -> None:
@@ -388,6 +499,33 @@ def test_a_condition_is_checked_for_its_type(tmp_path: Path, condition: str, pro
         (finding,) = check_tables(tables, schema)
         assert problem in finding.message
         assert f"of {what}" in finding.message
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "TRUE",
+        "action = 'max(1)' OR action LIKE 'w%' OR action IN ('buy', 'watch')",
+        "ROUND(COALESCE(seconds, 0)) BETWEEN 1 AND 2 AND LENGTH(action) > 2",
+        "CASE WHEN seconds > 1 THEN GREATEST(seconds, 2) > 1 ELSE FALSE END",
+        "LOWER(SUBSTR(action, 1, 2)) = 'wa' AND NOT user_id IN ('1') AND seconds IS NOT NULL",
+    ],
+)
+def test_a_condition_on_each_row_by_itself_passes(tmp_path: Path, condition: str) -> None:
+    tables = write_world(tmp_path, seed=4)
+    sequence = with_field("item_id").model_copy(update={"where": condition})
+    assert not check_tables(tables, SCHEMA.model_copy(update={"sequences": (sequence,)}))
+
+
+def test_a_condition_that_fails_on_values_stops_their_partition(tmp_path: Path) -> None:
+    tables = write_world(tmp_path, seed=4)
+    for condition, passes in (("CAST(user_id AS BIGINT) > 1", True), ("CAST(action AS BIGINT) > 1", False)):
+        sequence = with_field("item_id").model_copy(update={"where": condition})
+        schema = SCHEMA.model_copy(update={"sequences": (sequence,)})
+        result = gate(tmp_path, tables, schema)[0]
+        assert result.passed == passes
+        messages = [finding.message for finding in result.failures]
+        assert passes or ("TRY_CAST" in messages[0] and f"partition {DAYS[0]}" in messages[0])
 
 
 def test_a_number_is_no_date_and_an_id_no_fraction(tmp_path: Path) -> None:
@@ -438,6 +576,25 @@ def test_a_delta_feature_that_cannot_be_read_is_named(tmp_path: Path) -> None:
             line["metaData"]["schemaString"] = json.dumps(fields)
     commit.write_text("\n".join(json.dumps(line) for line in lines))
     with pytest.raises(UnreadableError, match=r"table events at .* cannot be read: column mapping"):
+        Table("events", str(tmp_path / "t")).scan()
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        {"minReaderVersion": 9, "minWriterVersion": 9},
+        {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["newer"], "writerFeatures": ["newer"]},
+        {"minReaderVersion": 3, "minWriterVersion": 7, "readerFeatures": ["v2Checkpoint"]}
+        | {"writerFeatures": ["v2Checkpoint"]},
+    ],
+    ids=["version", "feature", "known feature"],
+)
+def test_a_protocol_that_nobody_knows_yet_is_named(tmp_path: Path, protocol: dict[str, Any]) -> None:
+    write_deltalake(str(tmp_path / "t"), pa.table({"x": [1]}))
+    commit = tmp_path / "t" / "_delta_log" / f"{0:020d}.json"
+    lines = [json.loads(line) for line in commit.read_text().splitlines()]
+    commit.write_text("\n".join(json.dumps({"protocol": protocol} if "protocol" in one else one) for one in lines))
+    with pytest.raises(UnreadableError, match=r"table events at .* uses a Delta feature that cannot be read: "):
         Table("events", str(tmp_path / "t")).scan()
 
 

@@ -246,6 +246,8 @@ def test_a_push_that_cannot_be_read_writes_nothing_and_says_why(writer: OnlineWr
         writer.push(good.with_columns(pl.Series("ts", [DAY, now_us() + 3_600 * SECOND])))
     with pytest.raises(CorankError, match="1 of 2 events have a negative user_id"):
         writer.push(good.with_columns(pl.Series("user_id", [1, -1])))
+    with pytest.raises(CorankError, match="2 of 2 events have a negative item_id"):
+        writer.push(good.with_columns(item_id=pl.lit(-1)))
     with pytest.raises(CorankError, match="item_id is an id, but has type Float64"):
         writer.push(good.with_columns(item_id=pl.lit(5.0)))
     with pytest.raises(CorankError, match="ts has type String"):

@@ -303,12 +303,11 @@ def test_a_bucket_reads_the_profiles_and_counts_of_the_items_that_its_rows_name(
         assert set(counted.rows["item_id"]) == set(few["item_id"])
 
 
-def test_a_value_that_is_no_number_does_not_stay_in_a_sum(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e300])
+def test_a_value_that_is_no_number_does_not_stay_in_a_sum(tmp_path: Path, value: float) -> None:
     tables = write_world(tmp_path, seed=3)
     events = tables["events"].scan().collect()
-    spoiled = events.with_columns(
-        seconds=pl.when(pl.col("dt") == DAYS[0]).then(float("nan")).otherwise(pl.col("seconds"))
-    )
+    spoiled = events.with_columns(seconds=pl.when(pl.col("dt") == DAYS[0]).then(value).otherwise(pl.col("seconds")))
     clean = events.with_columns(seconds=pl.when(pl.col("dt") != DAYS[0]).then(pl.col("seconds")))
     found = []
     for name, rows in (("spoiled", spoiled), ("clean", clean)):

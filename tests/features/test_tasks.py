@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray
 
-from features.errors import CorankError, DataGateError, causes, known_cause, message_of
+from features.errors import CorankError, DataGateError, NoSpaceError, causes, known_cause, message_of, writing
 from features.tasks import each, result_of, task
 
 STEPS, STEP = 40, 0.1
@@ -84,6 +84,16 @@ def test_errors_of_the_operating_system_say_where_and_what_to_do(tmp_path: Path)
     with pytest.raises(OSError, match="No space left") as caught, Path("/dev/full").open("wb", buffering=0) as full:
         full.write(b"1")
     assert "No space left on device. Free some of the disk" in message_of(caught.value)
+    for said in (  # as SQLite, safetensors, Delta and Ray say it
+        "(sqlite3.OperationalError) database or disk is full",
+        'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
+        "Generic LocalFileSystem error: Unable to copy data to file: No space left on device (os error 28)",
+    ):
+        with (
+            pytest.raises(NoSpaceError, match=r"^/d/f: No space left on device for 1,000 bytes. Free some"),
+            writing("/d/f", 1_000),
+        ):
+            raise RuntimeError("a task failed") from ValueError(said)
     denied = RuntimeError("Generic LocalFileSystem error: cannot open /x: Permission denied (os error 13)")
     assert "/x: Permission denied (os error 13). Give the user" in message_of(denied)
     assert message_of(PermissionError(13, "Permission denied", "/y")).startswith("/y: Permission denied. Give the user")

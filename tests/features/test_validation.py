@@ -100,6 +100,10 @@ BAD_IMPRESSIONS: dict[str, tuple[Callable[[pl.DataFrame], pl.DataFrame], int]] =
         ),
         1,
     ),
+    "negative_position": (
+        lambda f: f.with_columns(pl.when(first_rows(f, 2)).then(-1).otherwise("position").alias("position")),
+        2,
+    ),
     "duplicate_candidate": (lambda f: pl.concat([f, f.filter(first_rows(f, 2))]), 2),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,19 @@ def test_help_answers_without_heavy_imports(command: list[str]) -> None:
     assert "Usage" in done.stdout
 
 
+def test_under_another_locale_files_are_utf8_and_the_terminal_stays_as_it_is() -> None:
+    code = (
+        "import sys, pipeline.cli, pipeline.commands.app\n"
+        "said = sys.flags.utf8_mode, open(sys.executable).encoding, sys.argv, chr(0x2713)\n"
+        "pipeline.commands.app.app = lambda: print(*said)\n"
+        "pipeline.cli.main()\n"
+    )
+    latin = os.environ | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    latin.pop("PYTHONIOENCODING", None)
+    done = subprocess.run([sys.executable, "-c", code, "größe"], capture_output=True, env=latin, check=True, timeout=60)
+    assert done.stdout.decode("ascii") == "1 utf-8 ['-c', 'gr??e'] ?\n"
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "data"
@@ -89,6 +103,9 @@ def test_a_port_that_another_program_has_is_named_before_anything_runs(tmp_path:
         done = corank("run", "--config", str(write_config(tmp_path, data, serving={"port": port})))
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    elsewhere = corank("run", "--config", str(write_config(tmp_path, data, serving={"host": "192.0.2.1"})))
+    assert elsewhere.returncode == 1
+    assert "cannot listen on 192.0.2.1:8000" in elsewhere.stderr
     assert not (tmp_path / "work" / "tables").exists()
 
 

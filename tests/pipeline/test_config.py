@@ -45,6 +45,8 @@ def test_the_examples_are_valid(path: Path) -> None:
         ({"sequences__0__events": "clicks"}, ["'clicks'", "tables has only"]),
         ({"features__0__side": "film"}, ["features.0.side", "'film'", "'user', 'item', 'context' or 'cross'"]),
         ({"features__0__vocabulary": ["a"]}, ["features.0", "vocabulary"]),
+        ({"features__1__vocabulary": ["F", "M", "F"]}, ["features.1", "'F' is listed 2 times"]),
+        ({"features__1__vocabulary": [["F", "M"]]}, ["features.1", "['F', 'M'] is no value of a column"]),
         ({"evaluation__task": "buy"}, ["'buy'", "'finish', 'skip'"]),
         ({"model__heads": 7}, ["model", "32 must be divisible by heads 7"]),
         ({"model__dropuot": 0.1}, ["model: dropuot", "Did you mean 'dropout'?", "head_dim"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_a_registry_with_content_that_cannot_be_opened_is_named_and_kept(config:
         ModelRegistry(config)
     assert path.read_bytes() == before
     path.write_bytes(b"no database at all" * 100)
-    with pytest.raises(CorankError, match="restore it from a backup"):
+    with pytest.raises(CorankError, match=r"mlflow.db is no SQLite database. Restore it .* `corank repair`"):
         ModelRegistry(config)
 
 
@@ -85,6 +86,11 @@ def test_dagsters_history_that_cannot_be_opened_is_set_aside(config: Config) -> 
     with open_instance(config) as instance:
         assert instance.get_runs() == []
     assert (home.with_name("dagster.damaged") / "history" / "runs.db").is_file()
+    shutil.rmtree(home)
+    home.write_text("a file where the folder goes", encoding="utf-8")
+    with open_instance(config) as instance:
+        assert instance.get_runs() == []
+    assert home.with_name("dagster.damaged").is_file()
 
 
 @pytest.mark.parametrize("folder", ["what?", "100% größe #1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -380,7 +382,13 @@ def test_retraining_takes_the_next_partition_from_the_champions_weights(config: 
     assert evaluation.champion == before.number
     measured = {one.measured: one for one in evaluation.criteria}
     over = f"gain over champion version {before.number}"
-    for what in ("click AUC", "click GAUC", "purchase AUC", "click AUC, new items", "click AUC, device mobile"):
+    for what in (
+        "click AUC",
+        "click GAUC",
+        "purchase AUC",
+        "click AUC, users with few events",
+        "click AUC, device mobile",
+    ):
         assert measured[f"{what}, {over}"].interval is not None
     slowdown = measured[f"time of scoring the self-check requests ÷ that of champion version {before.number}"]
     assert slowdown.passed is True
@@ -424,7 +432,7 @@ def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_
     assert not online.encoded_user("visitor", online_record(after).close or 0)[0]
 
 
-def test_retraining_after_late_rows_rebuilds_but_trains_nothing_and_leaves_the_service_as_it_is(
+def test_retraining_after_late_rows_rebuilds_but_trains_nothing_and_the_running_service_takes_the_champion_over(
     config: Config,
 ) -> None:
     """After the tests before: what was changed and changed back is another log; version 2 is served, 1 is champion."""
@@ -438,11 +446,43 @@ def test_retraining_after_late_rows_rebuilds_but_trains_nothing_and_leaves_the_s
     assert done.returncode == 0, done.stderr
     assert f"Nothing to train: what is known up to {DAYS[2]}, the newest closed partition, is trained on" in done.stdout
     assert done.stderr.index("✓ feature_store") < done.stderr.index("✓ deployment")
-    assert "version 1 verified at an endpoint of its own, as another process serves" in done.stderr
-    assert "is up with version 2" in done.stdout
-    assert "champion is version 1: restart `corank serve` to serve it" in done.stdout
+    assert "the running service takes version 1 over" in done.stderr
+    assert "✓ deployment     version 1 at http" in done.stderr
     with RankingClient(endpoint_url(config.serving.host, config.serving.port)) as client:
-        assert client.model()["model_version"] == before[0].tags["content"]
+        assert client.model()["model_version"] == before[-1].tags["content"]
+        # what gives other scores than it was published with never goes live: the champion is the one before, again
+        lying = config.local_path("models", "lying")
+        shutil.copytree(before[0].artifact, lying)
+        document = json.loads((lying / "selfcheck.json").read_text())
+        document["scores"][0][0] += 0.5
+        text = json.dumps(document)
+        sums = (lying / "SHA256SUMS").read_text().splitlines()
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (lying / "selfcheck.json").write_text(text)
+        (lying / "SHA256SUMS").write_text(
+            "".join(f"{digest}  selfcheck.json\n" if "selfcheck" in line else f"{line}\n" for line in sums)
+        )
+        registry = Workspace(config, Progress()).registry
+        run_id = registry.client.get_model_version(config.name, str(before[0].number)).run_id
+        tags = {
+            "partition": DAYS[2],
+            "trained": DAYS[2],
+            "content": "lying",
+            "evaluation": before[0].tags["evaluation"],
+        }
+        number = registry.register(str(lying), run_id, tags).number
+        done = subprocess.run(
+            [*command, "models", "promote", str(number), "--config", path], capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 1
+        assert "self-check requests differ by 5.00e-01" in done.stderr
+        assert "Version 1 is champion again" in done.stderr
+        champion = registry.champion()
+        assert champion is not None
+        assert champion.number == 1
+        assert "self-check" in registry.version(number).tags["failed live"]
+        assert client.model()["model_version"] == before[-1].tags["content"]
+        registry.client.delete_model_version(config.name, str(number))
     after = Workspace(config, Progress(), DAYS[2])
     assert pending(after, training=False) == []
     assert after.registry.versions() == before

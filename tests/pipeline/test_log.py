@@ -82,10 +82,12 @@ def test_partitions_that_no_grain_writes_are_errors_that_say_so(config: Config, 
 def test_scalars_of_a_config_mean_what_is_written(tmp_path: Path) -> None:
     path = write_config(tmp_path, tmp_path / "data")
     text = path.read_text(encoding="utf-8")
-    countries = "\n- {name: land, side: context, kind: category, vocabulary: [DE, NO, 012, 1.10, größe, yes, true]}"
+    countries = (
+        "\n- {name: land, side: context, kind: category, vocabulary: [DE, NO, 012, 1.10, größe, yes, NULL, true]}"
+    )
     path.write_text(text.replace("features:", f"start: 2026-01-05\nfeatures:{countries}", 1), encoding="utf-8")
     config = load_config(path)
-    assert config.features[0].vocabulary == ("DE", "NO", "012", "1.10", "größe", "yes", "true")
+    assert config.features[0].vocabulary == ("DE", "NO", "012", "1.10", "größe", "yes", "NULL", "true")
     assert config.start == "2026-01-05"
     path.write_bytes(text.encode() + "# größe".encode("latin-1"))
     with pytest.raises(ConfigError, match="is not UTF-8"):
@@ -106,5 +108,5 @@ def test_a_damaged_record_is_named_with_what_to_do(tmp_path: Path) -> None:
     assert (records.get("samples", START) or {})["inputs"] == "a"
     for content in (b"", path.read_bytes()[:-5], b"[1]"):
         path.write_bytes(content)
-        with pytest.raises(CorankError, match=rf"record {re.escape(str(path))} is damaged .* Remove it and run again"):
+        with pytest.raises(CorankError, match=rf"record {re.escape(str(path))} is damaged .* `corank repair`"):
             records.get("samples", START)

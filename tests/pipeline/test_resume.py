@@ -6,20 +6,27 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import psutil
 import pytest
 
+from features.delta.maintenance import remove_uncommitted
 from features.delta.table import Table
 from pipeline.config import Config
+from pipeline.dag import open_instance
 from pipeline.importers.synthetic import import_synthetic
+from pipeline.leftovers import DERIVED
 from pipeline.progress import Progress
 from pipeline.stages import pending
 from pipeline.stages.feature_store import online_record
 from pipeline.workspace import Workspace
+from serving.ports import is_free
 from tests.pipeline.workspaces import START, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -27,10 +34,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, command: str = "run") -> subprocess.Popen[str]:
     log = (folder / "run.log").open("a")
     return subprocess.Popen(
-        [*COMMAND, "run", "--config", str(folder / "config.yaml")],
+        [*COMMAND, command, "--config", str(folder / "config.yaml")],
         stdout=log,
         stderr=subprocess.STDOUT,
         text=True,
@@ -73,23 +80,45 @@ def outcome(config: Config) -> dict[str, Any]:
     }
 
 
-def interrupt_when(folder: Path, happened: Any) -> None:
-    """Ctrl-C two seconds after something is seen in its workspace and Ray runs; no process stays behind."""
-    process = start(folder)
+def interrupt_when(folder: Path, happened: Any, number: signal.Signals, subcommand: str = "run") -> None:
+    """A signal to the group two seconds after something is seen and Ray runs; it ends in time, and nothing is left."""
+    process = start(folder, subcommand)
     command = psutil.Process(process.pid)
     while not happened() or not any(one.name() == "raylet" for one in command.children()):
         assert process.poll() is None, (folder / "run.log").read_text()
         time.sleep(0.05)
     time.sleep(2)
     started = command.children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130, (folder / "run.log").read_text()
-    _, left = psutil.wait_procs(started, timeout=15)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=15) == 128 + number, (folder / "run.log").read_text()
+    _, left = psutil.wait_procs(started, timeout=2)
     assert not left
-    assert "stopped" in (folder / "run.log").read_text()
+    log = (folder / "run.log").read_text()
+    assert f"{number.name}: corank {subcommand} stopped" in log.splitlines()[-1]
+    assert "Traceback" not in log
+    assert "SIGTERM received" not in log  # what Ray's own handler says
 
 
-def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_same(tmp_path: Path) -> None:
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder of the commands; its path is short, as Ray's sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def assert_nothing_is_left(config: Config, temporary: Path) -> None:
+    with open_instance(config) as instance:
+        runs = instance.get_runs()
+    assert {run.status for run in runs} == {dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS}
+    assert sum(remove_uncommitted(Table(name, config.path(name))) for name in DERIVED) == 0
+    left = [path for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]  # a cache
+    assert [(path / "owner").exists() for path in left] == [True]  # the logs of the last Ray
+
+
+def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_same(
+    tmp_path: Path, temporary: Path
+) -> None:
     data = tmp_path / "data"
     import_synthetic(data, days=2, users=80, items=80, seed=2, start=START, buckets=2, say=lambda _: None)
     undisturbed, killed = load(tmp_path / "a", data), load(tmp_path / "b", data)
@@ -103,7 +132,9 @@ def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_sa
     for name, happened in stages.items():
         started = kill_when(tmp_path / "b", happened)
         if name == "feature_store":  # in the middle of training
-            interrupt_when(tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))))
+            interrupt_when(
+                tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))), signal.SIGTERM
+            )
         if name == "challenger":  # and what it saved is damaged
             psutil.wait_procs(started, timeout=60)
             for state in work.glob("checkpoints/*/*/state.pt"):
@@ -112,4 +143,8 @@ def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_sa
                 state.write_bytes(content)
     finish(tmp_path / "b")
     assert "is damaged or was not finished" in (tmp_path / "b" / "run.log").read_text()
+    assert_nothing_is_left(killed, temporary)
     assert outcome(killed) == outcome(undisturbed)
+    serving = killed.serving
+    interrupt_when(tmp_path / "b", lambda: not is_free(serving.host, serving.port), signal.SIGINT, "serve")
+    assert is_free(serving.host, serving.port)

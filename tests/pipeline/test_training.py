@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 import torch
@@ -17,15 +18,19 @@ import pipeline.progress
 from features.builder.states import BuildSettings
 from features.errors import CorankError
 from features.samples.source import SampleSource
+from features.schema import Feature
 from models.artifact import save_artifact
 from models.config import ModelConfig
+from models.selfcheck import selfcheck_difference
+from pipeline.commands.summary import few_steps
 from pipeline.config import Config
-from pipeline.deployment.selfcheck import selfcheck_difference, selfcheck_document
-from pipeline.deployment.verification import verify_endpoint
+from pipeline.deployment.selfcheck import selfcheck_document
+from pipeline.deployment.verification import raw_contexts, verify_endpoint
 from pipeline.evaluation.baseline import baseline
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.impressions import read_impressions
 from pipeline.evaluation.scoring import Scored
+from pipeline.evaluation.texts import gain_text
 from pipeline.progress import Eta
 from pipeline.stages.challenger import ChallengerRecord
 from pipeline.stages.evaluation import EvaluationRecord, write_report
@@ -186,7 +191,9 @@ def test_a_second_task_without_labels_or_of_one_class_has_no_metrics_and_stops_n
     )
     entries = {name: one.as_dict() for name, one in compare(SCHEMA, scored, baselines, scored, 0, 50).items()}
     json.dumps(entries, allow_nan=False)
-    assert entries["task0"]["auc_gain_over_baseline"] is not None
+    told = [gain_text(entries[name]["auc_gain_over_baseline"]) for name in ("task0", "task1")]
+    assert float(told[0]) == round(entries["task0"]["auc_gain_over_baseline"]["difference"], 4)
+    assert told[1] == "–"
     unknown = ("auc", "uauc", "gauc", "query_auc", "baseline", "auc_gain_over_baseline", "auc_gain_over_champion")
     assert [entries["task1"][name] for name in unknown] == [None] * len(unknown)
     assert entries["task1"]["impressions"] == (0 if label is None else count)
@@ -202,17 +209,26 @@ def test_a_model_that_scores_no_numbers_is_never_verified(tmp_path: Path) -> Non
     source = source_of(tmp_path / "samples", make_rows(SCHEMA, 1, timelines=8))
     model = initial_model(job_of(source)).eval()
     document = selfcheck_document(model, source)
-    layout = source.read(source.files()[0]).schema
-    assert selfcheck_difference(model, document, layout) == 0.0
+    assert selfcheck_difference(model, document) == 0.0
     with torch.no_grad():
         model.inputs.tables["user_id"].weight[3] = torch.nan  # type: ignore[union-attr,index]
-    assert np.isnan(selfcheck_difference(model, document, layout))
+    assert np.isnan(selfcheck_difference(model, document))
     with pytest.raises(CorankError, match=r"scores of the self-check requests are not finite"):
         selfcheck_document(model, source)
     save_artifact(tmp_path / "artifact", model, {"selfcheck": document})
     build = BuildSettings(tables={}, schema=SCHEMA, grain="day", buckets=1, log_delay=0, root="", now=0)
     with pytest.raises(CorankError, match="self-check requests differ by nan"):
         verify_endpoint("http://nowhere", str(tmp_path / "artifact"), build, ["d"], 0)
+
+
+def test_a_context_is_sent_as_the_log_is_read() -> None:
+    features = (Feature(name="x", side="context", kind="number"), Feature(name="again", column="x", side="context"))
+    schema = SCHEMA.model_copy(update={"features": features})
+    values = [1.5, float("nan"), float("-inf"), 1e300, None]
+    rows = pl.DataFrame({"request_id": list("abcde"), "item_id": ["i"] * 5, "x": values})
+    contexts = raw_contexts(schema, rows)
+    assert [contexts[one]["x"] for one in "abcde"] == [1.5, None, None, None, None]
+    json.dumps(contexts, allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +246,11 @@ def test_batches_and_warm_up_follow_the_data(candidates: int, epochs: int, pace:
     assert (found.batch_candidates, found.warmup_steps) == pace
     chosen = TrainingConfig(epochs=epochs, batch_candidates=7, warmup_steps=0).pace(candidates)
     assert (chosen.batch_candidates, chosen.warmup_steps) == (7, 0)
+
+
+def test_a_training_of_few_steps_is_told_so() -> None:
+    assert few_steps([{"steps": 30}, {"steps": 30}]).startswith("the training had 60 steps only")
+    assert few_steps([{"steps": 50}, {"steps": 50}]) == ""
 
 
 def test_the_rate_is_smoothed_and_tells_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

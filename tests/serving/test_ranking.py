@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
+import threading
+import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import polars as pl
 import pytest
@@ -22,20 +27,21 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.responses import PlainTextResponse
 
+import serving.ranking
 from features.batch import collate
 from features.delta.table import Table
 from features.encoding import hash_id
-from features.errors import CorankError
+from features.errors import CorankError, without_trace
 from features.sample_table import concatenate, feature_column, sample_schema
 from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.reader import History, OnlineReader
-from models.artifact import save_artifact
+from models.artifact import load_artifact, save_artifact
 from models.registry import build_model
 from serving.client import NoEndpointError, RankingClient
-from serving.deploy import error_in, start
+from serving.deploy import start
 from serving.ports import endpoint_url
-from serving.proxy import JsonErrors
+from serving.proxy import ADMITTED, JsonErrors, middlewares
 from serving.ranking import Ranker, RankingService, build_api
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
 from serving.settings import ServingConfig, ServingSettings
@@ -65,7 +71,7 @@ class InProcess:
 
     def __init__(self, target: Ranker) -> None:
         self.describe = Remote(target.describe)
-        self.rank = Remote(lambda rows: target.score([rows])[0])
+        self.rank = Remote(lambda request: target.score([request])[0])
 
 
 class Remote:
@@ -74,7 +80,8 @@ class Remote:
 
     async def remote(self, *arguments: Any) -> Any:
         await asyncio.sleep(0)
-        return self._function(*arguments)
+        result = self._function(*arguments)
+        return await result if asyncio.iscoroutine(result) else result
 
 
 @pytest.fixture(scope="module")
@@ -186,10 +193,9 @@ def test_unknown_by_the_time_of_the_request_reads_as_unknown(settings: ServingSe
     [
         ({"device": ["ios"]}, "context.device"),
         ({"hour": "3"}, "context.hour"),
-        ({"hour": True}, "context.hour"),
         ({"hour": 1e300}, "context.hour"),
         ({"modes": "dark"}, "context.modes"),
-        ({"modes": ["dark", None]}, "context.modes.1"),
+        ({"modes": ["dark", {}]}, "context.modes.1"),
         ({"other": 1}, "context.other"),
     ],
 )
@@ -203,6 +209,21 @@ def test_context_codes() -> None:
     codes = encode_context(SCHEMA, {"device": 42, "hour": None, "modes": None})
     names = [feature_column(feature) for feature in SCHEMA.side("context")]
     assert codes == dict(zip(names, [hash_id("42"), None, []], strict=True))
+    as_columns = encode_context(SCHEMA, {"device": True, "hour": True, "modes": ["dark", None]})
+    assert as_columns == dict(zip(names, [hash_id("true"), 1.0, [hash_id("dark")]], strict=True))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_context_column_may_be_of_several_kinds_at_once(order: int) -> None:
+    features = (
+        Feature(name="hour", side="context", kind="number"),
+        Feature(name="hour_id", column="hour", side="context"),
+        Feature(name="part", column="hour", side="context", kind="category", vocabulary=("3", "true")),
+    )
+    schema = SCHEMA.model_copy(update={"features": features[::order]})
+    for value, codes in ((3, [3.0, hash_id("3"), 1]), (True, [1.0, hash_id("true"), 2])):
+        found = encode_context(schema, {"hour": value})
+        assert [found[feature_column(feature)] for feature in features] == codes
 
 
 def test_answer(client: TestClient, settings: ServingSettings) -> None:
@@ -231,10 +252,10 @@ def test_merged_requests_score_alike(settings: ServingSettings) -> None:
         build_row(reader, 0, user, items, CONTEXT, NOW).rows
         for user, items in (("7", ["1", "2"]), ("8", ["3"]), ("7", ["1", "9", "2", "3"]))
     ]
-    merged = ranker.score(rows)
+    merged = ranker.score([(settings.artifact, row) for row in rows])
     assert [scores.shape for scores in merged] == [(2, 2), (1, 2), (4, 2)]
     for row, scores in zip(rows, merged, strict=True):
-        np.testing.assert_allclose(ranker.score([row])[0], scores, atol=1e-5)
+        np.testing.assert_allclose(ranker.score([(settings.artifact, row)])[0], scores, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -468,6 +489,35 @@ def test_a_ranker_that_fails_is_told_without_words_of_ray(
     assert not any(word in response.text for word in ("ray::", "Traceback", "10.0.0.1", "actor"))
 
 
+def test_while_no_ranker_is_there_nobody_waits_for_one(settings: ServingSettings) -> None:
+    """Ray lets requests wait for the next replica."""
+    handle = InProcess(Ranker(settings))
+    describe, rank, there = handle.describe, handle.rank, threading.Event()
+
+    class Waiting:
+        async def remote(self, artifact: str) -> Any:
+            while not there.is_set():
+                await asyncio.sleep(0.01)
+            return await describe.remote(artifact)
+
+    def die(_: Any) -> Any:
+        handle.describe = Waiting()  # type: ignore[assignment]
+        handle.rank = rank
+        raise ActorDiedError()
+
+    service = RankingService(settings, handle)  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        assert client.post("/v1/rank", json=body()).status_code == 200
+        handle.rank = Remote(die)
+        for _ in range(3):
+            assert client.post("/v1/rank", json=body()).status_code == 503
+        assert client.get("/healthz").status_code == 503
+        there.set()
+        until = time.monotonic() + 5
+        while client.post("/v1/rank", json=body()).status_code != 200:
+            assert time.monotonic() < until
+
+
 @pytest.mark.parametrize("answer", ["none", "text"])
 def test_the_proxy_answers_in_json_for_a_replica_that_is_gone(answer: str) -> None:
     async def proxied(scope: Any, receive: Any, send: Any) -> None:
@@ -480,6 +530,82 @@ def test_the_proxy_answers_in_json_for_a_replica_that_is_gone(answer: str) -> No
     assert "Deployment" not in response.text
 
 
+def test_the_proxy_turns_away_what_the_service_would_not_admit_at_once_and_by_path(settings: ServingSettings) -> None:
+    """Without asking the service, which may be busy; what is asked seldom is never turned away."""
+    options = settings.options.model_copy(
+        update={"max_ongoing_requests": 2, "max_queued_requests": 1, "service_replicas": 2}
+    )
+    service = RankingService(replace(settings, options=options), InProcess(Ranker(settings)))  # type: ignore[arg-type]
+    healthz = service.__serve_build_asgi_app__()
+
+    async def burst() -> dict[str, list[httpx.Response]]:
+        go_on, reached = asyncio.Event(), Counter[str]()
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"].endswith("/healthz"):
+                await healthz({**scope, "path": "/healthz"}, receive, send)
+                return
+            reached[scope["path"]] += 1
+            await go_on.wait()
+            await PlainTextResponse("ok")(scope, receive, send)
+
+        proxy = httpx.ASGITransport(application)
+        for middleware in middlewares():
+            proxy.app = middleware.cls(proxy.app)
+        answers = {}
+        async with httpx.AsyncClient(transport=proxy, base_url="http://proxy") as client:
+            assert (await client.get("/beside/healthz")).status_code == 200
+            for path in ("/beside/v1/rank", "/beside/v1/events", "/beside/v1/model", "/v1/rank"):
+                asked = [asyncio.ensure_future(client.post(path)) for _ in range(10)]
+                await asyncio.wait(asked, timeout=0.3)
+                early = [one.result() for one in asked if one.done()]
+                assert len(early) + reached[path] == 10
+                go_on.set()
+                late = await asyncio.gather(*(one for one in asked if not one.done()))
+                again = await client.post(path)  # there is room again
+                assert {one.status_code for one in [again, *late]} == {200}
+                go_on.clear()
+                answers[path] = early
+        return answers
+
+    turned_away = asyncio.run(burst())
+    assert [len(early) for early in turned_away.values()] == [4, 4, 0, 0]
+    for response in turned_away["/beside/v1/rank"]:
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert response.json()["error"]["type"] == "overloaded"
+
+
+def test_while_no_replica_is_there_one_request_alone_waits_for_one() -> None:
+    async def kill() -> None:
+        there, died = asyncio.Event(), False
+
+        async def application(scope: Any, receive: Any, send: Any) -> None:
+            nonlocal died
+            if died:
+                await there.wait()
+            if scope["path"] == "/v1/events" or died:
+                await PlainTextResponse("ok", headers={ADMITTED: "10"})(scope, receive, send)
+            died = died or scope["path"] == "/v1/rank"  # without an answer
+
+        proxy = httpx.ASGITransport(application)
+        for middleware in middlewares():
+            proxy.app = middleware.cls(proxy.app)
+        async with httpx.AsyncClient(transport=proxy, base_url="http://proxy") as client:
+            await client.post("/v1/events")  # tells the proxy how many are admitted
+            assert (await client.post("/v1/rank")).status_code == 503
+            waiting = asyncio.ensure_future(client.post("/v1/rank"))
+            await asyncio.sleep(0.1)
+            turned_away = await client.post("/v1/rank")
+            assert (turned_away.status_code, turned_away.json()["error"]["type"]) == (503, "unavailable")
+            there.set()
+            assert (await waiting).status_code == 200
+            assert {one.status_code for one in await asyncio.gather(*(client.post("/v1/rank") for _ in range(5)))} == {
+                200
+            }
+
+    asyncio.run(kill())
+
+
 def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() -> None:
     def load() -> None:
         try:
@@ -490,8 +616,8 @@ def test_the_error_in_a_text_with_traces_is_its_last_one_with_all_its_lines() ->
     with pytest.raises(CorankError) as caught:
         load()
     trace = "".join(traceback.format_exception(caught.value))
-    assert error_in(f"The deployment failed.\n\x1b[36mray::Replica\x1b[39m\n{trace}") == str(caught.value)
-    assert error_in("ValueError: a\nb") == "ValueError: a\nb"
+    assert without_trace(f"The deployment failed.\n\x1b[36mray::Replica\x1b[39m\n{trace}") == str(caught.value)
+    assert without_trace("ValueError: a\nb") == "ValueError: a\nb"
 
 
 def test_overload_is_answered_at_once(settings: ServingSettings) -> None:
@@ -513,6 +639,15 @@ def test_a_store_that_does_not_answer_is_named_and_may_be_asked_again(settings: 
             assert (response.status_code, response.headers["retry-after"]) == (503, "1")
             assert response.json()["error"]["type"] == "unavailable"
             assert gone.store.redis in response.json()["error"]["message"]
+
+
+def test_a_service_whose_online_store_is_lost_is_not_healthy(settings: ServingSettings, tmp_path: Path) -> None:
+    lost = replace(settings, store=replace(settings.store, sqlite_path=str(tmp_path / "online.db")))
+    service = RankingService(lost, InProcess(Ranker(lost)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        response = client.get("/healthz")
+    assert response.status_code == 503
+    assert lost.store.sqlite_path in response.json()["error"]["message"]
 
 
 def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(settings: ServingSettings) -> None:
@@ -553,6 +688,19 @@ def test_client_and_start_explain_themselves(settings: ServingSettings) -> None:
             start(settings, port=port)
 
 
+def own_address() -> str:
+    """This machine's address of the network, as others reach it; on a machine without any, loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+OWN_ADDRESS = own_address()
+
+
 @pytest.fixture
 def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY"):
@@ -571,6 +719,7 @@ def proxies(monkeypatch: pytest.MonkeyPatch) -> None:
         ("::1", "http://[::1]:{}"),
         ("::", "http://[::1]:{}"),
         ("localhost", "http://localhost:{}"),
+        (OWN_ADDRESS, f"http://{OWN_ADDRESS}:{{}}"),
     ],
 )
 def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host: str, url: str) -> None:
@@ -579,6 +728,10 @@ def test_this_machines_own_endpoint_is_asked_without_a_proxy(proxies: None, host
         with RankingClient(endpoint_url(host, port)) as client:
             assert client.healthz() == {"status": "ok"}
     assert asked == ["/healthz"]
+
+
+def test_an_address_of_ipv6_may_be_written_as_in_a_url() -> None:
+    assert ServingConfig(host="[::1]").host == "::1"
 
 
 def test_other_machines_are_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch, proxies: None) -> None:
@@ -609,3 +762,97 @@ def test_an_address_that_is_none_is_said_so() -> None:
         RankingClient("http://::1:8000")
     with RankingClient("localhost:8000") as client, pytest.raises(CorankError, match="unsupported protocol"):
         client.healthz()
+
+
+def published(root: Path, seed: int) -> tuple[str, str]:
+    """Another model of the same features: its artifact and version."""
+    torch.manual_seed(seed)
+    artifact = root / f"model-{seed}"
+    model = build_model(SCHEMA, "ui-mixformer", "tiny", id_dropout=0.0)
+    return str(artifact), save_artifact(artifact, model, {"selfcheck": {"rows": [], "scores": []}})
+
+
+def name(document: Path, artifact: str) -> None:
+    scratch = document.with_suffix(".tmp")
+    scratch.write_text(json.dumps({"artifact": artifact}))
+    scratch.replace(document)
+
+
+def test_a_model_that_is_named_while_requests_come_takes_over_without_a_lost_or_mixed_answer(
+    settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving.ranking, "FOLLOW_SECONDS", 0.05)
+    (first, one), (second, two) = published(tmp_path, 1), published(tmp_path, 2)
+    document = tmp_path / "current.json"
+    name(document, first)
+    handle = InProcess(Ranker(replace(settings, artifact=first)))
+    service = RankingService(replace(settings, artifact=first, follow=str(document)), handle)  # type: ignore[arg-type]
+    answers = []
+    with TestClient(build_api(service)) as client:
+        expected = {}
+        for artifact, version in ((first, one), (second, two), (first, one)):
+            name(document, artifact)
+            until = time.monotonic() + 20
+            while not answers or answers[-1]["model_version"] != version:
+                assert time.monotonic() < until
+                response = client.post("/v1/rank", json=body())
+                assert response.status_code == 200
+                answers.append(response.json())
+            expected[version] = answers[-1]["scores"]
+        assert expected[one] != expected[two]
+        for each in answers:
+            assert each["scores"] == expected[each["model_version"]]
+        # what is no model, or gives other scores than it was published with, stays out, and says so
+        damaged = tmp_path / "damaged"
+        shutil.copytree(second, damaged)
+        (damaged / "model.safetensors").write_bytes(b"")
+        for artifact, why in ((str(damaged), "is damaged"), (str(tmp_path / "none"), "not a model artifact")):
+            name(document, artifact)
+            until = time.monotonic() + 20
+            while (client.get("/v1/model").json()["refused"] or {}).get("artifact") != artifact:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            served = client.get("/v1/model").json()
+            assert served["model_version"] == one
+            assert why in served["refused"]["why"]
+            assert client.post("/v1/rank", json=body()).json()["scores"] == expected[one]
+        document.write_text("{half")
+        name(document, second)
+        until = time.monotonic() + 20
+        while client.get("/v1/model").json()["model_version"] != two:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert client.get("/v1/model").json()["refused"] is None
+
+
+def test_a_model_that_scores_its_self_check_otherwise_is_refused(settings: ServingSettings, tmp_path: Path) -> None:
+    ranker, reader = Ranker(settings), OnlineReader(settings.store)
+    row = build_row(reader, 0, "7", ["1", "2"], CONTEXT, NOW).rows
+    model = load_artifact(settings.artifact).model
+    document = {"rows": row.to_pylist(), "scores": ranker.score([(settings.artifact, row)])[0].tolist()}
+    columns = set(sample_schema(SCHEMA).names)
+    document["rows"] = [{name: value for name, value in one.items() if name in columns} for one in document["rows"]]
+    right = tmp_path / "right"
+    save_artifact(right, model, {"selfcheck": document})
+    assert len(ranker.score([(str(right), row)])[0]) == 2
+    wrong = tmp_path / "wrong"
+    document["scores"][0][0] += 1e-3
+    save_artifact(wrong, model, {"selfcheck": document})
+    with pytest.raises(CorankError, match=r"wrong: its self-check requests differ by 1\.00e-03"):
+        ranker.score([(str(wrong), row)])
+
+
+def test_requests_of_two_models_that_meet_in_one_batch_are_scored_each_by_its_own(
+    settings: ServingSettings, tmp_path: Path
+) -> None:
+    (first, _), (second, _) = published(tmp_path, 1), published(tmp_path, 2)
+    ranker, reader = Ranker(replace(settings, artifact=first)), OnlineReader(settings.store)
+    sizes = (("7", 3), ("8", 1), ("7", 2))
+    rows = [build_row(reader, 0, user, ["1", "2", "3"][:size], CONTEXT, NOW).rows for user, size in sizes]
+    mixed = ranker.score(list(zip((first, second, first), rows, strict=True)))
+    alone = [ranker.score([(artifact, row)])[0] for artifact, row in zip((first, second, first), rows, strict=True)]
+    for one, other in zip(mixed, alone, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    third, _ = published(tmp_path, 3)
+    ranker.score([(third, rows[0])])
+    assert list(ranker._models) == [first, third]  # the one longest not asked for went

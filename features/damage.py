@@ -1,0 +1,62 @@
+"""Whether files that are read back are whole: SQLite's, as far as it can tell, and those that end with a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+SEAL = b"\xfa\xff\x7f\x10"
+"""Before the digest that ends a file. To Protobuf: a field of 16 bytes that no message has, so that it is ignored."""
+
+MAGIC = b"SQLite format 3\0"
+
+
+def problem_of_database(path: Path, pages: bool = True) -> str | None:
+    """What is wrong with a file that should be a database; None when nothing is.
+
+    Args:
+        pages: read it all (a gigabyte takes seconds) and check its pages and what they refer to. Other values in a
+            page that is whole are not noticed: SQLite has no checksums.
+    """
+    if not path.is_file():
+        return "is missing"
+    with path.open("rb") as stream:
+        start = stream.read(len(MAGIC))
+    if not start:
+        return "is empty"
+    if start != MAGIC:
+        return "is no SQLite database"
+    if not pages:
+        return None
+    try:
+        with closing(sqlite3.connect(path)) as database:
+            (said,) = database.execute("pragma quick_check(1)").fetchone()
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
+            return None  # another process writes it
+        said = str(error)
+    return None if said == "ok" else f"has damaged pages ({' '.join(said.split())})"
+
+
+def remove_database(path: Path) -> None:
+    """Delete a database with what SQLite keeps beside it."""
+    for end in ("", "-journal", "-wal", "-shm"):
+        path.with_name(path.name + end).unlink(missing_ok=True)
+
+
+def seal(content: bytes) -> bytes:
+    """What to append to a file's content, so that :func:`problem_of_sealed` finds every change of it."""
+    return SEAL + hashlib.blake2b(content, digest_size=16).digest()
+
+
+def problem_of_sealed(path: Path) -> str | None:
+    """What is wrong with a file that ends with its seal; None when nothing is."""
+    if not path.is_file():
+        return "is missing"
+    whole = path.read_bytes()
+    if not whole:
+        return "is empty"
+    content, _, _ = whole.rpartition(SEAL)
+    return None if whole == content + seal(content) else "is not what was written"

@@ -48,7 +48,7 @@ class EvaluationConfig(Declaration):
         "interval holds this, the difference itself decides for the gate's task, and others are not judged",
     )
     max_miscalibration: float = Field(
-        0.5,
+        1.0,
         gt=0,
         allow_inf_nan=False,
         description="positives ÷ predicted may lie between 1 ÷ (1 + this) and 1 + this, or be no further off than the "

@@ -38,7 +38,7 @@ from tests.models.batches import make_rows, make_schema
 
 SCHEMA = make_schema()
 CUT = 1_300_000_000
-LIMITS = EvaluationConfig(min_gain_over_baseline=-1.0, resamples=50, segment_impressions=300)
+LIMITS = EvaluationConfig(min_gain_over_baseline=-1.0, max_miscalibration=0.5, resamples=50, segment_impressions=300)
 
 
 def scored_world(noise: float = 1.0, count: int = 4_000, seed: int = 0) -> Scored:

@@ -522,6 +522,8 @@ def test_a_rejected_first_challenger_is_registered_but_not_served(config: Config
     shutil.copytree(config.local_path(), tmp_path / "work")
     strict = load(tmp_path, tmp_path / "data", evaluation=LENIENT | {"min_gain_over_baseline": 0.9})
     shutil.rmtree(strict.local_path("mlflow"))
+    for stage in (CHAMPION, DEPLOYMENT):  # of which the versions would be registered again
+        shutil.rmtree(strict.local_path("records", stage.name))
     workspace = Workspace(strict, Progress(), DAYS[0])
     VALIDATED.run(workspace, [DAYS[0]])
     SAMPLES.run(workspace, [DAYS[0]])

@@ -127,26 +127,32 @@ def _of_task(limits: EvaluationConfig, task: str, is_gate: bool, known: _Known, 
     margin = limits.max_loss_against_champion
     if not is_gate and limits.max_loss_of_other_tasks is not None:
         margin = limits.max_loss_of_other_tasks
-    over, drift = f"gain over {known.rival_name}", population_stability(scores, rival) if len(labels) else None
+    over, entropy = f"gain over {known.rival_name}", entropy_loss(labels, scores, rival, users, *resampling)
     return [
         at_least(f"{task} AUC, {over}", report.champion_gain, -margin, decides=is_gate, width=margin),
         at_least(f"{task} GAUC, {over}", gauc_gain(labels, scores, rival, users, *resampling), -margin, width=margin),
         _entropy(
             limits,
             f"{task} normalised entropy, above {known.rival_name}",
-            entropy_loss(labels, scores, rival, users, *resampling),
+            entropy,
             is_gate,
         ),
         _calibration(limits, task, is_gate, calibrated, calibration(labels, rival, users, *resampling)),
-        Criterion(
-            f"{task} scores, PSI against {known.rival_name}",
-            drift,
-            None,
-            limits.max_drift,
-            f"≤ {limits.max_drift:g}",
-            None if drift is None else drift <= limits.max_drift,
-        ),
+        _drift(limits, f"{task} scores, PSI against {known.rival_name}", scores, rival, entropy),
     ]
+
+
+def _drift(
+    limits: EvaluationConfig, measured: str, scores: np.ndarray, rival: np.ndarray, entropy: Gain | None
+) -> Criterion:
+    """Scores that moved far fail, unless they are shown to have moved towards the labels."""
+    limit, text = limits.max_drift, f"≤ {limits.max_drift:g}"
+    if not len(scores):
+        return Criterion(measured, limit=limit, limit_text=text, note="no label is known")
+    found = Criterion(measured, population_stability(scores, rival), None, limit, text)
+    if found.value is not None and found.value > limit and entropy is not None and entropy.high < 0:
+        return replace(found, passed=True, note="towards the labels: the normalised entropy fell")
+    return _judged(found, found.value is not None and found.value <= limit)
 
 
 def _beyond(value: float, low: float, high: float, limit: float, decides: bool) -> bool | None:

@@ -59,7 +59,8 @@ class EvaluationConfig(Declaration):
         gt=0,
         allow_inf_nan=False,
         description="population stability index of the scores against the champion's on the same requests, in tenths "
-        "of the champion's; 0.25 is commonly called a large shift",
+        "of the champion's; 0.25 is commonly called a large shift. Beyond it passes where all of the interval says "
+        "that the normalised entropy fell: the scores moved towards the labels",
     )
     max_slowdown: float = Field(
         3.0, gt=0, allow_inf_nan=False, description="time of scoring the self-check requests ÷ the champion's"

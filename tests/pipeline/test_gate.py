@@ -182,6 +182,11 @@ def test_scores_that_drift_from_the_champions_fail_without_one_it_is_told() -> N
     verdict = judged(moved, champion)
     assert verdict["task0 AUC, gain over champion"].passed is True
     assert verdict["task0 scores, PSI against champion"].passed is False
+    towards = judged(champion, moved)["task0 scores, PSI against champion"]
+    assert towards.value is not None
+    assert towards.value > 0.5
+    assert towards.passed is True
+    assert towards.note == "towards the labels: the normalised entropy fell"
     alone = judged(moved, None)
     assert "task0 scores, PSI against champion" not in alone
     assert alone["comparison with the champion"] == Criterion(

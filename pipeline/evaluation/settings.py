@@ -63,7 +63,7 @@ class EvaluationConfig(Declaration):
         "that the normalised entropy fell: the scores moved towards the labels",
     )
     max_slowdown: float = Field(
-        3.0, gt=0, allow_inf_nan=False, description="time of scoring the self-check requests ÷ the champion's"
+        3.0, gt=0, allow_inf_nan=False, description="CPU time of scoring the self-check requests ÷ the champion's"
     )
     min_gain_over_references: float | None = Field(
         None,

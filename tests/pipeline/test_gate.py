@@ -203,7 +203,9 @@ class Watched(torch.nn.Module):
 
     def forward(self, batch: RequestBatch) -> torch.Tensor:
         self.calls.append(self.name)
-        time.sleep(self.seconds)
+        until = time.thread_time() + self.seconds
+        while time.thread_time() < until:
+            pass
         scores: torch.Tensor = self.model(batch)
         return scores
 

@@ -124,7 +124,12 @@ def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
         if left:
             from pipeline.dag import run_dag
 
-            run_dag(workspace, left)
+            try:
+                run_dag(workspace, left)
+            except CorankError:
+                _write_report(workspace)  # a refused challenger has one, too
+                raise
+            _write_report(workspace)
         else:
             typer.echo("Nothing to do: every stage is up to date with the log and the config.")
         if deploying:
@@ -133,6 +138,17 @@ def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
         print_summary(workspace, answer)
     if serve:
         keep_serving(workspace, running=deploying)
+
+
+def _write_report(workspace: Workspace) -> None:
+    """The report on the challenger of this run, if it was judged."""
+    from pipeline.report import write_report
+    from pipeline.stages.evaluation import EVALUATION
+
+    key = EVALUATION.key(workspace)
+    if workspace.records.read(EVALUATION, key) is not None:
+        with workspace.progress.stage("report") as line:
+            line.say(str(write_report(workspace, key)))
 
 
 def _example_query(workspace: Workspace) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import polars as pl
 
 from features.errors import CorankError
 from features.schema import Schema
-from models.metrics import Gain, TaskMetrics, auc_gain, task_metrics
+from models.metrics import CalibrationBin, Gain, TaskMetrics, auc_gain, calibration_bins, task_metrics
 from pipeline.evaluation.baseline import IDENTITY
 from pipeline.evaluation.scoring import Scored
 
@@ -25,6 +25,7 @@ class TaskReport:
     gain: Gain | None
     champion: TaskMetrics | None
     champion_gain: Gain | None
+    calibration: list[CalibrationBin] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -33,6 +34,7 @@ class TaskReport:
             "auc_gain_over_baseline": asdict(self.gain) if self.gain else None,
             "champion": self.champion.as_dict() if self.champion else None,
             "auc_gain_over_champion": asdict(self.champion_gain) if self.champion_gain else None,
+            "calibration": [asdict(one) for one in self.calibration],
         }
 
 
@@ -81,6 +83,7 @@ def compare(
             champion_gain=auc_gain(labels[unseen], scores[unseen], rival[unseen], users[unseen], resamples)
             if rival is not None
             else None,
+            calibration=calibration_bins(labels, scores),
         )
     return reports
 

@@ -146,6 +146,9 @@ class Evaluation(Stage[EvaluationRecord]):
             )
         return {key: record}
 
+    def rows(self, record: EvaluationRecord) -> int:
+        return record.impressions
+
     def counts(self, workspace: Workspace) -> tuple[str, str] | None:
         record = workspace.records.read(self, self.key(workspace))
         return (f"{record.impressions:,} held-out candidates", "metrics below") if record is not None else None

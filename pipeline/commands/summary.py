@@ -14,7 +14,7 @@ from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
 from pipeline.stages.deployment import CURRENT, DEPLOYMENT
-from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
+from pipeline.stages.evaluation import EVALUATION, EvaluationRecord, report_path
 from pipeline.stages.validated import VALIDATED, ValidatedRecord
 from pipeline.workspace import Workspace, close_text
 
@@ -120,7 +120,7 @@ def _print_places(console: Console, workspace: Workspace, evaluation: Evaluation
     newest = workspace.records.read(VALIDATED, workspace.partitions[-1]) or ValidatedRecord()
     home = config.local_path("dagster")
     for what, where in (
-        ("report", (evaluation or EvaluationRecord()).report),
+        ("report", report_path(config, evaluation.model) if evaluation else "–"),
         ("Data Docs", newest.data_docs),
         ("MLflow", f"mlflow ui --backend-store-uri {shlex.quote(workspace.registry.uri)}"),
         ("Dagster", f"DAGSTER_HOME={shlex.quote(str(home))} CORANK_CONFIG=… dagster dev -m pipeline.definitions"),

@@ -74,4 +74,5 @@ _LINE = "lines+markers"
 def _html(figure: go.Figure, name: str) -> Markup:
     figure.update_layout(height=HEIGHT, margin={"t": 30, "b": 40, "l": 60, "r": 10}, template="plotly_white")
     # what comes from the log is escaped by plotly
-    return Markup(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}"))
+    options = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
+    return Markup(figure.to_html(div_id=f"figure-{name}", **options))

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.errors import CorankError, writing
-from pipeline.config import Config
 from pipeline.cost import costs
 from pipeline.evaluation.texts import classes_text, number_text
 from pipeline.stages import STAGES
 from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
 from pipeline.stages.champion import CHAMPION
 from pipeline.stages.deployment import CURRENT, DEPLOYMENT
-from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
+from pipeline.stages.evaluation import EVALUATION, EvaluationRecord, report_path
 from pipeline.stages.progressive_validation import PROGRESSIVE_VALIDATION
 from pipeline.stages.refit import REFIT, RefitRecord, refit_key
 from pipeline.stages.samples import SAMPLES, SamplesRecord
@@ -39,15 +38,6 @@ METRICS = {
 SHOWN_VERSIONS = 20
 SHOWN_LIFE = 90
 """Points of the life curve, the newest."""
-
-
-def report_path(config: Config, model: str) -> Path:
-    """Where the report on a challenger lies.
-
-    Args:
-        model: version of the judged content.
-    """
-    return config.local_path("reports", f"{model}.html")
 
 
 def report_of(workspace: Workspace, number: int | None) -> Path:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from features.errors import CorankError
-from models.metrics import TaskMetrics, auc, auc_gain, task_metrics
+from models.metrics import TaskMetrics, auc, auc_gain, calibration_bins, task_metrics
 
 
 @settings(max_examples=50, deadline=None)
@@ -73,3 +73,20 @@ def test_of_one_class_or_without_labels_what_cannot_be_told_is_none() -> None:
     assert nothing == TaskMetrics(None, None, None, None, None, 0, None, None, None)
     assert auc_gain(np.ones(3), np.zeros(3), np.zeros(3), users, resamples=50) is None
     assert auc_gain(np.zeros(0), np.zeros(0), np.zeros(0), users[:0], resamples=50) is None
+
+
+def test_calibration_bins_hold_every_impression_once_in_order_of_the_probability() -> None:
+    rng = np.random.default_rng(3)
+    probabilities = rng.random(1_003).astype(np.float32)
+    labels = (rng.random(1_003) < probabilities).astype(np.float32)
+    bins = calibration_bins(labels, probabilities)
+    assert sum(one.impressions for one in bins) == 1_003
+    assert max(one.impressions for one in bins) - min(one.impressions for one in bins) <= 1
+    assert [one.predicted for one in bins] == sorted(one.predicted for one in bins)
+    mean = sum(one.impressions * one.observed for one in bins) / 1_003
+    assert mean == pytest.approx(labels.mean(), abs=1e-6)
+    assert all(abs(one.observed - one.predicted) < 0.2 for one in bins)
+    assert calibration_bins(labels[:0], probabilities[:0]) == []
+    assert [one.impressions for one in calibration_bins(labels[:3], probabilities[:3])] == [1, 1, 1]
+    with pytest.raises(CorankError, match="1 of 3 probabilities are not finite"):
+        calibration_bins(labels[:3], np.array([0.1, np.nan, 0.3]))

@@ -47,9 +47,9 @@ from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader
 from models.artifact import Artifact, load_artifact
 from models.memory import keep_freed_memory
-from models.scoring import score_batches
 from models.selfcheck import require_selfcheck
 from serving.bodies import BodyError, bounded_route
+from serving.memo import MemoisedModel, Ranked
 from serving.proxy import ADMITTED
 from serving.rows import InvalidRequestError, RequestRow, as_text, build_row
 from serving.settings import MOST_BODY_BYTES, ServingConfig, ServingSettings
@@ -141,6 +141,11 @@ class RankRequest(BaseModel):
     candidates: Annotated[list[Identifier], FailFast(), Field(min_length=1, description="item ids")]
     context: Annotated[dict[str, Any], Field(description="context features by the column they come from")] = {}
     ts: Annotated[Microseconds | None, Field(description="time of the request, microseconds UTC; default: now")] = None
+    top_k: Annotated[int | None, Field(ge=1, description="length of the ranking; default: all")] = None
+    weights: Annotated[
+        dict[str, Annotated[float, Field(allow_inf_nan=False)]],
+        Field(description="rank by this weighted sum of the tasks' scores; default: serving.weights of the config"),
+    ] = {}
 
 
 class Event(BaseModel):
@@ -296,23 +301,50 @@ def _summary(model: ModelDescription) -> dict[str, Any]:
 
 
 def answer(
-    request: RankRequest, ts: int, row: RequestRow, model: ModelDescription, scores: np.ndarray
+    request: RankRequest,
+    ts: int,
+    row: RequestRow,
+    model: ModelDescription,
+    ranked: Ranked,
+    seconds: Mapping[str, float],
+    weights: Mapping[str, float],
 ) -> dict[str, Any]:
     """The body of an answer.
 
     Args:
-        scores: probabilities [C, K] in the order of the candidates.
+        seconds: ``features`` and ``model``, the way to the ranker and the wait for others included.
+        weights: of tasks, where the request has none.
+
+    Raises:
+        InvalidRequestError: a weight names no task of the model.
     """
-    order = np.argsort(-scores[:, 0], kind="stable")
+    order = np.argsort(-_ordered_by(request.weights or weights, model.tasks, ranked.scores), kind="stable")
     known = zip(request.candidates, row.item_known, strict=True)
     return {
         "model_version": model.version,
         "request_ts": ts,
         "tasks": model.tasks,
-        "scores": {task: scores[:, index].tolist() for index, task in enumerate(model.tasks)},
-        "ranking": [request.candidates[index] for index in order],
+        "scores": {task: ranked.scores[:, index].tolist() for index, task in enumerate(model.tasks)},
+        "ranking": [request.candidates[index] for index in order[: request.top_k]],
         "cold_start": {"user": not row.user_known, "items": [item for item, is_known in known if not is_known]},
+        "memo": ranked.remembered,
+        "milliseconds": {
+            "features": 1e3 * seconds["features"],
+            "user_side": 1e3 * ranked.user_seconds,
+            "item_side": 1e3 * ranked.item_seconds,
+            "between": 1e3 * (seconds["model"] - ranked.user_seconds - ranked.item_seconds),
+        },
     }
+
+
+def _ordered_by(weights: Mapping[str, float], tasks: list[str], scores: np.ndarray) -> np.ndarray:
+    """What the ranking is by, [C]: the weighted sum of the tasks' probabilities; without weights the first task."""
+    if not weights:
+        return scores[:, 0]
+    unknown = [task for task in weights if task not in tasks]
+    if unknown:
+        raise InvalidRequestError(f"weights.{unknown[0]}", f"is no task of the model; there are: {', '.join(tasks)}")
+    return np.asarray(scores @ np.array([weights.get(task, 0.0) for task in tasks]))
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
@@ -395,6 +427,7 @@ class RankingService:
             )
         with self._admission("rank"):
             live = await self._open()
+            started = time.perf_counter()
             ts = request.ts if request.ts is not None else time.time_ns() // 1_000
             row = await _in_thread(
                 self._reading,
@@ -408,8 +441,10 @@ class RankingService:
                     limits.missing_context,
                 ),
             )
-            scores: np.ndarray = await self._ask(self._ranker.rank, (live.artifact, row.rows))
-            return answer(request, ts, row, live.model, scores)
+            read = time.perf_counter()
+            ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows))
+            seconds = {"features": read - started, "model": time.perf_counter() - read}
+            return answer(request, ts, row, live.model, ranked, seconds, limits.weights)
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         """Append events to the online sequences; the next request sees them.
@@ -562,14 +597,15 @@ class Ranker:
         torch.set_num_threads(
             settings.ranker_threads or max(1, (os.cpu_count() or 1) // settings.options.ranker_replicas)
         )
-        self._models: OrderedDict[str, Artifact] = OrderedDict()
+        self._models: OrderedDict[str, tuple[Artifact, MemoisedModel]] = OrderedDict()
         self._loading = threading.Lock()
         self._max_candidates = settings.options.max_candidates
+        self._memo_bytes = round(settings.options.memo_megabytes * 1e6)
         self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
         self.rank.set_batch_wait_timeout_s(settings.options.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
         self._model(settings.artifact)
 
-    def _model(self, artifact: str) -> Artifact:
+    def _model(self, artifact: str) -> tuple[Artifact, MemoisedModel]:
         """A model, loaded and checked when it is first asked for; the one longest not asked for goes then.
 
         Raises:
@@ -579,34 +615,30 @@ class Ranker:
             if artifact not in self._models:
                 loaded = load_artifact(artifact)
                 require_selfcheck(artifact, loaded.model, loaded.metadata.get("selfcheck", {}))
-                self._models[artifact] = loaded
+                self._models[artifact] = loaded, MemoisedModel(loaded.model, self._memo_bytes)
             self._models.move_to_end(artifact)
             while len(self._models) > MOST_MODELS:
                 self._models.popitem(last=False)
             return self._models[artifact]
 
     async def describe(self, artifact: str) -> ModelDescription:
-        model = await asyncio.to_thread(self._model, artifact)
+        model, _ = await asyncio.to_thread(self._model, artifact)
         return ModelDescription(model.version, model.schema, model.metadata)
 
     @serve.batch
-    async def rank(self, requests: list[BoundRow]) -> list[np.ndarray]:
-        """Probabilities [C, K] of every request by the model that it is bound to."""
+    async def rank(self, requests: list[BoundRow]) -> list[Ranked]:
+        """What every request gets by the model that it is bound to."""
         return await asyncio.to_thread(self.score, requests)
 
-    def score(self, requests: Sequence[BoundRow]) -> list[np.ndarray]:
+    def score(self, requests: Sequence[BoundRow]) -> list[Ranked]:
         """Scores of these requests, merged per model into batches of at most ``max_candidates`` candidates."""
-        scores: dict[int, np.ndarray] = {}
+        ranked: dict[int, Ranked] = {}
         for artifact in dict.fromkeys(artifact for artifact, _ in requests):
             places = [place for place, (bound_to, _) in enumerate(requests) if bound_to == artifact]
             rows = concatenate([requests[place][1] for place in places])
-            of_requests = (
-                of_request
-                for batch, merged in score_batches(self._model(artifact).model, rows, self._max_candidates)
-                for of_request in np.split(merged, batch.items.offsets[1:-1].numpy())
-            )
-            scores |= dict(zip(places, of_requests, strict=True))
-        return [scores[place] for place in range(len(requests))]
+            _, model = self._model(artifact)
+            ranked |= dict(zip(places, model.rank(rows, self._max_candidates), strict=True))
+        return [ranked[place] for place in range(len(requests))]
 
 
 def followed(path: str) -> str | None:

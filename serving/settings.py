@@ -35,6 +35,12 @@ class ServingConfig(Declaration):
     max_ongoing_requests: int = Field(64, ge=1, description="requests of one service replica that are worked on")
     max_queued_requests: int = Field(128, ge=0, description="beyond these a request is answered 503 at once")
     max_body_bytes: int = Field(MOST_BODY_BYTES, ge=1, description="a larger body of a request is answered 413")
+    memo_megabytes: float = Field(
+        256.0, ge=0, description="user sides that a ranker remembers per model, in true bytes; 0: none"
+    )
+    weights: dict[str, float] = Field(
+        {}, description="rank by this weighted sum of the tasks' scores; default: by the first task"
+    )
     missing_context: MissingContext = Field("error", description="what a column is that a request's context lacks")
 
     @field_validator("host")

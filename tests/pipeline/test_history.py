@@ -20,6 +20,7 @@ from pipeline.progress import Progress
 from pipeline.stages import pending
 from pipeline.stages.feature_store import FEATURE_STORE, lost_partitions, online_record, store_settings
 from pipeline.stages.samples import SAMPLES, build_settings
+from pipeline.stages.stage import Stage
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
 from tests.pipeline.workspaces import START, load
@@ -169,9 +170,9 @@ def test_states_that_another_version_laid_out_otherwise_count_as_stale(
     workspace = Workspace(config, Progress())
     for day, inputs in SAMPLES.inputs(workspace).items():
         workspace.records.put("samples", day, {"inputs": inputs})
-    assert SAMPLES.stale(Workspace(config, Progress())) == []
+    assert Stage.stale(SAMPLES, Workspace(config, Progress())) == []
     monkeypatch.setattr("features.builder.states.LAYOUT", 0)
-    assert SAMPLES.stale(Workspace(config, Progress())) == DAYS[:2]
+    assert Stage.stale(SAMPLES, Workspace(config, Progress())) == DAYS[:2]
 
 
 def lose(config: Config, partition: str) -> None:

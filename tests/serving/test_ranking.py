@@ -37,9 +37,10 @@ from features.schema import EventField, Feature, Schema, Sequence, Task
 from features.store.online import FeatureStoreSettings, apply, materialize, open_store, sole_writer
 from features.store.reader import History, OnlineReader
 from models.artifact import load_artifact, save_artifact
-from models.registry import build_model
+from models.registry import MODELS, build_model
 from serving.client import NoEndpointError, RankingClient
 from serving.deploy import start
+from serving.memo import MemoisedModel
 from serving.ports import endpoint_url
 from serving.proxy import ADMITTED, JsonErrors, middlewares
 from serving.ranking import Ranker, RankingService, build_api
@@ -64,6 +65,11 @@ SCHEMA = Schema(
 )
 CONTEXT = {"device": "ios", "hour": 3, "modes": ["dark", 7]}
 NOW = 1_000
+
+
+def without_cost(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer without how it came about."""
+    return {name: value for name, value in answer.items() if name not in ("memo", "milliseconds")}
 
 
 class InProcess:
@@ -252,10 +258,10 @@ def test_merged_requests_score_alike(settings: ServingSettings) -> None:
         build_row(reader, 0, user, items, CONTEXT, NOW).rows
         for user, items in (("7", ["1", "2"]), ("8", ["3"]), ("7", ["1", "9", "2", "3"]))
     ]
-    merged = ranker.score([(settings.artifact, row) for row in rows])
+    merged = [one.scores for one in ranker.score([(settings.artifact, row) for row in rows])]
     assert [scores.shape for scores in merged] == [(2, 2), (1, 2), (4, 2)]
     for row, scores in zip(rows, merged, strict=True):
-        np.testing.assert_allclose(ranker.score([(settings.artifact, row)])[0], scores, atol=1e-5)
+        np.testing.assert_allclose(ranker.score([(settings.artifact, row)])[0].scores, scores, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +308,7 @@ def test_the_next_request_sees_pushed_events(client: TestClient, settings: Servi
     after = client.post("/v1/rank", json=request).json()
     assert after["scores"] != before["scores"]
     assert client.post("/v1/events", json=pushed).json() == {"added": {"clicks": 0}}
-    assert client.post("/v1/rank", json=request).json() == after
+    assert without_cost(client.post("/v1/rank", json=request).json()) == without_cost(after)
 
 
 def test_ids_of_several_kinds_in_one_body_are_coded_one_by_one(client: TestClient, settings: ServingSettings) -> None:
@@ -396,7 +402,8 @@ def test_context_that_is_missing_can_be_unknown(settings: ServingSettings) -> No
     service = RankingService(lenient, InProcess(Ranker(lenient)))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client:
         unknown = client.post("/v1/rank", json=body(context=dict.fromkeys(CONTEXT)))
-        assert client.post("/v1/rank", json=body(context={})).json() == unknown.json()
+        empty = client.post("/v1/rank", json=body(context={}))
+        assert without_cost(empty.json()) == without_cost(unknown.json())
         assert client.post("/v1/rank", json=body(context={"other": 1})).status_code == 422
 
 
@@ -829,17 +836,97 @@ def test_a_model_that_scores_its_self_check_otherwise_is_refused(settings: Servi
     ranker, reader = Ranker(settings), OnlineReader(settings.store)
     row = build_row(reader, 0, "7", ["1", "2"], CONTEXT, NOW).rows
     model = load_artifact(settings.artifact).model
-    document = {"rows": row.to_pylist(), "scores": ranker.score([(settings.artifact, row)])[0].tolist()}
+    document = {"rows": row.to_pylist(), "scores": ranker.score([(settings.artifact, row)])[0].scores.tolist()}
     columns = set(sample_schema(SCHEMA).names)
     document["rows"] = [{name: value for name, value in one.items() if name in columns} for one in document["rows"]]
     right = tmp_path / "right"
     save_artifact(right, model, {"selfcheck": document})
-    assert len(ranker.score([(str(right), row)])[0]) == 2
+    assert len(ranker.score([(str(right), row)])[0].scores) == 2
     wrong = tmp_path / "wrong"
     document["scores"][0][0] += 1e-3
     save_artifact(wrong, model, {"selfcheck": document})
     with pytest.raises(CorankError, match=r"wrong: its self-check requests differ by 1\.00e-03"):
         ranker.score([(str(wrong), row)])
+
+
+def rows_of(settings: ServingSettings, *requests: tuple[str, list[str], int]) -> list[Any]:
+    """Rows of requests: user, candidates, ts."""
+    reader = OnlineReader(settings.store)
+    return [build_row(reader, 0, user, items, CONTEXT, ts).rows for user, items, ts in requests]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_what_is_remembered_gives_the_scores_of_what_is_computed(settings: ServingSettings, name: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(SCHEMA, name, "tiny", id_dropout=0.0).eval()
+    never, memo = MemoisedModel(model, 0), MemoisedModel(model, 10**9)
+
+    def levels(rows: list[Any], exact: bool = False) -> list[str]:
+        ranked = list(memo.rank(concatenate(rows), 100))
+        plain = list(never.rank(concatenate(rows), 100))
+        for one, other in zip(ranked, plain, strict=True):
+            np.testing.assert_allclose(one.scores, other.scores, atol=0 if exact else 1e-6)
+            assert other.remembered == "none"
+        return [one.remembered for one in ranked]
+
+    first, page, later, cold = rows_of(
+        settings, ("7", ["1", "2"], NOW), ("7", ["3"], NOW), ("7", ["1"], NOW + 1), ("8", ["2", "1"], NOW)
+    )
+    assert levels([first]) == ["none"]
+    assert levels([first], exact=True) == ["user"]  # a retry
+    assert levels([page]) == ["user"]  # other candidates of the same request
+    assert levels([later]) == ["timeline"]  # the same events at another time
+    # what is remembered, in part remembered and new in one batch, and one of them twice
+    latest, other = rows_of(settings, ("7", ["2", "3"], NOW + 2), ("8", ["3"], NOW + 2))
+    assert levels([cold, latest, first, latest, other]) == ["none", "timeline", "user", "timeline", "none"]
+    assert levels([other, cold, latest]) == ["user", "user", "user"]
+
+
+def test_what_is_remembered_stays_within_its_bytes_and_the_longest_unused_goes(settings: ServingSettings) -> None:
+    torch.manual_seed(0)
+    model = build_model(SCHEMA, "ui-mixformer", "tiny", id_dropout=0.0).eval()
+    rows = rows_of(settings, *(("7", ["1"], NOW + step) for step in range(6)))
+    roomy = MemoisedModel(model, 10**9)
+    for row in rows:
+        list(roomy.rank(row, 100))
+    assert (len(roomy.users), len(roomy.timelines)) == (6, 1)
+    size = roomy.users.nbytes // 6
+    small = MemoisedModel(model, 2 * round(3.5 * size))
+    for row in rows[:3]:
+        list(small.rank(row, 100))
+    assert next(small.rank(rows[0], 100)).remembered == "user"  # used last now
+    list(small.rank(rows[3], 100))
+    assert small.users.nbytes <= small.users.most_bytes
+    found = [next(small.rank(row, 100)).remembered for row in (rows[0], rows[2], rows[3], rows[1])]
+    assert found == ["user", "user", "user", "timeline"]
+
+
+def test_a_ranking_is_by_weights_of_the_request_or_the_config_and_as_long_as_asked_for(
+    settings: ServingSettings,
+) -> None:
+    likes = replace(settings, options=ServingConfig(max_candidates=4, weights={"like": 1.0}))
+    service = RankingService(likes, InProcess(Ranker(likes)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+
+        def asked(**more: Any) -> dict[str, Any]:
+            response = client.post("/v1/rank", json=body(**more))
+            assert response.status_code == 200, response.text
+            return dict(response.json())
+
+        answer = asked()
+        scores, items = answer["scores"], body()["candidates"]
+        by = {task: [items[place] for place in np.argsort(-np.array(scores[task]), kind="stable")] for task in scores}
+        assert answer["ranking"] == by["like"]
+        assert asked(weights={"click": 1.0})["ranking"] == by["click"]
+        assert asked(weights={"click": -1.0})["ranking"] == by["click"][::-1]
+        assert asked(weights={"click": 1.0}, top_k=1)["ranking"] == by["click"][:1]
+        assert asked(top_k=1)["scores"] == scores
+        assert set(answer["milliseconds"]) == {"features", "user_side", "item_side", "between"}
+        assert all(value >= 0 for value in answer["milliseconds"].values())
+        refused = client.post("/v1/rank", json=body(weights={"buy": 1.0}))
+        assert (refused.status_code, refused.json()["error"]["field"]) == (422, "weights.buy")
+        for wrong in ({"top_k": 0}, {"weights": {"click": "x"}}):
+            assert client.post("/v1/rank", json=body(**wrong)).status_code == 422
 
 
 def test_requests_of_two_models_that_meet_in_one_batch_are_scored_each_by_its_own(
@@ -849,8 +936,10 @@ def test_requests_of_two_models_that_meet_in_one_batch_are_scored_each_by_its_ow
     ranker, reader = Ranker(replace(settings, artifact=first)), OnlineReader(settings.store)
     sizes = (("7", 3), ("8", 1), ("7", 2))
     rows = [build_row(reader, 0, user, ["1", "2", "3"][:size], CONTEXT, NOW).rows for user, size in sizes]
-    mixed = ranker.score(list(zip((first, second, first), rows, strict=True)))
-    alone = [ranker.score([(artifact, row)])[0] for artifact, row in zip((first, second, first), rows, strict=True)]
+    mixed = [one.scores for one in ranker.score(list(zip((first, second, first), rows, strict=True)))]
+    alone = [
+        ranker.score([(artifact, row)])[0].scores for artifact, row in zip((first, second, first), rows, strict=True)
+    ]
     for one, other in zip(mixed, alone, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
     third, _ = published(tmp_path, 3)

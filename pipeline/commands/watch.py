@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 STOP_SECONDS = 10.0
+SHOWN_RUNS = 5
 
 
 def watch(
@@ -79,22 +80,9 @@ def _waiting(config: Config) -> list[str]:
 
 def _runs(instance: DagsterInstance) -> list[str]:
     """The newest retrainings that were started, oldest first, and how they stand."""
-    from dagster import DagsterEventType, DagsterRunStatus, RunsFilter
+    from pipeline.watch import retraining_text, retrainings
 
-    from pipeline.watch import PARTITION
-
-    lines = []
-    for run in reversed(instance.get_runs(RunsFilter(job_name="retrain"), limit=5)):
-        line = f"retraining {run.run_id[:8]} on {run.tags.get(PARTITION, 'schedule')}: {run.status.value.lower()}"
-        if run.status == DagsterRunStatus.FAILURE:
-            failures = instance.all_logs(run.run_id, of_type=DagsterEventType.STEP_FAILURE)
-            causes = [one.dagster_event.step_failure_data.error for one in failures if one.dagster_event]
-            while causes and causes[-1] is not None and causes[-1].cause is not None:
-                causes.append(causes[-1].cause)
-            if causes and causes[-1] is not None:
-                line += f": {causes[-1].message.strip()}"
-        lines.append(line)
-    return lines
+    return [retraining_text(instance, run) for run in reversed(retrainings(instance, SHOWN_RUNS))]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from features.damage import problem_of_database
 from features.errors import DataGateError, no_space
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
+from pipeline.cost import keep, measured
 from pipeline.stages import STAGES
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
@@ -74,7 +75,7 @@ def _asset(workspace: Workspace, stage: Stage[Any], definition: dg.PartitionsDef
         elif stage.follows:
             parts = list(stage.inputs(workspace))
         try:
-            records = stage.run(workspace, parts) if parts else {}
+            records = _measured_run(workspace, stage, parts) if parts else {}
         except DataGateError as error:
             if stage.check:
                 yield dg.AssetCheckResult(check_name=stage.check, passed=False, metadata={"findings": str(error)})
@@ -102,6 +103,16 @@ def _asset(workspace: Workspace, stage: Stage[Any], definition: dg.PartitionsDef
         yield dg.MaterializeResult()
 
     return asset
+
+
+def _measured_run(workspace: Workspace, stage: Stage[Any], parts: Sequence[str]) -> dict[str, Any]:
+    """Run a stage, and keep what it cost."""
+    with measured(len(parts)) as cost:
+        records = stage.run(workspace, parts)
+        rows = [stage.rows(record) for record in records.values()]
+        cost.rows = sum(one or 0 for one in rows) if any(one is not None for one in rows) else None
+    keep(workspace.records, workspace.partitions[-1], stage.name, cost)
+    return records
 
 
 def _present(context: dg.AssetExecutionContext, workspace: Workspace) -> list[str]:
@@ -206,12 +217,17 @@ def run_dag(workspace: Workspace, names: Sequence[str]) -> None:
         )
 
 
+def has_history(config: Config) -> bool:
+    """Whether there is a Dagster instance, so that opening it makes none."""
+    return bool(os.environ.get("DAGSTER_HOME")) or config.local_path("dagster").exists()
+
+
 def close_killed_runs(config: Config) -> int:
     """Tell Dagster of the runs whose command was killed that they have ended; returns how many there were.
 
     Only for who has this workspace alone. What Dagster's own processes run is left to them.
     """
-    if not os.environ.get("DAGSTER_HOME") and not config.local_path("dagster").exists():
+    if not has_history(config):
         return 0
     with open_instance(config) as instance:
         ours = dg.RunsFilter(statuses=IN_PROGRESS_RUN_STATUSES, tags={WORKSPACE: str(config.local_path())})

@@ -129,7 +129,7 @@ def retraining_definitions(config: Config, path: Path) -> dg.Definitions:
         raise_alert(config, f"corank: {config.name}: a retraining failed: {context.op_exception}")
 
     @dg.op(
-        name="retrain",
+        name="corank_retrain",
         retry_policy=dg.RetryPolicy(
             max_retries=options.retries, delay=options.backoff_seconds, backoff=dg.Backoff.EXPONENTIAL
         ),
@@ -167,6 +167,24 @@ def retraining_definitions(config: Config, path: Path) -> dg.Definitions:
         default_status=dg.DefaultScheduleStatus.RUNNING,
     )
     return dg.Definitions(jobs=[retrain_job], schedules=[schedule])
+
+
+def retrainings(instance: dg.DagsterInstance, count: int) -> list[dg.DagsterRun]:
+    """The newest ones that were started by the sensor or the schedule, newest first."""
+    return list(instance.get_runs(dg.RunsFilter(job_name="retrain"), limit=count))
+
+
+def retraining_text(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
+    """How a retraining stands, and what it failed by."""
+    line = f"retraining {run.run_id[:8]} on {run.tags.get(PARTITION, 'schedule')}: {run.status.value.lower()}"
+    if run.status == dg.DagsterRunStatus.FAILURE:
+        failures = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+        causes = [one.dagster_event.step_failure_data.error for one in failures if one.dagster_event]
+        while causes and causes[-1] is not None and causes[-1].cause is not None:
+            causes.append(causes[-1].cause)
+        if causes and causes[-1] is not None:
+            line += f": {causes[-1].message.strip()}"
+    return line
 
 
 def _run(command: list[str], say: Any) -> None:

@@ -45,3 +45,12 @@ def redis_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A browser without a window."""
+    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if binary is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    return binary

@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from pipeline.commands import endpoint, run, upkeep, watch
+from pipeline.commands import endpoint, report, run, upkeep, watch
 from pipeline.commands.features import features_app
 from pipeline.commands.imports import import_app
 from pipeline.commands.models import models_app
@@ -29,6 +29,7 @@ for command in (
     endpoint.serve,
     endpoint.query,
     run.status,
+    report.report,
     upkeep.repair,
 ):
     app.command()(command)

@@ -124,15 +124,33 @@ def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
         if left:
             from pipeline.dag import run_dag
 
-            run_dag(workspace, left)
+            try:
+                run_dag(workspace, left)
+            except CorankError:
+                _write_report(workspace)  # a refused challenger has one, too
+                raise
         else:
             typer.echo("Nothing to do: every stage is up to date with the log and the config.")
+        _write_report(workspace, only_missing=not left)
         if deploying:
             answer = _example_query(workspace)
         retain(workspace)
         print_summary(workspace, answer)
     if serve:
         keep_serving(workspace, running=deploying)
+
+
+def _write_report(workspace: Workspace, only_missing: bool = False) -> None:
+    """The report on the challenger of this run, if it was judged."""
+    from pipeline.report import write_report
+    from pipeline.stages.evaluation import EVALUATION, report_path
+
+    key = EVALUATION.key(workspace)
+    verdict = workspace.records.read(EVALUATION, key)
+    if verdict is None or (only_missing and report_path(workspace.config, verdict.model).exists()):
+        return
+    with workspace.progress.stage("report") as line:
+        line.say(str(write_report(workspace, key)))
 
 
 def _example_query(workspace: Workspace) -> dict[str, Any] | None:

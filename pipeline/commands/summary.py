@@ -16,8 +16,7 @@ from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
 from pipeline.stages.deployment import CURRENT, DEPLOYMENT
-from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
-from pipeline.stages.samples import SAMPLES
+from pipeline.stages.evaluation import EVALUATION, EvaluationRecord, report_path
 from pipeline.stages.validated import VALIDATED, ValidatedRecord
 from pipeline.workspace import Workspace, close_text
 from pipeline.workspace.registry import PROMOTED_BY_HAND, REFUSED, ModelVersion
@@ -25,6 +24,7 @@ from pipeline.workspace.registry import PROMOTED_BY_HAND, REFUSED, ModelVersion
 SHOWN_ITEMS = 10
 SHOWN_CRITERIA = 12
 """Of a verdict; of a longer one those that failed."""
+SHOWN_CHAMPIONS = 5
 FEW_STEPS = 100
 """Of a whole training; below, a user is told that the model has hardly begun to learn."""
 
@@ -71,7 +71,7 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
             f"scores within {verified['largest_difference']:.1e}"
         )
         if deployment.beside:
-            console.print(f"endpoint    {_endpoint(workspace)}", soft_wrap=True)
+            console.print(f"endpoint    {_endpoint(workspace, _served(workspace))}", soft_wrap=True)
     if answer:
         print_answer(answer["request"], answer["answer"])
     _print_places(console, workspace, evaluation)
@@ -147,7 +147,7 @@ def _print_places(console: Console, workspace: Workspace, evaluation: Evaluation
     newest = workspace.records.read(VALIDATED, workspace.partitions[-1]) or ValidatedRecord()
     home = config.local_path("dagster")
     for what, where in (
-        ("report", (evaluation or EvaluationRecord()).report),
+        ("report", report_path(config, evaluation.model) if evaluation else "–"),
         ("Data Docs", newest.data_docs),
         ("MLflow", f"mlflow ui --backend-store-uri {shlex.quote(workspace.registry.uri)}"),
         ("Dagster", f"DAGSTER_HOME={shlex.quote(str(home))} CORANK_CONFIG=… dagster dev -m pipeline.definitions"),
@@ -157,42 +157,66 @@ def _print_places(console: Console, workspace: Workspace, evaluation: Evaluation
 
 
 def print_status(workspace: Workspace) -> None:
-    """Partitions, stages with work left, champion and endpoint."""
+    """How far the partitions are, what is left, champions, what is served, what runs now, and what is blocked."""
+    from pipeline.report import history
+    from pipeline.status import blocked, reached, runs_now
+    from pipeline.watch import readiness
+
     console = _console()
-    left = pending(workspace)
+    left, waiting, served = pending(workspace), readiness(workspace), _served(workspace)
     partitions = workspace.partitions
     console.print(f"log         {len(partitions)} closed partitions, {partitions[0]} … {partitions[-1]}")
+    table = Table("partitions", "count", "newest")
+    for what, own in reached(workspace, waiting).items():
+        table.add_row(what, f"{len(own)}", own[-1] if own else "–")
+    console.print(table)
     console.print("work left   " + (f"{', '.join(left)} (`corank run`)" if left else "none"))
-    if CHALLENGER.name in left and workspace.registry.champion():
-        console.print("            `corank retrain` trains on partitions and labels that are new, not on late rows")
-    stale, unbuilt = VALIDATED.stale(workspace), SAMPLES.stale(workspace)
-    if stale:
-        console.print(
-            f"  {len(stale)} partitions not validated: {', '.join(stale[:5])}{' …' if len(stale) > 5 else ''}"
-        )
-    if unbuilt:
-        console.print(f"  {len(unbuilt)} partitions not built, from {unbuilt[0]}")
     champion = workspace.registry.champion()
-    if champion:
-        console.print(f"champion    version {champion.number}, model {champion.tags.get('content')}")
-    else:
-        console.print("champion    none yet")
-    console.print(f"endpoint    {_endpoint(workspace)}")
+    if CHALLENGER.name in left and champion:
+        console.print("            `corank retrain` trains on partitions and labels that are new, not on late rows")
+    champions = [one for one in history(workspace, workspace.registry.versions()) if one.promoted][:SHOWN_CHAMPIONS]
+    if champions:
+        task = workspace.config.gate_task
+        table = Table("champions", "alias", "model", "up to partition", f"{task} AUC", "gain over baseline")
+        for one in champions:
+            tags, metrics = one.version.tags, (number_text(one.auc), gain_text(one.gain))
+            aliases = ", ".join(one.version.aliases)
+            table.add_row(str(one.version.number), aliases, tags.get("content"), tags.get("partition"), *metrics)
+        console.print(table)
+    lines = {
+        "champion": [f"version {champion.number}, model {champion.tags.get('content')}" if champion else "none yet"],
+        "endpoint": [_endpoint(workspace, served)],
+        "runs now": runs_now(workspace.config) or ["nothing"],
+        "blocked": blocked(workspace, waiting, served) or ["nothing"],
+    }
+    for what, said in lines.items():
+        for index, line in enumerate(said):
+            console.print(f"{what if not index else '':<11} {line}", soft_wrap=True, markup=False)
     _print_places(console, workspace, workspace.records.read(EVALUATION, EVALUATION.key(workspace)))
 
 
-def _endpoint(workspace: Workspace) -> str:
-    """What is served at the config's address, and how that comes to be the champion."""
+def _served(workspace: Workspace) -> dict[str, Any] | None:
+    """What the endpoint at the config's address says of its model, if it is up."""
     from features.errors import CorankError
     from serving.client import RankingClient
     from serving.ports import endpoint_url
 
-    url = endpoint_url(workspace.config.serving.host, workspace.config.serving.port)
+    options = workspace.config.serving
     try:
-        with RankingClient(url, timeout=2.0) as client:
-            model = client.model()["model_version"]
+        with RankingClient(endpoint_url(options.host, options.port), timeout=2.0) as client:
+            return client.model()
     except CorankError:
+        return None
+
+
+def _endpoint(workspace: Workspace, answer: dict[str, Any] | None) -> str:
+    """What is served at the config's address, as :func:`_served` has it, and how that comes to be the champion."""
+    from serving.ports import endpoint_url
+
+    url = endpoint_url(workspace.config.serving.host, workspace.config.serving.port)
+    if answer is None:
         return f"{url} is not up; `corank serve` starts it"
+    model = answer["model_version"]
     served = [version for version in workspace.registry.versions() if version.tags.get("content") == model]
     champion = workspace.registry.champion()
     which = f"version {served[0].number}, " if served else ""

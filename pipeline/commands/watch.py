@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 STOP_SECONDS = 10.0
+SHOWN_RUNS = 5
 
 
 def watch(
@@ -41,7 +42,8 @@ def watch(
 
         own = load(config)
         require_free(host, port)
-        with open_instance(own) as instance, _dagster(own, Path(config).resolve(), host, port) as log:
+        log = own.local_path("dagster.log")
+        with open_instance(own) as instance, _dagster(own, Path(config).resolve(), host, port, log) as dagster:
             typer.echo(f"watching every {own.trigger.interval_seconds} s; web UI at http://{host}:{port}, log in {log}")
             shown: list[str] = []
             while True:
@@ -50,6 +52,9 @@ def watch(
                     if line not in shown:
                         typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")
                 shown = lines
+                if dagster.poll() is not None:
+                    last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+                    raise CorankError(f"Dagster has ended, see {log}: " + "\n".join(last))
                 time.sleep(min(own.trigger.interval_seconds, 5))
 
 
@@ -75,35 +80,17 @@ def _waiting(config: Config) -> list[str]:
 
 def _runs(instance: DagsterInstance) -> list[str]:
     """The newest retrainings that were started, oldest first, and how they stand."""
-    from dagster import DagsterEventType, DagsterRunStatus, RunsFilter
+    from pipeline.watch import retraining_text, retrainings
 
-    from pipeline.watch import PARTITION
-
-    lines = []
-    for run in reversed(instance.get_runs(RunsFilter(job_name="retrain"), limit=5)):
-        line = f"retraining {run.run_id[:8]} on {run.tags.get(PARTITION, 'schedule')}: {run.status.value.lower()}"
-        if run.status == DagsterRunStatus.FAILURE:
-            failures = instance.all_logs(run.run_id, of_type=DagsterEventType.STEP_FAILURE)
-            causes = [one.dagster_event.step_failure_data.error for one in failures if one.dagster_event]
-            while causes and causes[-1] is not None and causes[-1].cause is not None:
-                causes.append(causes[-1].cause)
-            if causes and causes[-1] is not None:
-                line += f": {causes[-1].message.strip()}"
-        lines.append(line)
-    return lines
+    return [retraining_text(instance, run) for run in reversed(retrainings(instance, SHOWN_RUNS))]
 
 
 @contextmanager
-def _dagster(config: Config, path: Path, host: str, port: int) -> Iterator[Path]:
-    """Dagster's daemon and web UI beside this process; the path of their log. They and their runs end with the block.
-
-    Raises:
-        CorankError: they ended by themselves.
-    """
+def _dagster(config: Config, path: Path, host: str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Dagster's daemon and web UI beside this process. They and their runs end with the block."""
     import psutil
 
     home = Path(os.environ.get("DAGSTER_HOME") or config.local_path("dagster"))
-    log = config.local_path("dagster.log")
     command = [sys.executable, "-m", "dagster", "dev", "-m", "pipeline.definitions", "-h", host, "-p", str(port)]
     environment = {**os.environ, "DAGSTER_HOME": str(home), "CORANK_CONFIG": str(path)}
     with log.open("w") as stream:
@@ -112,7 +99,7 @@ def _dagster(config: Config, path: Path, host: str, port: int) -> Iterator[Path]
         )
         process = psutil.Process(started.pid)
         try:
-            yield log
+            yield started
         finally:
             family = [process, *process.children(recursive=True)] if process.is_running() else []
             for one in family:

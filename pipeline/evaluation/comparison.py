@@ -11,7 +11,7 @@ import polars as pl
 
 from features.errors import CorankError
 from features.schema import Schema
-from models.metrics import Gain, TaskMetrics, auc_gain, task_metrics
+from models.metrics import CalibrationBin, Gain, TaskMetrics, auc_gain, calibration_bins, task_metrics
 from pipeline.evaluation.impressions import IDENTITY
 from pipeline.evaluation.scoring import Scored
 
@@ -31,6 +31,7 @@ class TaskReport:
     champion_gain: Gain | None
     references: dict[str, TaskMetrics] = field(default_factory=dict)
     reference_gains: dict[str, Gain | None] = field(default_factory=dict)
+    calibration: list[CalibrationBin] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -40,6 +41,7 @@ class TaskReport:
             "champion": self.champion.as_dict() if self.champion else None,
             "auc_gain_over_champion": asdict(self.champion_gain) if self.champion_gain else None,
             "references": {name: metrics.as_dict() for name, metrics in self.references.items()},
+            "calibration": [asdict(one) for one in self.calibration],
         }
 
 
@@ -96,6 +98,7 @@ def compare(
             reference_gains={
                 name: auc_gain(labels, scores, one, users, resamples, level) for name, one in beside_it.items()
             },
+            calibration=calibration_bins(labels, scores),
         )
     return reports
 

@@ -181,6 +181,9 @@ class Challenger(Stage[ChallengerRecord]):
             )
         return {key: record}
 
+    def rows(self, record: ChallengerRecord) -> int:
+        return sum(entry["candidates"] for entry in record.history)
+
     def counts(self, workspace: Workspace) -> tuple[str, str] | None:
         record = workspace.records.read(self, self.key(workspace))
         if record is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from features.errors import CorankError
 from pipeline.records import LogRecord
 from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
-from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
+from pipeline.stages.evaluation import EVALUATION, EvaluationRecord, report_path
 from pipeline.stages.refit import REFIT, RefitRecord
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
@@ -98,8 +98,9 @@ class Champion(Stage[ChampionRecord]):
             workspace.records.write(self, key, record)
             stage.say(outcome)
         if registry.champion() is None:
+            page = report_path(config, challenger.version)
             raise CorankError(
-                f"model {outcome}, and there is no champion to serve. See the report {evaluation.report}; "
+                f"model {outcome}, and there is no champion to serve. See the report {page}; "
                 "change the config or the gate (`evaluation`), then run again."
             )
         return {key: record}

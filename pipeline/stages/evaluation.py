@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.digest import digest
-from features.errors import CorankError, writing
+from features.errors import CorankError
 from pipeline.config import Config
-from pipeline.evaluation.criterion import COLUMNS, Criterion, cells, counts_text, reasons
-from pipeline.evaluation.texts import classes_text, number_text
+from pipeline.evaluation.criterion import Criterion, counts_text, reasons
 from pipeline.records import LogRecord
 from pipeline.runtime import ensure_ray
 from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
 from pipeline.stages.cuts import Cuts, trained_until
 from pipeline.stages.samples import FOREVER, SAMPLES, sample_source, trainable
 from pipeline.stages.stage import Stage
-from pipeline.workspace import Workspace, close_text
+from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
     from features.samples.source import SampleSource
     from pipeline.evaluation.gate import Rival
     from pipeline.evaluation.scoring import Scored
     from pipeline.workspace.registry import ModelVersion
-
-METRICS = ("auc", "uauc", "gauc", "query_auc", "logloss")
-"""Of the report, in order."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,6 @@ class EvaluationRecord(LogRecord):
         criteria: of the gate; it passed when none of them failed.
         reasons: why it did not pass.
         champion: number of the version compared with, if any.
-        report: path of the page.
     """
 
     model: str = ""
@@ -53,7 +47,6 @@ class EvaluationRecord(LogRecord):
     criteria: list[Criterion] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     champion: int | None = None
-    report: str = "–"
 
 
 class Evaluation(Stage[EvaluationRecord]):
@@ -141,8 +134,6 @@ class Evaluation(Stage[EvaluationRecord]):
                 champion=champion.number if rival is not None and champion else None,
                 **workspace.lineage(),
             )
-            page = write_report(config.local_path("reports"), config, challenger, record)
-            record = replace(record, report=page)
             workspace.records.write(self, key, record)
             stage.say(
                 f"{len(scored.scores):,} impressions: {config.gate_task} AUC {gate.metrics.auc:.4f}, "
@@ -150,6 +141,9 @@ class Evaluation(Stage[EvaluationRecord]):
                 f"({limits.level:.0%} {gate.gain.low:+.4f} … {gate.gain.high:+.4f}); {counts_text(criteria)}"
             )
         return {key: record}
+
+    def rows(self, record: EvaluationRecord) -> int:
+        return record.impressions
 
     def counts(self, workspace: Workspace) -> tuple[str, str] | None:
         record = workspace.records.read(self, self.key(workspace))
@@ -204,56 +198,10 @@ def _comparable(champion: ModelVersion, cuts: Cuts) -> tuple[str, int]:
     return champion.artifact, max(cuts.test, until)
 
 
-def write_report(folder: Path, config: Config, challenger: ChallengerRecord, verdict: EvaluationRecord) -> str:
-    """Write the report, one Markdown page per challenger, so that it appears whole; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    cuts = challenger.cuts
-    lines = [
-        f"# {config.name}: challenger {challenger.version}",
-        "",
-        f"{config.model.name}, preset {config.model.preset}; {verdict.impressions:,} held-out impressions of "
-        f"requests from {close_text(cuts.test)} on.",
-        f"Trained on requests from {close_text(challenger.trained_from)} to {close_text(cuts.validation)}"
-        + (f", starting from version {challenger.warm_start}." if challenger.warm_start else "."),
-        "",
-        f"## Gate: {'passed' if verdict.passed else 'failed'}",
-        "",
-        f"{counts_text(verdict.criteria)}. Intervals: {config.evaluation.level:.0%}, over resampled users.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" * len(COLUMNS) + "|",
-        *["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(one)) + " |" for one in verdict.criteria],
-        "",
-    ]
-    for task, entry in verdict.tasks.items():
-        others = {
-            "baseline": entry["baseline"],
-            **entry.get("references", {}),
-            f"champion (version {verdict.champion})": entry["champion"],
-        }
-        rows = {"challenger": entry} | {name: row for name, row in others.items() if row}
-        lines += [
-            f"## {task}",
-            "",
-            "| | " + " | ".join(metric.replace("_", " ") for metric in METRICS) + " |",
-            "|---|" + "---|" * len(METRICS),
-            *[
-                f"| {name} | " + " | ".join(number_text(row[metric]) for metric in METRICS) + " |"
-                for name, row in rows.items()
-            ],
-            "",
-        ]
-        for other in ("baseline", "champion"):
-            gain = entry[f"auc_gain_over_{other}"]
-            if gain:
-                lines.append(
-                    f"AUC − {other}: {gain['difference']:+.4f}, interval over resampled users "
-                    f"{gain['low']:+.4f} … {gain['high']:+.4f}."
-                )
-        lines += [classes_text(entry) + ".", ""]
-    path = folder / f"{challenger.version}.md"
-    scratch = path.with_suffix(".tmp")
-    with writing(path, len("\n".join(lines).encode())):
-        scratch.write_text("\n".join(lines), encoding="utf-8")
-    os.replace(scratch, path)
-    return str(path)
+def report_path(config: Config, model: str) -> Path:
+    """Where the report on a challenger lies (:mod:`pipeline.report`); written when its run has ended.
+
+    Args:
+        model: version of its content, as it was judged.
+    """
+    return config.local_path("reports", f"{model}.html")

@@ -150,6 +150,9 @@ class FeatureStore(Stage[FeatureStoreRecord]):
             )
         return {ONLINE: record}
 
+    def rows(self, record: FeatureStoreRecord) -> int:
+        return sum(record.rows.values())
+
     def counts(self, workspace: Workspace) -> tuple[str, str]:
         return "profiles and timelines", ", ".join(
             f"{count:,} {view}" for view, count in online_record(workspace).rows.items()

@@ -86,6 +86,10 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
             stage.say(f"champion version {champion.number} on {len(parts)} new partitions: {task} AUC {values}")
         return records
 
+    def rows(self, record: ProgressiveRecord) -> int:
+        scored = record.versions_scored.values()
+        return sum(int(max(one["impressions"] or 0 for one in tasks.values())) for tasks in scored)
+
 
 PROGRESSIVE_VALIDATION = ProgressiveValidation()
 

@@ -41,6 +41,11 @@ class RefitRecord(LogRecord):
     predictions: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
 
 
+def refit_key(evaluation: str) -> str:
+    """Key of the record that follows a verdict, by the key of that."""
+    return digest(["refit", evaluation])
+
+
 class Refit(Stage[RefitRecord]):
     """The challenger that passed, trained on what was held out."""
 
@@ -51,7 +56,7 @@ class Refit(Stage[RefitRecord]):
     kinds = ("ray", "pytorch")
 
     def key(self, workspace: Workspace) -> str:
-        return digest(["refit", EVALUATION.key(workspace)])
+        return refit_key(EVALUATION.key(workspace))
 
     def inputs(self, workspace: Workspace) -> dict[str, str]:
         key = self.key(workspace)

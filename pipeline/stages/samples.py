@@ -115,6 +115,9 @@ class Samples(Stage[SamplesRecord]):
             )
         return records
 
+    def rows(self, record: SamplesRecord) -> int:
+        return record.impressions + record.events
+
     def counts(self, workspace: Workspace) -> tuple[str, str]:
         records = [workspace.records.read(self, part) or SamplesRecord() for part in workspace.partitions]
         made = _total(records)

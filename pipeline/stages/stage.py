@@ -56,6 +56,10 @@ class Stage(ABC, Generic[R]):
         """What came in and went out, for the summary of a run; None without a record, or when others tell it."""
         return None
 
+    def rows(self, record: R) -> int | None:
+        """Rows of the log or of samples that a record took, for its cost; None where none are counted."""
+        return None
+
     def notes(self, record: R) -> list[str]:
         """What of a record just made a user should know, although it stopped nothing."""
         return []

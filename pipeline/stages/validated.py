@@ -134,6 +134,9 @@ class Validated(Stage[ValidatedRecord]):
             f"{sum(record.passed for record in records)} of {len(records)} partitions pass",
         )
 
+    def rows(self, record: ValidatedRecord) -> int:
+        return sum(record.rows.values())
+
     def notes(self, record: ValidatedRecord) -> list[str]:
         return [finding["message"] for finding in record.findings]
 

@@ -1,6 +1,6 @@
 """The place where a pipeline works, and what lies in it."""
 
 from pipeline.workspace.log import close_text, now_us, read_lineage
-from pipeline.workspace.workspace import DATA_SECTIONS, Workspace, exclusive
+from pipeline.workspace.workspace import DATA_SECTIONS, Workspace, exclusive, holder
 
-__all__ = ["DATA_SECTIONS", "Workspace", "close_text", "exclusive", "now_us", "read_lineage"]
+__all__ = ["DATA_SECTIONS", "Workspace", "close_text", "exclusive", "holder", "now_us", "read_lineage"]

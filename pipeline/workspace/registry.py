@@ -254,6 +254,15 @@ class ModelRegistry:
         self.client.set_terminated(run.info.run_id)
         return str(run.info.run_id)
 
+    def log_report(self, run_id: str, path: Path) -> None:
+        """Add the report on a model to its run, in the place of an earlier one.
+
+        Raises:
+            NoSpaceError
+        """
+        with writing(self.place, path.stat().st_size):
+            self.client.log_artifact(run_id, str(path), "report")
+
     def register(self, artifact: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion:
         """Register a new version."""
         from mlflow.exceptions import MlflowException

@@ -104,3 +104,23 @@ def exclusive(config: Config) -> Iterator[bool]:
         handle.flush()
         yield orderly
         handle.truncate(0)
+
+
+def holder(config: Config) -> tuple[int, bool] | None:
+    """The process that has the workspace, and whether it still runs: one that was killed left its number behind.
+
+    None when nobody has it. It is only looked at: to try the lock would keep a command from it that begins just now.
+    """
+    import psutil
+
+    path = config.local_path("run.lock")
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    if not text:
+        return None
+    try:
+        runs = str(path.resolve()) in {one.path for one in psutil.Process(int(text)).open_files()}
+    except psutil.NoSuchProcess:
+        runs = False
+    except psutil.AccessDenied:  # somebody else's
+        runs = True
+    return int(text), runs

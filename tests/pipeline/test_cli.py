@@ -23,6 +23,7 @@ COMMANDS = [
     ["serve"],
     ["query"],
     ["status"],
+    ["report"],
     ["models"],
     ["models", "profile"],
     ["features"],
@@ -42,7 +43,7 @@ def test_help_answers_without_heavy_imports(command: list[str]) -> None:
     code = (
         "import sys\nsys.argv = ['corank', *sys.argv[1:], '--help']\nfrom pipeline.cli import main\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
-        "heavy = {'ray', 'torch', 'feast', 'great_expectations', 'dagster', 'mlflow', 'polars', 'pandas'}\n"
+        "heavy = {'ray', 'torch', 'feast', 'great_expectations', 'dagster', 'mlflow', 'polars', 'pandas', 'plotly'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     done = subprocess.run(
@@ -191,7 +192,8 @@ def test_a_partition_in_the_future_is_named(tmp_path: Path, local_ray: None) -> 
 
 def test_asking_before_anything_runs_says_what_to_do(tmp_path: Path, data: Path) -> None:
     path = write_config(tmp_path, data)
-    for command, hint in (("query", "no deployment yet"), ("serve", "corank run"), ("retrain", "corank run")):
+    hints = {"query": "no deployment yet"} | dict.fromkeys(("serve", "retrain", "report"), "corank run")
+    for command, hint in hints.items():
         done = corank(command, "--config", str(path))
         assert done.returncode in (1, 2), done.stderr
         assert hint in done.stderr

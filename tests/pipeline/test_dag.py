@@ -32,6 +32,7 @@ from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.commands.summary import gate_text, print_status, print_summary
 from pipeline.config import Config
+from pipeline.cost import costs
 from pipeline.dag import open_instance, run_dag
 from pipeline.deployment.skew import replay
 from pipeline.deployment.verification import asked_again
@@ -39,6 +40,7 @@ from pipeline.evaluation.scoring import score_rows
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.records import Record
+from pipeline.report import report_of
 from pipeline.runtime import ensure_ray
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
@@ -57,6 +59,7 @@ from serving.client import RankingClient
 from serving.deploy import stop
 from serving.ports import endpoint_url
 from serving.ranking import APPLICATION
+from tests.browser import drawn, opened
 from tests.pipeline.workspaces import LENIENT, START, load, make
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -396,6 +399,24 @@ def test_retraining_takes_the_next_partition_from_the_champions_weights(config: 
     assert {day: workspace.records.read(SAMPLES, day) for day in DAYS[:2]} == state
     assert pending(Workspace(config, Progress())) == []
     assert workspace.registry.rollback().number == before.number
+
+
+def test_the_report_of_a_version_is_one_file_without_a_script_error(config: Config, chromium: str) -> None:
+    """Of both versions; every stage of a run has a cost."""
+    workspace = Workspace(config, Progress(), DAYS[2])
+    for number, partition in ((1, DAYS[1]), (2, DAYS[2])):
+        page, errors = opened(chromium, report_of(workspace, number))
+        assert errors == []
+        figures = {"partitions", "learning", "calibration"} | ({"life"} if number == 2 else set())
+        assert drawn(page) == figures
+        spent = costs(workspace.records, partition)
+        assert {stage.name for stage in STAGES} - set(spent) <= ({"progressive_validation"} if number == 1 else set())
+        assert all(one["seconds"] > 0 for one in spent.values())
+        assert spent["challenger"]["cpu_seconds"] > 0.5
+        assert spent["samples"]["rows"] == sum(
+            one.impressions + one.events
+            for one in (workspace.records.require(SAMPLES, day) for day in (DAYS[:2] if number == 1 else DAYS[2:]))
+        )
 
 
 def test_late_rows_rebuild_their_partition_and_all_after_it(config: Config, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from features.errors import CorankError
 from features.sample_table import sample_schema
+from features.schema import Schema
 from models.protocol import RankingModel
 from models.scoring import score_batches
 
@@ -24,13 +25,19 @@ def selfcheck_scores(model: RankingModel, rows: pa.Table) -> np.ndarray:
     return np.concatenate([scores for _, scores in score_batches(model, rows, CANDIDATES)])
 
 
+def selfcheck_rows(schema: Schema, document: Mapping[str, Any]) -> pa.Table:
+    """The stored requests as rows of the sample table."""
+    layout = pa.schema([field for field in sample_schema(schema) if field.name not in ("dt", "bucket")])
+    return pa.Table.from_pylist(document.get("rows", []), schema=layout)
+
+
 def selfcheck_difference(model: RankingModel, document: Mapping[str, Any]) -> float:
     """Largest difference between the stored scores and the model's scores of the same rows; NaN when one is NaN."""
     if not document.get("rows"):
         return 0.0
-    layout = pa.schema([field for field in sample_schema(model.schema) if field.name not in ("dt", "bucket")])
-    rows = pa.Table.from_pylist(document["rows"], schema=layout)
-    return float(np.abs(selfcheck_scores(model, rows) - np.array(document["scores"])).max())
+    return float(
+        np.abs(selfcheck_scores(model, selfcheck_rows(model.schema, document)) - np.array(document["scores"])).max()
+    )
 
 
 def require_selfcheck(what: str, model: RankingModel, document: Mapping[str, Any]) -> None:

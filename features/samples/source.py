@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -75,15 +75,18 @@ class SampleSource:
         wanted = {*self.partitions, *(self.replay.partitions if self.replay else ())}
         return sorted(row for row in zip(*columns, strict=True) if row[0] in wanted)
 
-    def read(self, file: str) -> pa.Table:
+    def read(self, file: str, only: Sequence[str] | None = None) -> pa.Table:
         """Rows of one file within the cut.
+
+        Args:
+            only: columns to read, requests among them; default: all.
 
         Raises:
             CorankError: the file cannot be read; it is named.
         """
         store = fs.PyFileSystem(DeltaStorageHandler(address(self.root), options=dict(self.storage_options)))
         full = sample_schema(self.schema)
-        columns = [name for name in full.names if name not in ("dt", "bucket")]
+        columns = [name for name in full.names if name not in ("dt", "bucket") and (only is None or name in only)]
         try:
             rows = pq.read_table(file, filesystem=store, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:

@@ -30,7 +30,8 @@ def models_promote(
     config: ConfigOption,
     debug: DebugOption = False,
 ) -> None:
-    """Make a version the champion, whatever its gate said. A running service takes it over once it is verified."""
+    """Make a version the champion, whatever its gate said; that is recorded. A running service takes it over once it is
+    verified."""
     with guarded(debug):
         _make_champion(open_workspace(load(config)), version)
 
@@ -51,12 +52,15 @@ def _make_champion(workspace: Workspace, number: int | None) -> None:
     from features.errors import CorankError
     from pipeline.leftovers import exclusive
     from pipeline.stages.deployment import CURRENT, DEPLOYMENT, serves_already
+    from pipeline.workspace.registry import REFUSED
 
     registry = workspace.registry
     with exclusive(workspace.config):
         before = registry.champion()
-        version = registry.rollback() if number is None else registry.promote(number)
+        version = registry.rollback() if number is None else registry.promote_by_hand(number)
         typer.echo(f"version {version.number} is champion" + (" again" if number is None else ""))
+        for reason in version.tags.get(REFUSED, "").splitlines():
+            typer.echo(f"  its gate had refused it: {reason}")
         if not serves_already(workspace):
             typer.echo("nothing is served at the moment; `corank serve` serves it")
             return

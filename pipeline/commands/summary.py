@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
+from pipeline.evaluation.criterion import COLUMNS, cells, counts_text
 from pipeline.evaluation.texts import classes_text, gain_text, number_text
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
@@ -17,9 +19,12 @@ from pipeline.stages.deployment import CURRENT, DEPLOYMENT
 from pipeline.stages.evaluation import EVALUATION, EvaluationRecord, report_path
 from pipeline.stages.validated import VALIDATED, ValidatedRecord
 from pipeline.workspace import Workspace, close_text
+from pipeline.workspace.registry import PROMOTED_BY_HAND, REFUSED, ModelVersion
 
 SHOWN_ITEMS = 10
 SHOWN_CHAMPIONS = 5
+SHOWN_CRITERIA = 12
+"""Of a verdict; of a longer one those that failed."""
 FEW_STEPS = 100
 """Of a whole training; below, a user is told that the model has hardly begun to learn."""
 
@@ -50,6 +55,8 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
         console.print(_metrics_table(evaluation))
         for task, entry in evaluation.tasks.items():
             console.print(f"{task:<11} {classes_text(entry)}")
+        if evaluation.criteria:  # a record of an earlier version has none
+            print_gate(console, evaluation)
     challenger = records.read(CHALLENGER, CHALLENGER.key(workspace))
     if challenger and (warning := few_steps(challenger.history)):
         console.print(f"warning     {warning}")
@@ -70,6 +77,20 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
     _print_places(console, workspace, evaluation)
 
 
+def print_gate(console: Console, evaluation: EvaluationRecord) -> None:
+    """The verdict: all its criteria when they are few, else those that failed, and how many there are."""
+    criteria = evaluation.criteria
+    shown = criteria if len(criteria) <= SHOWN_CRITERIA else [one for one in criteria if one.passed is False]
+    if shown:
+        table = Table(*COLUMNS, title="gate")
+        for one in shown:
+            table.add_row(*map(escape, cells(one)))
+        console.print(table)
+    console.print(
+        f"gate        {'passed' if evaluation.passed else 'failed'}: {counts_text(criteria)}; all of them in the report"
+    )
+
+
 def few_steps(history: Sequence[Mapping[str, Any]]) -> str:
     """What is said of a training that had too few steps to learn; empty for all others."""
     steps = sum(entry.get("steps", FEW_STEPS) for entry in history)
@@ -84,13 +105,19 @@ def few_steps(history: Sequence[Mapping[str, Any]]) -> str:
 def _metrics_table(evaluation: EvaluationRecord) -> Table:
     table = Table("task", "", "AUC", "UAUC", "GAUC", "logloss", title="held-out newest requests")
     for task, entry in evaluation.tasks.items():
-        others = {"baseline": entry["baseline"], f"champion {evaluation.champion}": entry["champion"]}
+        others = {
+            "baseline": entry["baseline"],
+            **entry.get("references", {}),
+            f"champion {evaluation.champion}": entry["champion"],
+        }
         for name, row in ({"model": entry} | {name: row for name, row in others.items() if row}).items():
             numbers = [number_text(row[metric]) for metric in ("auc", "uauc", "gauc", "logloss")]
             table.add_row(task if name == "model" else "", name, *numbers)
         gain = entry["auc_gain_over_baseline"]
         if gain:
-            table.add_row("", "gain", f"{gain['difference']:+.4f}", f"95 %: {gain['low']:+.4f} … {gain['high']:+.4f}")
+            table.add_row(
+                "", "gain", f"{gain['difference']:+.4f}", f"interval: {gain['low']:+.4f} … {gain['high']:+.4f}"
+            )
     return table
 
 
@@ -199,6 +226,19 @@ def _endpoint(workspace: Workspace, answer: dict[str, Any] | None) -> str:
     return f"{says}; champion is version {champion.number}: restart `corank serve` to serve it"
 
 
+def gate_text(version: ModelVersion, evaluation: EvaluationRecord | None) -> str:
+    """What the gate said of a version, and whether it was promoted by hand all the same."""
+    refused = version.tags.get(REFUSED, "").splitlines()
+    said = "–"
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        said = f"failed: {refused[0]}{more}"
+    elif evaluation:
+        said = "passed" if evaluation.passed else "failed"
+    forced = version.tags.get(PROMOTED_BY_HAND, "").splitlines()
+    return f"{said}; promoted by hand {forced[-1]}" if forced else said
+
+
 def print_models(workspace: Workspace) -> None:
     """Registered versions, newest first."""
     console, task = _console(), workspace.config.gate_task
@@ -213,6 +253,6 @@ def print_models(workspace: Workspace) -> None:
             version.tags.get("partition", ""),
             number_text(entry and entry["auc"]),
             gain_text(entry and entry["auc_gain_over_baseline"]),
-            ("passed" if evaluation.passed else "failed") if evaluation else "–",
+            escape(gate_text(version, evaluation)),
         )
     console.print(table)

@@ -5,43 +5,22 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from features.errors import CorankError
 from features.sample_table import label_column
-from features.samples.source import SampleSource
 from features.schema import Task
-
-IDENTITY = ("user_id", "request_id", "item_id", "ts")
-"""What tells impressions apart; request ids may repeat from one partition to the next."""
+from pipeline.evaluation.impressions import IDENTITY
 
 PRIOR_STRENGTH = 10.0
 """Impressions of prior that smooth the baseline's user and item means."""
 
 
-def impressions(source: SampleSource, task: Task) -> pl.DataFrame:
-    """Impressions of one task as a flat frame: user_id, request_id, item_id, ts, label (known ones only)."""
-    frames = []
-    for file in source.files():
-        rows = source.read(file)
-        if rows.num_rows:
-            frame = pl.DataFrame(pl.from_arrow(rows.select(["user_id", "requests"])))
-            frame = frame.explode("requests").unnest("requests").select("user_id", "request_id", "ts", "candidates")
-            frame = frame.explode("candidates").with_columns(
-                pl.col("candidates").struct.field("item_id"),
-                pl.col("candidates").struct.field(label_column(task)).cast(pl.Float64).alias("label"),
-            )
-            frames.append(frame.drop("candidates").drop_nulls("label"))
-    if not frames:
-        raise CorankError("evaluation: there are no impressions with known labels")
-    return pl.concat(frames)
-
-
-def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.DataFrame | None:
+def baseline(shown: pl.DataFrame, task: Task, cut: int, log_delay: int) -> pl.DataFrame | None:
     """The baseline printed beside the model: a logistic fit of the smoothed user mean and item mean.
 
     Both means use only labels of requests older than the request's time − log delay; item means are frozen
     at ``cut``, like the model. Fitted on requests before the cut.
 
     Args:
+        shown: every impression (:class:`pipeline.evaluation.impressions.Impressions`).
         cut: first request time of the test set, microseconds UTC.
 
     Returns:
@@ -50,7 +29,7 @@ def baseline(source: SampleSource, task: Task, cut: int, log_delay: int) -> pl.D
     """
     from sklearn.linear_model import LogisticRegression
 
-    shown = impressions(source, task)
+    shown = shown.select(*IDENTITY, pl.col(label_column(task)).cast(pl.Float64).alias("label")).drop_nulls("label")
     mean = shown.filter(pl.col("ts") < cut)["label"].mean()
     prior = float(mean) if isinstance(mean, float) else 0.5
     shown = _mean_before(shown, "user_id", pl.col("ts") - log_delay, prior)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,19 +12,25 @@ import polars as pl
 from features.errors import CorankError
 from features.schema import Schema
 from models.metrics import CalibrationBin, Gain, TaskMetrics, auc_gain, calibration_bins, task_metrics
-from pipeline.evaluation.baseline import IDENTITY
+from pipeline.evaluation.impressions import IDENTITY
 from pipeline.evaluation.scoring import Scored
 
 
 @dataclass(frozen=True)
 class TaskReport:
-    """One task: the challenger, the baseline, the champion, and AUC gains; None of what cannot be told."""
+    """One task: the challenger, the baseline, the champion, and AUC gains; None of what cannot be told.
+
+    Attributes:
+        references: per name the metrics of what is stronger than the baseline, and AUC gains over it.
+    """
 
     metrics: TaskMetrics
     baseline: TaskMetrics | None
     gain: Gain | None
     champion: TaskMetrics | None
     champion_gain: Gain | None
+    references: dict[str, TaskMetrics] = field(default_factory=dict)
+    reference_gains: dict[str, Gain | None] = field(default_factory=dict)
     calibration: list[CalibrationBin] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -34,6 +40,7 @@ class TaskReport:
             "auc_gain_over_baseline": asdict(self.gain) if self.gain else None,
             "champion": self.champion.as_dict() if self.champion else None,
             "auc_gain_over_champion": asdict(self.champion_gain) if self.champion_gain else None,
+            "references": {name: metrics.as_dict() for name, metrics in self.references.items()},
             "calibration": [asdict(one) for one in self.calibration],
         }
 
@@ -45,12 +52,15 @@ def compare(
     champion: Scored | None,
     since: int,
     resamples: int,
+    level: float = 0.95,
+    references: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> dict[str, TaskReport]:
     """Metrics of every task; challenger, baseline and champion judge the same impressions.
 
     Args:
         since: the challenger is compared with the champion on requests from this ts on: those before, the champion
             has trained on.
+        references: per task and name the scores of all impressions, [C].
     """
     reports = {}
     for index, task in enumerate(schema.tasks):
@@ -73,19 +83,32 @@ def compare(
             other = beside["score"].to_numpy()
         unseen = scored.ts[known] >= since
         rival = _champion_scores(scored, champion, index, known)
+        beside_it = {name: one[known] for name, one in (references or {}).get(task.name, {}).items()}
         reports[task.name] = TaskReport(
             metrics=task_metrics(labels, scores, users, requests),
             baseline=task_metrics(labels, other, users, requests) if other is not None else None,
-            gain=auc_gain(labels, scores, other, users, resamples) if other is not None else None,
+            gain=auc_gain(labels, scores, other, users, resamples, level) if other is not None else None,
             champion=task_metrics(labels[unseen], rival[unseen], users[unseen], requests[unseen])
             if rival is not None
             else None,
-            champion_gain=auc_gain(labels[unseen], scores[unseen], rival[unseen], users[unseen], resamples)
+            champion_gain=auc_gain(labels[unseen], scores[unseen], rival[unseen], users[unseen], resamples, level)
             if rival is not None
             else None,
+            references={name: _ranking_metrics(labels, one, users, requests) for name, one in beside_it.items()},
+            reference_gains={
+                name: auc_gain(labels, scores, one, users, resamples, level) for name, one in beside_it.items()
+            },
             calibration=calibration_bins(labels, scores),
         )
     return reports
+
+
+def _ranking_metrics(labels: np.ndarray, scores: np.ndarray, users: np.ndarray, requests: np.ndarray) -> TaskMetrics:
+    """Metrics of scores that may be no probabilities."""
+    found = task_metrics(labels, scores, users, requests)
+    if len(scores) and scores.min() >= 0 and scores.max() <= 1:
+        return found
+    return replace(found, logloss=None, predicted=None, normalised_entropy=None)
 
 
 def _champion_scores(scored: Scored, champion: Scored | None, index: int, known: np.ndarray) -> np.ndarray | None:

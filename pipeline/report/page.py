@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from features.errors import CorankError, writing
 from pipeline.cost import costs
+from pipeline.evaluation.criterion import cells
 from pipeline.evaluation.texts import classes_text, number_text
 from pipeline.stages import STAGES
 from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
@@ -156,7 +157,7 @@ def _sections(workspace: Workspace, key: str, told: _Told) -> dict[str, Any]:
             task: (_compared(evaluation, entry), _gains(entry), classes_text(entry))
             for task, entry in evaluation.tasks.items()
         },
-        "criteria": _criteria(evaluation),
+        "criteria": [cells(one) for one in evaluation.criteria],
         "history": history(workspace, told.versions)[:SHOWN_VERSIONS],
         "gate_task": config.gate_task,
         "costs": [(one.name, spent[one.name]) for one in STAGES if one.name in spent],
@@ -189,16 +190,6 @@ def _compared(evaluation: EvaluationRecord, entry: dict[str, Any]) -> dict[str, 
 def _gains(entry: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
     found = [(other, entry[f"auc_gain_over_{other}"]) for other in ("baseline", "champion")]
     return [(other, gain) for other, gain in found if gain]
-
-
-def _criteria(evaluation: EvaluationRecord) -> list[tuple[str, str, str, str, str, str]]:
-    """Rows of the gate's table: what was measured, value, interval, limit, verdict, note."""
-    rows = []
-    for one in getattr(evaluation, "criteria", ()):
-        interval = "" if one.interval is None else f"{one.interval[0]:.4f} … {one.interval[1]:.4f}"
-        verdict = {True: "passed", False: "failed", None: "told"}[one.passed]
-        rows.append((one.measured, number_text(one.value), interval, one.limit_text, verdict, one.note))
-    return rows
 
 
 @dataclass(frozen=True)

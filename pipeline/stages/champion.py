@@ -126,10 +126,12 @@ def _registered(
         partitions: of the log at that time.
         params: shown with its run.
     """
+    from pipeline.workspace.registry import verdict_tags
+
     registry = workspace.registry
     known = [version for version in registry.versions() if version.tags.get("content") == published.version]
     if known:
-        return registry.judged(known[0].number, key)
+        return registry.judged(known[0].number, key, evaluation.reasons)
     metrics = {
         f"test/{task}_{name}": value
         for task, entry in evaluation.tasks.items()
@@ -148,7 +150,7 @@ def _registered(
         "content": published.version,
         "judged": challenger.version,
         "started from": str(challenger.warm_start or "scratch"),
-        "evaluation": key,
+        **verdict_tags(key, evaluation.reasons),
         "partition": partitions[-1],
         "trained": max(challenger.partitions),
     }

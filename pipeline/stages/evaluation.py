@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 from features.digest import digest
 from features.errors import CorankError
 from pipeline.config import Config
-from pipeline.evaluation.settings import EvaluationConfig
+from pipeline.evaluation.criterion import Criterion, counts_text, reasons
 from pipeline.records import LogRecord
 from pipeline.runtime import ensure_ray
-from pipeline.stages.challenger import CHALLENGER
+from pipeline.stages.challenger import CHALLENGER, ChallengerRecord
 from pipeline.stages.cuts import Cuts, trained_until
-from pipeline.stages.samples import FOREVER, sample_source
+from pipeline.stages.samples import FOREVER, SAMPLES, sample_source, trainable
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
 
 if TYPE_CHECKING:
+    from features.samples.source import SampleSource
+    from pipeline.evaluation.gate import Rival
+    from pipeline.evaluation.scoring import Scored
     from pipeline.workspace.registry import ModelVersion
 
 
@@ -29,9 +32,10 @@ class EvaluationRecord(LogRecord):
 
     Attributes:
         model: version of the challenger's content.
-        tasks: per task the metrics of challenger, baseline and champion, and gains
+        tasks: per task the metrics of challenger, baseline, references and champion, and gains
             (:meth:`pipeline.evaluation.comparison.TaskReport.as_dict`).
         impressions: that it was judged on.
+        criteria: of the gate; it passed when none of them failed.
         reasons: why it did not pass.
         champion: number of the version compared with, if any.
     """
@@ -40,6 +44,7 @@ class EvaluationRecord(LogRecord):
     tasks: dict[str, Any] = field(default_factory=dict)
     impressions: int = 0
     passed: bool = False
+    criteria: list[Criterion] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     champion: int | None = None
 
@@ -67,16 +72,16 @@ class Evaluation(Stage[EvaluationRecord]):
         Raises:
             CorankError: of the gate's task there is no AUC, or a score is not finite.
         """
-        import numpy as np
-
-        from models.artifact import load_artifact
         from models.metrics import require_finite
         from pipeline.evaluation.baseline import baseline
         from pipeline.evaluation.comparison import compare
+        from pipeline.evaluation.gate import judge
+        from pipeline.evaluation.impressions import read_impressions, segments
+        from pipeline.evaluation.references import references
         from pipeline.evaluation.scoring import score_source
 
         (key,) = parts
-        config = workspace.config
+        config, limits = workspace.config, workspace.config.evaluation
         challenger = workspace.records.require(CHALLENGER, CHALLENGER.key(workspace))
         cuts = challenger.cuts
         with workspace.progress.stage(self.name) as stage:
@@ -87,30 +92,27 @@ class Evaluation(Stage[EvaluationRecord]):
             scored = score_source(challenger.artifact, test, *budget)
             require_finite(f"scores of challenger {challenger.version}", scored.scores)
             champion = workspace.registry.champion()
-            rival, since = None, cuts.test
-            if champion is not None and challenger.version not in (
-                champion.tags.get("content"),
-                champion.tags.get("judged"),
-            ):
-                artifact, since = _comparable(champion, cuts)
-                if load_artifact(artifact).schema != config.schema_:
-                    workspace.progress.note(f"champion version {champion.number} reads other features: not compared")
-                elif not (scored.ts >= since).any():
-                    workspace.progress.note(
-                        f"champion version {champion.number} has trained on the challenger's test set: not compared"
-                    )
-                else:
-                    stage.say(f"scoring champion version {champion.number}")
-                    rival = score_source(artifact, test, *budget)
-                    if not np.isfinite(rival.scores).all():  # no reason to keep it
-                        workspace.progress.note(f"champion version {champion.number} gives scores that are not finite")
-                        rival = None
-            stage.say("fitting the baseline")
+            if champion is not None:
+                stage.say(f"scoring champion version {champion.number}")
+            rival, without = _rival(workspace, champion, challenger, scored, test, budget)
+            if champion is not None and rival is None:
+                workspace.progress.note(f"not compared with champion version {champion.number}: {without}")
+            stage.say("fitting the baseline and stronger references")
             everything = sample_source(workspace, 0, FOREVER)
-            baselines = {
-                task.name: baseline(everything, task, cuts.test, config.log_delay) for task in config.schema_.tasks
-            }
-            reports = compare(config.schema_, scored, baselines, rival, since, config.evaluation.resamples)
+            candidates = sum(workspace.records.require(SAMPLES, one).candidates for one in trainable(workspace))
+            impressions = read_impressions(everything, cuts.test, limits.reference_rows, candidates)
+            assert (impressions.test["item_id"].to_numpy() == scored.item_id).all()
+            tasks = config.schema_.tasks
+            reports = compare(
+                config.schema_,
+                scored,
+                {task.name: baseline(impressions.shown, task, cuts.test, config.log_delay) for task in tasks},
+                rival.scored if rival else None,
+                rival.since if rival else cuts.test,
+                limits.resamples,
+                limits.level,
+                {task.name: references(impressions, config.schema_, task) for task in tasks},
+            )
             gate = reports[config.gate_task]
             if gate.gain is None:
                 raise CorankError(
@@ -118,22 +120,25 @@ class Evaluation(Stage[EvaluationRecord]):
                     "it for the baseline, have not both classes. Hold out more (`holdout.test`, "
                     "`retraining.holdout`), take more partitions, or name another task in `evaluation.task`"
                 )
-            against = (champion.number, gate.champion_gain.difference) if champion and gate.champion_gain else None
-            reasons = gate_reasons(config.evaluation, gate.gain.difference, against)
+            stage.say("judging")
+            parts_of_test = segments(impressions, config.schema_, cuts.test)
+            criteria = judge(limits, config.schema_, config.gate_task, scored, reports, rival, parts_of_test, without)
             record = EvaluationRecord(
                 inputs=key,
                 model=challenger.version,
                 tasks={name: entry.as_dict() for name, entry in reports.items()},
                 impressions=len(scored.scores),
-                passed=not reasons,
-                reasons=reasons,
+                passed=not reasons(criteria),
+                criteria=criteria,
+                reasons=reasons(criteria),
                 champion=champion.number if rival is not None and champion else None,
                 **workspace.lineage(),
             )
             workspace.records.write(self, key, record)
             stage.say(
                 f"{len(scored.scores):,} impressions: {config.gate_task} AUC {gate.metrics.auc:.4f}, "
-                f"{gate.gain.difference:+.4f} against the baseline (95 % {gate.gain.low:+.4f} … {gate.gain.high:+.4f})"
+                f"{gate.gain.difference:+.4f} against the baseline "
+                f"({limits.level:.0%} {gate.gain.low:+.4f} … {gate.gain.high:+.4f}); {counts_text(criteria)}"
             )
         return {key: record}
 
@@ -148,6 +153,41 @@ class Evaluation(Stage[EvaluationRecord]):
 EVALUATION = Evaluation()
 
 
+def _rival(
+    workspace: Workspace,
+    champion: ModelVersion | None,
+    challenger: ChallengerRecord,
+    scored: Scored,
+    test: SampleSource,
+    budget: tuple[int, int],
+) -> tuple[Rival | None, str]:
+    """The champion on the challenger's test set; or None, and why it is not compared."""
+    import numpy as np
+
+    from models.artifact import load_artifact
+    from models.selfcheck import selfcheck_rows
+    from pipeline.evaluation.gate import Rival, scoring_seconds
+    from pipeline.evaluation.scoring import score_source
+
+    if champion is None:
+        return None, "there is no champion"
+    if challenger.version in (champion.tags.get("content"), champion.tags.get("judged")):
+        return None, "it is the challenger itself"
+    path, since = _comparable(champion, challenger.cuts)
+    artifact, schema = load_artifact(path), workspace.config.schema_
+    if artifact.schema != schema:
+        return None, "it reads other features"
+    if not (scored.ts >= since).any():
+        return None, "it has trained on the challenger's test set"
+    found = score_source(path, test, *budget)
+    if not np.isfinite(found.scores).all():  # no reason to keep it
+        return None, "it gives scores that are not finite"
+    own = load_artifact(challenger.artifact)
+    rows = selfcheck_rows(schema, own.metadata["selfcheck"])
+    seconds = scoring_seconds(own.model, artifact.model, rows) if rows.num_rows else (None, None)
+    return Rival(f"champion version {champion.number}", found, since, own_seconds=seconds[0], seconds=seconds[1]), ""
+
+
 def _comparable(champion: ModelVersion, cuts: Cuts) -> tuple[str, int]:
     """The artifact to compare with, and the ts from which on it has trained on nothing: that of the champion, or, where
     it was refitted on what the challenger is judged by, the one that was judged before."""
@@ -156,24 +196,6 @@ def _comparable(champion: ModelVersion, cuts: Cuts) -> tuple[str, int]:
     if until > cuts.test and Path(judged, "SHA256SUMS").is_file():
         return judged, max(cuts.test, int(lineage["cuts"]["validation"]))
     return champion.artifact, max(cuts.test, until)
-
-
-def gate_reasons(limits: EvaluationConfig, gain: float, against: tuple[int, float] | None) -> list[str]:
-    """Why a challenger is not promoted; empty when it passes. A difference that is no number does not pass.
-
-    Args:
-        gain: AUC minus the baseline's.
-        against: version of the champion and AUC minus its AUC, or None without one.
-    """
-    reasons = []
-    if not gain >= limits.min_gain_over_baseline:
-        reasons.append(f"AUC gain over the baseline {gain:+.4f} is below {limits.min_gain_over_baseline:+.4f}")
-    if against is not None and not against[1] >= -limits.max_loss_against_champion:
-        reasons.append(
-            f"AUC {against[1]:+.4f} against champion version {against[0]} loses more than "
-            f"{limits.max_loss_against_champion:.4f}"
-        )
-    return reasons
 
 
 def report_path(config: Config, model: str) -> Path:

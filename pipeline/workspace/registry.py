@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from pipeline.config import Config
 from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
 
 CHAMPION, PREVIOUS = "champion", "previous"
+
+REFUSED, PROMOTED_BY_HAND = "refused", "promoted by hand"
+"""Tags of a version: why its gate refused it, and its promotions by a user; a line each."""
+
+TAG_LENGTH = 5_000
+"""Characters that MLflow takes of a tag."""
 
 WHOLE = int.from_bytes(b"rank")
 """SQLite's application_id of a database that was opened once after all its tables were made."""
@@ -51,6 +58,11 @@ class ModelVersion:
                 f"model version {self.number} at {self.artifact}: its lineage cannot be read ({error}), so what it "
                 "still needs is unknown. `corank repair` restores the artifact or drops it."
             ) from error
+
+
+def verdict_tags(evaluation: str, reasons: Sequence[str]) -> dict[str, str]:
+    """What a version says of its verdict: the key of its record, and why it was refused, if it was."""
+    return {"evaluation": evaluation, REFUSED: "\n".join(reasons)[:TAG_LENGTH]}
 
 
 def local_database(folder: Path) -> str:
@@ -264,9 +276,10 @@ class ModelRegistry:
             created = self.client.create_model_version(self.name, artifact, run_id, tags=dict(tags))
         return self.version(int(created.version))
 
-    def judged(self, number: int, evaluation: str) -> ModelVersion:
-        """Name the newest verdict on a version, by the key of its record."""
-        self.client.set_model_version_tag(self.name, str(number), "evaluation", evaluation)
+    def judged(self, number: int, evaluation: str, reasons: Sequence[str]) -> ModelVersion:
+        """Name the newest verdict on a version (:func:`verdict_tags`)."""
+        for name, value in verdict_tags(evaluation, reasons).items():
+            self.client.set_model_version_tag(self.name, str(number), name, value)
         return self.version(number)
 
     def versions(self) -> list[ModelVersion]:
@@ -301,6 +314,21 @@ class ModelRegistry:
                 self.client.set_registered_model_alias(self.name, PREVIOUS, str(before.number))
             self.client.set_registered_model_alias(self.name, CHAMPION, str(number))
         return version
+
+    def promote_by_hand(self, number: int) -> ModelVersion:
+        """Make a version the champion whatever its gate said, and record when, in whose place, and what had failed.
+
+        The tag is written first: killed between the two, a promotion is recorded that can be repeated.
+        """
+        version, before = self.version(number), self.champion()
+        place = f" in place of version {before.number}" if before is not None else ""
+        failed = "; ".join(version.tags.get(REFUSED, "unknown").splitlines()) or "nothing"
+        line = f"{datetime.now(UTC).isoformat(timespec='seconds')}{place}, failed: {failed}"
+        lines = [*version.tags.get(PROMOTED_BY_HAND, "").splitlines(), line]
+        with writing(self.place):
+            self.client.set_model_version_tag(self.name, str(number), PROMOTED_BY_HAND, "\n".join(lines)[-TAG_LENGTH:])
+        self.promote(number)
+        return self.version(number)
 
     def restore(self, number: int, instead_of: int, why: str) -> ModelVersion:
         """Make a version the champion again instead of one that failed after its promotion, which keeps the reason."""

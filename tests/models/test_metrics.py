@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,20 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from features.errors import CorankError
-from models.metrics import TaskMetrics, auc, auc_gain, calibration_bins, task_metrics
+from models.metrics import (
+    Estimate,
+    Gain,
+    TaskMetrics,
+    auc,
+    auc_gain,
+    calibration,
+    calibration_bins,
+    entropy_loss,
+    gauc_gain,
+    grouped_auc,
+    population_stability,
+    task_metrics,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -68,7 +83,8 @@ def test_a_score_or_label_that_is_not_finite_has_no_auc(value: float) -> None:
 def test_of_one_class_or_without_labels_what_cannot_be_told_is_none() -> None:
     users = np.array(["a", "a", "b"])
     ones = task_metrics(np.ones(3), np.array([0.5, 0.5, 0.5]), users, users)
-    assert ones == TaskMetrics(None, None, None, None, pytest.approx(np.log(2)), 3, 1.0, 0.0, 0.0)  # type: ignore[arg-type]
+    entropy: Any = pytest.approx(np.log(2))
+    assert ones == TaskMetrics(None, None, None, None, entropy, 3, 1.0, 0.0, 0.0, predicted=0.5)
     nothing = task_metrics(np.zeros(0), np.zeros(0), users[:0], users[:0])
     assert nothing == TaskMetrics(None, None, None, None, None, 0, None, None, None)
     assert auc_gain(np.ones(3), np.zeros(3), np.zeros(3), users, resamples=50) is None
@@ -90,3 +106,88 @@ def test_calibration_bins_hold_every_impression_once_in_order_of_the_probability
     assert [one.impressions for one in calibration_bins(labels[:3], probabilities[:3])] == [1, 1, 1]
     with pytest.raises(CorankError, match="1 of 3 probabilities are not finite"):
         calibration_bins(labels[:3], np.array([0.1, np.nan, 0.3]))
+
+
+def both_score() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, two probabilities with ties, and users of whom some have one class."""
+    rng = np.random.default_rng(1)
+    labels, users = (rng.random(500) < 0.3).astype(float), rng.integers(0, 60, 500)
+    ours, theirs = (np.clip(np.round(0.3 * labels + 0.5 * rng.random(500), 2), 0.01, 0.99) for _ in range(2))
+    return labels, ours, theirs, users
+
+
+def resampled(users: np.ndarray, resamples: int) -> list[list[np.ndarray]]:
+    """Rows of every user drawn, draw after draw."""
+    rng, rows = (
+        np.random.default_rng(0),
+        [np.flatnonzero(users.astype(str) == one) for one in np.unique(users.astype(str))],
+    )
+    return [[rows[user] for user in rng.integers(0, len(rows), len(rows))] for _ in range(resamples)]
+
+
+def test_gains_and_their_intervals_equal_those_of_rows_drawn_again_and_again() -> None:
+    labels, ours, theirs, users = both_score()
+    draws = resampled(users, 50)
+
+    def check(found: Gain | Estimate | None, direct: Any) -> None:
+        assert found is not None
+        drawn = [direct(parts) for parts in draws]
+        whole = direct([np.flatnonzero(users == user) for user in np.unique(users)])
+        assert list(vars(found).values()) == pytest.approx([whole, *np.quantile(drawn, [0.05, 0.95])])
+
+    def auc_of(parts: list[np.ndarray]) -> float:
+        rows = np.concatenate(parts)
+        return float(roc_auc_score(labels[rows], ours[rows]) - roc_auc_score(labels[rows], theirs[rows]))
+
+    def gauc_of(parts: list[np.ndarray]) -> float:
+        both = [rows for rows in parts if labels[rows].min() < labels[rows].max()]
+        gains = [roc_auc_score(labels[r], ours[r]) - roc_auc_score(labels[r], theirs[r]) for r in both]
+        return float(np.average(gains, weights=[len(rows) for rows in both]))
+
+    def entropy_of(parts: list[np.ndarray]) -> float:
+        rows, mean = np.concatenate(parts), np.full(500, labels.mean())
+        return (log_loss(labels[rows], ours[rows]) - log_loss(labels[rows], theirs[rows])) / log_loss(labels, mean)
+
+    def calibration_of(parts: list[np.ndarray]) -> float:
+        rows = np.concatenate(parts)
+        return float(labels[rows].sum() / ours[rows].sum())
+
+    check(auc_gain(labels, ours, theirs, users, 50, 0.9), auc_of)
+    check(gauc_gain(labels, ours, theirs, users, 50, 0.9), gauc_of)
+    check(entropy_loss(labels, ours, theirs, users, 50, 0.9), entropy_of)
+    check(calibration(labels, ours, users, 50, 0.9), calibration_of)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=60))
+def test_a_groups_auc_is_that_of_its_rows(rows: list[tuple[bool, int, int]]) -> None:
+    labels, scores, groups = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
+    parts = [groups == group for group in np.unique(groups)]
+    both = [part for part in parts if labels[part].min() < labels[part].max()]
+    values, sizes, share = grouped_auc(labels, scores, groups)
+    assert values.tolist() == pytest.approx([roc_auc_score(labels[part], scores[part]) for part in both])
+    assert sizes.tolist() == [part.sum() for part in both]
+    assert share == pytest.approx(len(both) / len(parts))
+
+
+def test_the_stability_index_is_that_of_two_histograms() -> None:
+    _, ours, theirs, _ = both_score()
+    ours = ours**2
+    edges = np.unique([-1.0, *np.quantile(theirs, np.arange(1, 10) / 10), 2.0])
+    p, q = (np.histogram(scores, edges)[0] + 0.5 for scores in (ours, theirs))
+    p, q = p / p.sum(), q / q.sum()
+    assert population_stability(ours, theirs) == pytest.approx(((p - q) * np.log(p / q)).sum())
+    assert population_stability(ours, theirs) > 0.25
+    assert population_stability(theirs, theirs) == 0.0
+    constant = np.full(100, 0.3)
+    assert population_stability(constant, constant) == 0.0
+    assert population_stability(constant + 0.1, np.linspace(0.2, 0.35, 100)) > 0.25
+
+
+def test_what_cannot_be_compared_is_none() -> None:
+    users, ones = np.array(["a", "b", "c"]), np.ones(3)
+    for gain in (auc_gain, gauc_gain, entropy_loss):
+        assert gain(ones, ones / 2, ones / 3, users, 50) is None
+        assert gain(ones[:0], ones[:0], ones[:0], users[:0], 50) is None
+    assert gauc_gain(np.array([0.0, 1.0, 1.0]), ones, ones, users, 50) is None  # no user has both classes
+    assert calibration(ones[:0], ones[:0], users[:0], 50) is None

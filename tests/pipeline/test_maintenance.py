@@ -40,7 +40,7 @@ from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
 from pipeline.workspace.registry import PREVIOUS
-from tests.pipeline.workspaces import START, load, make, write_config
+from tests.pipeline.workspaces import LENIENT, START, load, make, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07", "2026-01-08"]
@@ -49,9 +49,7 @@ CHANGES: dict[str, Any] = {
     "retention": {"partitions": 1},
     "training": {"epochs": 1, "batch_candidates": 1_000},
     "evaluation": {
-        "min_gain_over_baseline": -1.0,
-        "max_loss_against_champion": 1.0,
-        "resamples": 50,
+        **LENIENT,
         # so that a retraining begins inside a partition, and needs nothing older
         "refit": False,
     },

@@ -23,15 +23,14 @@ from models.artifact import save_artifact
 from models.config import ModelConfig
 from models.selfcheck import selfcheck_difference
 from pipeline.commands.summary import few_steps
-from pipeline.config import Config
 from pipeline.deployment.selfcheck import selfcheck_document
 from pipeline.deployment.verification import raw_contexts, verify_endpoint
 from pipeline.evaluation.baseline import baseline
 from pipeline.evaluation.comparison import compare
+from pipeline.evaluation.impressions import read_impressions
 from pipeline.evaluation.scoring import Scored
 from pipeline.evaluation.texts import classes_text, gain_text
 from pipeline.progress import Eta
-from pipeline.stages.evaluation import gate_reasons
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.settings import TrainingConfig
 from pipeline.training.training import TrainingJob, initial_model, require_both_classes, summarize, train
@@ -172,7 +171,8 @@ def test_a_second_task_without_labels_or_of_one_class_has_no_metrics_and_stops_n
         candidate["label__task1"] = label
 
     source = source_of(tmp_path / "samples", with_candidates(make_rows(SCHEMA, 3, timelines=30), as_one))
-    baselines = {task.name: baseline(source, task, 1_300_000_000, 0) for task in SCHEMA.tasks}
+    impressions = read_impressions(source, 1_300_000_000, rows=50, candidates=100)
+    baselines = {task.name: baseline(impressions.shown, task, 1_300_000_000, 0) for task in SCHEMA.tasks}
     shown = baselines["task0"]
     assert shown is not None
     assert baselines["task1"] is None
@@ -212,9 +212,6 @@ def test_a_model_that_scores_no_numbers_is_never_verified(tmp_path: Path) -> Non
     build = BuildSettings(tables={}, schema=SCHEMA, grain="day", buckets=1, log_delay=0, root="", now=0)
     with pytest.raises(CorankError, match="self-check requests differ by nan"):
         verify_endpoint("http://nowhere", str(tmp_path / "artifact"), build, ["d"], 0)
-    limits = Config.model_fields["evaluation"].default
-    assert gate_reasons(limits, np.nan, None)
-    assert gate_reasons(limits, 1.0, (1, np.nan))
 
 
 def test_a_context_is_sent_as_the_log_is_read() -> None:

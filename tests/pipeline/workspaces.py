@@ -16,6 +16,18 @@ from tests.servers import free_port
 EXAMPLE = Path("pipeline/examples/synthetic.yaml")
 START = "2026-01-05"
 
+LENIENT = {
+    "min_gain_over_baseline": -1.0,
+    "max_loss_against_champion": 1.0,
+    "max_loss_in_segments": 1.0,
+    "max_entropy_loss": 100.0,
+    "max_miscalibration": 1_000.0,
+    "max_drift": 100.0,
+    "max_slowdown": 1_000.0,
+    "resamples": 50,
+}
+"""A gate for tiny models on three days, which need not beat anything; it has tests of its own."""
+
 
 def write_config(folder: Path, data: Path, **changes: Any) -> Path:
     """The synthetic example on other folders, with a tiny model that trains in seconds."""
@@ -30,8 +42,7 @@ def write_config(folder: Path, data: Path, **changes: Any) -> Path:
     content["model"] |= {"heads": 4, "head_dim": 16, "layers": 1}
     # in the command's process: what Ray Train does is tested in test_training.py, and by the fixture of test_dag.py
     content["training"] = {"epochs": 2, "batch_candidates": 1_000, "num_workers": 0}
-    # a tiny model on three days need not beat anything; the gate has tests of its own
-    content["evaluation"] = {"min_gain_over_baseline": -1.0, "max_loss_against_champion": 1.0, "resamples": 50}
+    content["evaluation"] = LENIENT
     content["holdout"] = {"test": 0.1, "validation": 0.1}
     content["serving"] = {"port": free_port()}
     content |= changes

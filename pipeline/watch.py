@@ -129,7 +129,7 @@ def retraining_definitions(config: Config, path: Path) -> dg.Definitions:
         raise_alert(config, f"corank: {config.name}: a retraining failed: {context.op_exception}")
 
     @dg.op(
-        name="retrain",
+        name="corank_retrain",
         retry_policy=dg.RetryPolicy(
             max_retries=options.retries, delay=options.backoff_seconds, backoff=dg.Backoff.EXPONENTIAL
         ),

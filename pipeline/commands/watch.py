@@ -42,7 +42,8 @@ def watch(
 
         own = load(config)
         require_free(host, port)
-        with open_instance(own) as instance, _dagster(own, Path(config).resolve(), host, port) as log:
+        log = own.local_path("dagster.log")
+        with open_instance(own) as instance, _dagster(own, Path(config).resolve(), host, port, log) as dagster:
             typer.echo(f"watching every {own.trigger.interval_seconds} s; web UI at http://{host}:{port}, log in {log}")
             shown: list[str] = []
             while True:
@@ -51,6 +52,9 @@ def watch(
                     if line not in shown:
                         typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")
                 shown = lines
+                if dagster.poll() is not None:
+                    last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
+                    raise CorankError(f"Dagster has ended, see {log}: " + "\n".join(last))
                 time.sleep(min(own.trigger.interval_seconds, 5))
 
 
@@ -82,16 +86,11 @@ def _runs(instance: DagsterInstance) -> list[str]:
 
 
 @contextmanager
-def _dagster(config: Config, path: Path, host: str, port: int) -> Iterator[Path]:
-    """Dagster's daemon and web UI beside this process; the path of their log. They and their runs end with the block.
-
-    Raises:
-        CorankError: they ended by themselves.
-    """
+def _dagster(config: Config, path: Path, host: str, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Dagster's daemon and web UI beside this process. They and their runs end with the block."""
     import psutil
 
     home = Path(os.environ.get("DAGSTER_HOME") or config.local_path("dagster"))
-    log = config.local_path("dagster.log")
     command = [sys.executable, "-m", "dagster", "dev", "-m", "pipeline.definitions", "-h", host, "-p", str(port)]
     environment = {**os.environ, "DAGSTER_HOME": str(home), "CORANK_CONFIG": str(path)}
     with log.open("w") as stream:
@@ -100,7 +99,7 @@ def _dagster(config: Config, path: Path, host: str, port: int) -> Iterator[Path]
         )
         process = psutil.Process(started.pid)
         try:
-            yield log
+            yield started
         finally:
             family = [process, *process.children(recursive=True)] if process.is_running() else []
             for one in family:

@@ -82,6 +82,7 @@ def test_a_partition_waits_until_every_log_reaches_it(folder: Path) -> None:
 def test_a_retraining_is_asked_for_once_whatever_is_read_or_compacted_and_again_for_new_rows(folder: Path) -> None:
     config = load(folder, folder / "data", trigger={"closed": "time"})
     definitions = retraining_definitions(config, folder / "config.yaml")
+    dg.Definitions.validate_loadable(definitions)
     (sensor,) = definitions.sensors or ()
     assert isinstance(sensor, dg.SensorDefinition)
     keys = []
@@ -116,6 +117,7 @@ def test_without_a_champion_nothing_is_asked_for(tmp_path: Path) -> None:
 def test_a_schedule_takes_the_place_of_the_sensor(tmp_path: Path) -> None:
     config = load(tmp_path, tmp_path / "data", trigger={"cron": "0 4 * * *"})
     definitions = retraining_definitions(config, tmp_path / "config.yaml")
+    dg.Definitions.validate_loadable(definitions)
     assert [one.cron_schedule for one in definitions.schedules or ()] == ["0 4 * * *"]  # type: ignore[union-attr]
     assert not definitions.sensors
 
@@ -154,7 +156,7 @@ def test_a_retraining_that_fails_for_good_is_told_with_its_message(
     assert isinstance(job, dg.JobDefinition)
     with dg.DagsterInstance.ephemeral() as instance:
         result = job.execute_in_process(instance=instance, raise_on_error=False)
-        tries = [event.event_type for event in result.all_events if event.step_key == "retrain"]
+        tries = [event.event_type for event in result.all_events if event.step_key == "corank_retrain"]
     assert not result.success
     assert tries.count(dg.DagsterEventType.STEP_UP_FOR_RETRY) == 1
     (message,) = sent

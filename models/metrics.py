@@ -152,31 +152,6 @@ def task_metrics(labels: np.ndarray, probabilities: np.ndarray, users: np.ndarra
     )
 
 
-CALIBRATION_BINS = 10
-
-
-@dataclass(frozen=True)
-class CalibrationBin:
-    """Impressions of like probability: their number, their mean probability, and how many were positive."""
-
-    impressions: int
-    predicted: float
-    observed: float
-
-
-def calibration_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[CalibrationBin]:
-    """Predicted beside observed rates in bins of equally many impressions, in order of their probability; arrays [C].
-
-    Raises:
-        CorankError: a probability is not finite.
-    """
-    require_finite("probabilities", probabilities)
-    order = np.argsort(probabilities, kind="stable")
-    parts = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
-    means = [(float(probabilities[one].astype(np.float64).mean()), float(labels[one].mean())) for one in parts]
-    return [CalibrationBin(len(part), *mean) for part, mean in zip(parts, means, strict=True)]
-
-
 def _losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """−log of the probability that each label was given, [C]."""
     clipped = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
@@ -243,6 +218,31 @@ class _Ranked:
             return None
         before = np.concatenate([[0], negatives])
         return float(positives @ (before[self._first] + before[self._last]) / (2 * pairs))
+
+
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Impressions of like probability: their number, their mean probability, and how many were positive."""
+
+    impressions: int
+    predicted: float
+    observed: float
+
+
+def calibration_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[CalibrationBin]:
+    """Predicted beside observed rates in bins of equally many impressions, in order of their probability; arrays [C].
+
+    Raises:
+        CorankError: a probability is not finite.
+    """
+    require_finite("probabilities", probabilities)
+    order = np.argsort(probabilities, kind="stable")
+    parts = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
+    means = [(float(probabilities[one].astype(np.float64).mean()), float(labels[one].mean())) for one in parts]
+    return [CalibrationBin(len(part), *mean) for part, mean in zip(parts, means, strict=True)]
 
 
 def auc_gain(

@@ -22,9 +22,9 @@ from pipeline.workspace import Workspace, close_text
 from pipeline.workspace.registry import PROMOTED_BY_HAND, REFUSED, ModelVersion
 
 SHOWN_ITEMS = 10
-SHOWN_CHAMPIONS = 5
 SHOWN_CRITERIA = 12
 """Of a verdict; of a longer one those that failed."""
+SHOWN_CHAMPIONS = 5
 FEW_STEPS = 100
 """Of a whole training; below, a user is told that the model has hardly begun to learn."""
 

@@ -91,23 +91,6 @@ def test_of_one_class_or_without_labels_what_cannot_be_told_is_none() -> None:
     assert auc_gain(np.zeros(0), np.zeros(0), np.zeros(0), users[:0], resamples=50) is None
 
 
-def test_calibration_bins_hold_every_impression_once_in_order_of_the_probability() -> None:
-    rng = np.random.default_rng(3)
-    probabilities = rng.random(1_003).astype(np.float32)
-    labels = (rng.random(1_003) < probabilities).astype(np.float32)
-    bins = calibration_bins(labels, probabilities)
-    assert sum(one.impressions for one in bins) == 1_003
-    assert max(one.impressions for one in bins) - min(one.impressions for one in bins) <= 1
-    assert [one.predicted for one in bins] == sorted(one.predicted for one in bins)
-    mean = sum(one.impressions * one.observed for one in bins) / 1_003
-    assert mean == pytest.approx(labels.mean(), abs=1e-6)
-    assert all(abs(one.observed - one.predicted) < 0.2 for one in bins)
-    assert calibration_bins(labels[:0], probabilities[:0]) == []
-    assert [one.impressions for one in calibration_bins(labels[:3], probabilities[:3])] == [1, 1, 1]
-    with pytest.raises(CorankError, match="1 of 3 probabilities are not finite"):
-        calibration_bins(labels[:3], np.array([0.1, np.nan, 0.3]))
-
-
 def both_score() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Labels, two probabilities with ties, and users of whom some have one class."""
     rng = np.random.default_rng(1)
@@ -191,3 +174,20 @@ def test_what_cannot_be_compared_is_none() -> None:
         assert gain(ones[:0], ones[:0], ones[:0], users[:0], 50) is None
     assert gauc_gain(np.array([0.0, 1.0, 1.0]), ones, ones, users, 50) is None  # no user has both classes
     assert calibration(ones[:0], ones[:0], users[:0], 50) is None
+
+
+def test_calibration_bins_hold_every_impression_once_in_order_of_the_probability() -> None:
+    rng = np.random.default_rng(3)
+    probabilities = rng.random(1_003).astype(np.float32)
+    labels = (rng.random(1_003) < probabilities).astype(np.float32)
+    bins = calibration_bins(labels, probabilities)
+    assert sum(one.impressions for one in bins) == 1_003
+    assert max(one.impressions for one in bins) - min(one.impressions for one in bins) <= 1
+    assert [one.predicted for one in bins] == sorted(one.predicted for one in bins)
+    mean = sum(one.impressions * one.observed for one in bins) / 1_003
+    assert mean == pytest.approx(labels.mean(), abs=1e-6)
+    assert all(abs(one.observed - one.predicted) < 0.2 for one in bins)
+    assert calibration_bins(labels[:0], probabilities[:0]) == []
+    assert [one.impressions for one in calibration_bins(labels[:3], probabilities[:3])] == [1, 1, 1]
+    with pytest.raises(CorankError, match="1 of 3 probabilities are not finite"):
+        calibration_bins(labels[:3], np.array([0.1, np.nan, 0.3]))

@@ -22,6 +22,7 @@ from pipeline.stages.refit import REFIT, RefitRecord, refit_key
 from pipeline.stages.samples import SAMPLES, SamplesRecord
 from pipeline.stages.validated import VALIDATED, ValidatedRecord
 from pipeline.workspace import Workspace, close_text
+from pipeline.workspace.registry import PROMOTED_BY_HAND
 
 if TYPE_CHECKING:
     from pipeline.workspace.registry import ModelVersion
@@ -213,6 +214,7 @@ def history(workspace: Workspace, versions: Sequence[ModelVersion]) -> list[Life
         said = "; ".join(evaluation.reasons) if evaluation else ""
         if failure := version.tags.get("failed live"):
             said = f"failed live: {failure}"
-        promoted = bool(version.aliases) or bool(outcome and outcome.promoted)
+        by_hand = PROMOTED_BY_HAND in version.tags
+        promoted = bool(version.aliases) or by_hand or bool(outcome and outcome.promoted)
         lives.append(Life(version, entry.get("auc"), entry.get("auc_gain_over_baseline"), promoted, said))
     return lives

@@ -40,7 +40,7 @@ from pipeline.evaluation.scoring import score_rows
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.records import Record
-from pipeline.report import report_of
+from pipeline.report import report_of, write_report
 from pipeline.runtime import ensure_ray
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
@@ -558,7 +558,8 @@ def test_a_rejected_first_challenger_is_registered_but_not_served(config: Config
     verdict = workspace.records.require(EVALUATION, refused.tags["evaluation"])
     assert verdict.reasons == [one.reason for one in verdict.criteria if one.passed is False]
     assert gate_text(refused, verdict) == f"failed: {verdict.reasons[0]}"
-    assert "| click AUC, gain over the baseline | " in Path(verdict.report).read_text()
+    page = write_report(workspace, refused.tags["evaluation"]).read_text()
+    assert "<td>click AUC, gain over the baseline</td>" in page
     registry = workspace.registry
     other = registry.register(refused.artifact, registry.log_run("run", "other", {}, {}, [], refused.artifact), {})
     registry.promote(other.number)

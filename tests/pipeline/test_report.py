@@ -13,6 +13,7 @@ import pytest
 
 from features.errors import CorankError
 from pipeline.cost import Cost, keep
+from pipeline.evaluation.criterion import Criterion
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.report import report_of
@@ -120,6 +121,24 @@ def test_a_version_without_a_verdict_has_no_report(workspace: Workspace) -> None
         report_of(workspace, 2)
     with pytest.raises(CorankError, match="has no version 9; there are: 2, 1"):
         report_of(workspace, 9)
+
+
+def test_a_report_shows_every_criterion_of_the_verdict(workspace: Workspace) -> None:
+    verdict = workspace.records.require(EVALUATION, "verdict-2")
+    criteria = [
+        Criterion("click AUC, gain over version 1", -0.04, (-0.06, -0.02), -0.01, "≥ -0.01", False),
+        Criterion("drift of <b>", 0.1, None, 0.5, "≤ 0.5", True, "ten bins"),
+        Criterion("gain over boosting", None, None, None, "", None, "too few to tell"),
+    ]
+    workspace.records.write(EVALUATION, "verdict-2", replace(verdict, criteria=criteria))
+    text = re.sub(r"<[^>]+>", " ", report_of(workspace, 2).read_text())
+    said = " ".join(text.split())
+    for row in (
+        "click AUC, gain over version 1 -0.0400 -0.0600 … -0.0200 ≥ -0.01 failed",
+        "drift of &lt;b&gt; 0.1000 ≤ 0.5 passed ten bins",
+        "gain over boosting – told too few to tell",
+    ):
+        assert row in said, row
 
 
 def test_a_report_of_records_of_an_earlier_version_says_what_is_missing(workspace: Workspace) -> None:

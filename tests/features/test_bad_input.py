@@ -25,6 +25,7 @@ from models.config import ModelConfig
 from pipeline.config import Config, TableConfig
 from pipeline.progress import Progress
 from pipeline.stages.samples import SAMPLES
+from pipeline.stages.stage import Stage
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
 from tests.features.worlds import DAYS, SCHEMA, settings, write_world
@@ -421,11 +422,11 @@ def test_late_rows_make_their_partition_and_all_after_it_stale(workspace: Callab
     days = before.partitions
     for day in days:
         before.records.put("samples", day, {"inputs": SAMPLES.inputs(before)[day]})
-    assert SAMPLES.stale(workspace()) == []
+    assert Stage.stale(SAMPLES, workspace()) == []
     impressions = before.config.table("impressions")
     late = pl.read_delta(impressions.uri).filter(pl.col("dt") == days[1]).head(1)
     write_deltalake(impressions.uri, late.with_columns(pl.lit("late").alias("request_id")).to_arrow(), mode="append")
-    assert SAMPLES.stale(workspace()) == days[1:]
+    assert Stage.stale(SAMPLES, workspace()) == days[1:]
 
 
 def test_a_damaged_profile_file_stops_a_run_before_anything_else(workspace: Callable[[], Workspace]) -> None:

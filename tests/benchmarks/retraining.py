@@ -45,6 +45,8 @@ from tests.pipeline.workspaces import load, make
 
 START = "2026-01-05"
 CLIENTS = 8
+PAUSE = 0.25
+"""Seconds between two requests of a client: load, but not more than two cores can answer beside a training."""
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 
 
@@ -197,6 +199,7 @@ def live(folder: Path, size: Size, retrainings: int) -> tuple[Answers, float]:
                         with answers.lock:
                             answers.failed.append(f"{type(error).__name__}: {error}")
                     waits.append(time.perf_counter() - started)
+                    ended.wait(PAUSE)
 
         clients = [threading.Thread(target=ask, args=(number,)) for number in range(CLIENTS)]
         for client in clients:

@@ -1,4 +1,8 @@
-"""Every benchmark that needs no data from outside runs, and ends with a line of JSON."""
+"""The benchmarks that need no data from outside run, and end with a line of JSON.
+
+Not those that walk through whole commands for minutes: ``retraining`` and ``crashwalk``. What they show in bulk has tests
+of its own (test_dag.py, test_cuts.py, test_resume.py, test_repair.py).
+"""
 
 from __future__ import annotations
 
@@ -44,11 +48,3 @@ def test_the_features_benchmark_agrees_with_one_polars_program_and_reports_every
 def test_the_long_log_benchmark_builds_together_what_it_builds_day_by_day() -> None:
     report = report_of("longlog", timeout=140)  # it ends with an error where a row differs
     assert set(report["goals"]) == {"build_seconds", "validation_seconds"}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(330)
-def test_the_retraining_benchmark_loses_no_answer_while_a_new_champion_goes_live() -> None:
-    report = report_of("retraining", timeout=320)  # it ends with an error where an answer failed or differs
-    assert report["results"]["models_that_answered"] == 2
-    assert set(report["goals"]) >= {"retraining_cpu_share_of_run", "warm_minus_frozen", "failed_or_differing"}

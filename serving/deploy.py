@@ -11,10 +11,10 @@ import ray
 from ray import serve
 
 from features.errors import CorankError, without_trace
+from serving.application import APPLICATION, build_application
 from serving.client import RankingClient
 from serving.ports import endpoint_url, free_port, require_free
 from serving.proxy import announce
-from serving.ranking import APPLICATION, build_application
 from serving.settings import ServingSettings
 
 _started = False  # whether this process started Serve

@@ -106,7 +106,7 @@ class MemoisedModel:
         whole = [_digest_of_user(batch, place, events[place]) for place in range(rows.num_rows)]
         states = {key: state for key in dict.fromkeys(whole) if (state := self.users.get(key)) is not None}
         levels: dict[bytes, Level] = {key: "user" if key in states else "none" for key in whole}
-        missing = [place for place, key in _first_places(whole).items() if key not in states]
+        missing = [place for key, place in _first_places(whole).items() if key not in states]
         if missing:
             encoded, known = self._timelines(rows, batch, [events[place] for place in missing], missing)
             for place in missing:
@@ -125,17 +125,14 @@ class MemoisedModel:
         """The state of these rows' timelines, in order, and the digests of those that were remembered."""
         states = {key: state for key in events if (state := self.timelines.get(key)) is not None}
         known = set(states)
-        missing = {
-            key: place for key, place in zip(reversed(events), reversed(places), strict=True) if key not in known
-        }
+        missing = {key: places[own] for key, own in _first_places(events).items() if key not in known}
         if missing:
-            new = sorted(missing.values())
+            new = list(missing.values())
             part = batch if len(new) == rows.num_rows else self._part(rows, new)
             state = self.model.encode_timelines(part.timelines)
-            keys = {place: key for key, place in missing.items()}
-            for place, own in zip(new, _apart(state, len(new)), strict=True):
-                states[keys[place]] = own
-                self.timelines.put(keys[place], own)
+            for key, own in zip(missing, _apart(state, len(new)), strict=True):
+                states[key] = own
+                self.timelines.put(key, own)
         return _joined([states[key] for key in events]), known
 
     def _part(self, rows: pa.Table, places: Sequence[int]) -> RequestBatch:
@@ -150,12 +147,12 @@ def _joined(states: Sequence[S]) -> S:
     return states[0] if len(states) == 1 else type(states[0]).concat(states)
 
 
-def _first_places(keys: Sequence[bytes]) -> dict[int, bytes]:
-    """Place of every key's first appearance."""
+def _first_places(keys: Sequence[bytes]) -> dict[bytes, int]:
+    """Where every key appears first, in that order."""
     first: dict[bytes, int] = {}
     for place, key in enumerate(keys):
         first.setdefault(key, place)
-    return {place: key for key, place in first.items()}
+    return first
 
 
 def _digest_of_timeline(batch: RequestBatch, place: int) -> bytes:

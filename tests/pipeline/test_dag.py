@@ -55,10 +55,10 @@ from pipeline.stages.stage import Stage
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
 from pipeline.workspace.registry import PROMOTED_BY_HAND
+from serving.application import APPLICATION
 from serving.client import RankingClient
 from serving.deploy import stop
 from serving.ports import endpoint_url
-from serving.ranking import APPLICATION
 from tests.browser import drawn, opened
 from tests.pipeline.workspaces import LENIENT, START, load, make
 
@@ -577,14 +577,18 @@ def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) ->
     shutil.copytree(Path(config.table("users").uri).parent, tmp_path / "data")
     shutil.copytree(config.local_path(), tmp_path / "work")
     model = {"name": "hyformer", "layers": 1, "encoding": "longer", "short_length": 10, "queries": 2, "tokens": 16}
-    moved = load(tmp_path, tmp_path / "data", model=model)
+    # no refit moves its predictions so little: the judged model goes live
+    moved = load(tmp_path, tmp_path / "data", model=model, evaluation={**LENIENT, "refit_bound": 1e-9})
     workspace = Workspace(moved, Progress(), DAYS[1])
     VALIDATED.run(workspace, VALIDATED.stale(workspace))
     SAMPLES.run(workspace, SAMPLES.stale(workspace))
     make(CHALLENGER, workspace)
     evaluation = make(EVALUATION, workspace)
     assert evaluation.passed, evaluation
-    make(REFIT, workspace)
+    kept = make(REFIT, workspace)
+    assert (kept.refitted, kept.version) == (False, evaluation.model)
+    assert "more than evaluation.refit_bound 1e-09" in kept.why
+    assert kept.predictions["click"][0] != kept.predictions["click"][1]
     promoted = make(CHAMPION, workspace)
     champion = workspace.registry.champion()
     assert champion is not None, promoted

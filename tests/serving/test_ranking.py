@@ -27,7 +27,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.responses import PlainTextResponse
 
-import serving.ranking
+import serving.service
 from features.batch import collate
 from features.delta.table import Table
 from features.encoding import hash_id
@@ -38,13 +38,15 @@ from features.store.online import FeatureStoreSettings, apply, materialize, open
 from features.store.reader import History, OnlineReader
 from models.artifact import load_artifact, save_artifact
 from models.registry import MODELS, build_model
+from serving.api import RankRequest, build_api, weights_of
 from serving.client import NoEndpointError, RankingClient
 from serving.deploy import start
 from serving.memo import MemoisedModel
 from serving.ports import endpoint_url
 from serving.proxy import ADMITTED, JsonErrors, middlewares
-from serving.ranking import Ranker, RankingService, build_api
+from serving.ranker import Ranker
 from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
+from serving.service import RankingService
 from serving.settings import ServingConfig, ServingSettings
 from tests.servers import free_port, http_server
 
@@ -788,7 +790,7 @@ def name(document: Path, artifact: str) -> None:
 def test_a_model_that_is_named_while_requests_come_takes_over_without_a_lost_or_mixed_answer(
     settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving.ranking, "FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(serving.service, "FOLLOW_SECONDS", 0.05)
     (first, one), (second, two) = published(tmp_path, 1), published(tmp_path, 2)
     document = tmp_path / "current.json"
     name(document, first)
@@ -923,6 +925,9 @@ def test_a_ranking_is_by_weights_of_the_request_or_the_config_and_as_long_as_ask
         assert asked(top_k=1)["scores"] == scores
         assert set(answer["milliseconds"]) == {"features", "user_side", "item_side", "between"}
         assert all(value >= 0 for value in answer["milliseconds"].values())
+        # of another config than the model's: what the model has of it counts
+        assert weights_of(RankRequest(**body()), ["click", "like"], {"buy": 2.0}).tolist() == [1.0, 0.0]
+        assert weights_of(RankRequest(**body()), ["click", "like"], {"buy": 2.0, "like": 3.0}).tolist() == [0.0, 3.0]
         refused = client.post("/v1/rank", json=body(weights={"buy": 1.0}))
         assert (refused.status_code, refused.json()["error"]["field"]) == (422, "weights.buy")
         for wrong in ({"top_k": 0}, {"weights": {"click": "x"}}):
@@ -945,3 +950,29 @@ def test_requests_of_two_models_that_meet_in_one_batch_are_scored_each_by_its_ow
     third, _ = published(tmp_path, 3)
     ranker.score([(third, rows[0])])
     assert list(ranker._models) == [first, third]  # the one longest not asked for went
+
+
+def test_requests_to_a_loaded_model_do_not_wait_for_another_to_load(settings: ServingSettings, tmp_path: Path) -> None:
+    (first, _), (second, _) = published(tmp_path, 1), published(tmp_path, 2)
+    ranker = Ranker(replace(settings, artifact=first))
+    (row,) = rows_of(settings, ("7", ["1"], NOW))
+    with ThreadPoolExecutor(2) as pool, ranker._loading:  # as while another is loaded
+        waiting = pool.submit(ranker.score, [(second, row)])
+        assert pool.submit(ranker.score, [(first, row)]).result(20)[0].scores.shape == (1, 2)
+        assert not waiting.done()
+    assert waiting.result(20)[0].scores.shape == (1, 2)
+
+
+def test_where_the_named_model_is_unfit_a_service_begins_with_the_one_it_was_started_with(
+    settings: ServingSettings, tmp_path: Path
+) -> None:
+    first, one = published(tmp_path, 1)
+    document = tmp_path / "current.json"
+    name(document, str(tmp_path / "nothing"))
+    service = RankingService(
+        replace(settings, artifact=first, follow=str(document)),
+        InProcess(Ranker(replace(settings, artifact=first))),  # type: ignore[arg-type]
+    )
+    with TestClient(build_api(service)) as client:
+        assert client.post("/v1/rank", json=body()).json()["model_version"] == one
+        assert "not a model artifact" in client.get("/v1/model").json()["refused"]["why"]

@@ -21,7 +21,9 @@ from models.config import ModelConfig
 from models.registry import MODELS, build_model
 from pipeline.deployment.verification import asked_again, raw_contexts
 from pipeline.evaluation.scoring import score_rows
-from serving.ranking import Ranker, RankingService, build_api
+from serving.api import build_api
+from serving.ranker import Ranker
+from serving.service import RankingService
 from serving.settings import ServingSettings
 from tests.features import worlds
 from tests.features.worlds import COLORS, DAYS, SCHEMA, fold_all, write_world

@@ -1,0 +1,292 @@
+"""The HTTP interface: bodies, answers, and errors, which are all JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Protocol
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, PlainValidator, StrictInt
+from starlette.exceptions import HTTPException
+
+from features.errors import CorankError, message_of
+from features.schema import OTHER_UNITS, Schema
+from serving.bodies import BodyError, bounded_route
+from serving.memo import Ranked
+from serving.proxy import ADMITTED
+from serving.rows import InvalidRequestError, RequestRow
+from serving.settings import MOST_BODY_BYTES, ServingConfig
+
+MOST_EVENTS = 10_000
+"""Events of one push."""
+
+LOG = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a ranker serves."""
+
+    version: str
+    schema: Schema
+    metadata: dict[str, Any]
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task.name for task in self.schema.tasks]
+
+
+def _identifier(value: Any) -> str | int:
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError("must be a text or an integer")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("is an integer of more than 64 bits; send it as text")
+    return value
+
+
+def _scalar(value: Any) -> Any:
+    fits = -(2**63) <= value < 2**63 if isinstance(value, (int, float)) else isinstance(value, (str, NoneType))
+    if not fits:  # NaN neither
+        raise ValueError("must be a text, a number of at most 64 bits, a boolean or null")
+    return value
+
+
+Identifier = Annotated[str | int, PlainValidator(_identifier, json_schema_input_type=str | int)]
+Scalar = Annotated[
+    str | int | float | bool | None, PlainValidator(_scalar, json_schema_input_type=str | int | float | bool | None)
+]
+
+
+def _in_microseconds(ts: int) -> int:
+    for unit, (low, high) in OTHER_UNITS.items():
+        if low <= ts < high:
+            raise ValueError(f"looks like {unit}; send microseconds UTC")
+    return ts
+
+
+Microseconds = Annotated[StrictInt, Field(ge=0, lt=2**62), AfterValidator(_in_microseconds)]
+
+
+class RankRequest(BaseModel):
+    """Body of ``POST /v1/rank``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: Identifier
+    candidates: Annotated[list[Identifier], FailFast(), Field(min_length=1, description="item ids")]
+    context: Annotated[dict[str, Any], Field(description="context features by the column they come from")] = {}
+    ts: Annotated[Microseconds | None, Field(description="time of the request, microseconds UTC; default: now")] = None
+    top_k: Annotated[int | None, Field(ge=1, description="length of the ranking; default: all")] = None
+    weights: Annotated[
+        dict[str, Annotated[float, Field(allow_inf_nan=False)]],
+        Field(description="rank by this weighted sum of the tasks' scores; default: serving.weights of the config"),
+    ] = {}
+
+
+class Event(BaseModel):
+    """One new event: its id, user and time, and the columns that the sequences of its table read.
+
+    Of a table without ``event_id``: all its columns instead of the id, as an event is identified by its row's content.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    event_id: Annotated[Identifier | None, Field(description="where the table has this column")] = None
+    user_id: Identifier
+    ts: Annotated[Microseconds, Field(description="time of the event, microseconds UTC")]
+
+
+class EventsRequest(BaseModel):
+    """Body of ``POST /v1/events``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    events: Annotated[list[Event], FailFast(), Field(min_length=1, max_length=MOST_EVENTS)]
+    table: Annotated[
+        str | None, Field(description="the event table of the config that they belong to; default: the one there is")
+    ] = None
+
+
+class OverloadedError(CorankError):
+    """More requests than the limits allow."""
+
+
+class Service(Protocol):
+    """What the HTTP interface calls."""
+
+    async def rank(self, request: RankRequest) -> dict[str, Any]: ...
+
+    async def push(self, request: EventsRequest) -> dict[str, Any]: ...
+
+    async def describe(self) -> ModelDescription: ...
+
+    @property
+    def refused(self) -> dict[str, str] | None: ...
+
+
+def build_api(
+    service: Service, max_body_bytes: int = MOST_BODY_BYTES, admitted: int = ServingConfig().admitted
+) -> FastAPI:
+    """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``.
+
+    Args:
+        admitted: requests to rank, and pushes, that all replicas hold together; the proxy turns away what is more.
+    """
+    api = FastAPI(title="corank")
+    api.router.route_class = bounded_route(max_body_bytes)
+    limits = {ADMITTED: str(admitted)}
+
+    @api.post("/v1/rank")
+    async def rank(request: RankRequest) -> JSONResponse:
+        return JSONResponse(await service.rank(request), headers=limits)
+
+    @api.post("/v1/events")
+    async def events(request: EventsRequest) -> JSONResponse:
+        return JSONResponse(await service.push(request), headers=limits)
+
+    @api.get("/healthz")
+    async def healthz() -> JSONResponse:
+        try:
+            await service.describe()
+        except Exception as error:
+            LOG.exception("the model does not answer")
+            return _error(503, "not_ready", None, told(error))
+        return JSONResponse({"status": "ok"}, headers=limits)
+
+    @api.get("/v1/model")
+    async def model() -> JSONResponse:
+        return JSONResponse({**_summary(await service.describe()), "refused": service.refused})
+
+    @api.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        if isinstance(error.body, bytes):
+            return _error(
+                422, "invalid_request", "body", "is not JSON by its header; send content-type: application/json"
+            )
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][1:])  # ("body", "candidates", 3) → candidates.3
+        return _error(422, "invalid_request", field or "body", first["msg"].removeprefix("Value error, "))
+
+    @api.exception_handler(BodyError)
+    async def unreadable(_: Request, error: BodyError) -> JSONResponse:
+        kind = "too_large" if error.status_code == 413 else "invalid_request"
+        return _error(error.status_code, kind, error.field, error.detail)
+
+    @api.exception_handler(InvalidRequestError)
+    async def invalid(_: Request, error: InvalidRequestError) -> JSONResponse:
+        return _error(422, "invalid_request", error.field, str(error))
+
+    @api.exception_handler(OverloadedError)
+    async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
+        return _error(503, "overloaded", None, str(error), {"Retry-After": "1"})
+
+    @api.exception_handler(CorankError)  # the model or the store is not there, or not as the request needs it
+    async def unavailable(_: Request, error: CorankError) -> JSONResponse:
+        LOG.error("request failed: %s", error)
+        return _error(503, "unavailable", None, str(error), {"Retry-After": "1"})
+
+    @api.exception_handler(HTTPException)
+    async def http(_: Request, error: HTTPException) -> JSONResponse:
+        kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
+        return _error(error.status_code, kind, None, str(error.detail))
+
+    @api.exception_handler(Exception)
+    async def internal(_: Request, error: Exception) -> JSONResponse:
+        LOG.error("request failed", exc_info=error)
+        return _error(500, "internal", None, told(error))
+
+    return api
+
+
+def _error(
+    status: int, kind: str, field: str | None, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    content = {"error": {"type": kind, "field": field, "message": message}}
+    return JSONResponse(content, status_code=status, headers=headers)
+
+
+def told(error: Exception) -> str:
+    return str(error) if isinstance(error, CorankError) else message_of(error)
+
+
+def _summary(model: ModelDescription) -> dict[str, Any]:
+    """``GET /v1/model``."""
+    schema = model.schema
+    metadata = {name: model.metadata[name] for name in ("metrics", "lineage") if name in model.metadata}
+    return {
+        "model_version": model.version,
+        "tasks": model.tasks,
+        "schema": {
+            "features": {
+                side: [
+                    {"name": one.name, "column": one.source, "kind": one.kind, "multi": one.multi}
+                    for one in schema.features
+                    if one.side == side
+                ]
+                for side in ("user", "item", "context")
+            },
+            "sequences": [
+                {"name": one.name, "length": one.length, "fields": [field.name for field in one.fields]}
+                for one in schema.sequences
+            ],
+        },
+        "metadata": json.loads(json.dumps(metadata), parse_constant=lambda _: None),
+    }
+
+
+def answer(
+    request: RankRequest,
+    ts: int,
+    row: RequestRow,
+    model: ModelDescription,
+    ranked: Ranked,
+    seconds: Mapping[str, float],
+    weights: np.ndarray,
+) -> dict[str, Any]:
+    """The body of an answer.
+
+    Args:
+        seconds: ``features`` and ``model``, the way to the ranker and the wait for others included.
+        weights: of the tasks, [K]: the ranking is by the weighted sum of their probabilities.
+    """
+    order = np.argsort(-(ranked.scores @ weights), kind="stable")
+    known = zip(request.candidates, row.item_known, strict=True)
+    return {
+        "model_version": model.version,
+        "request_ts": ts,
+        "tasks": model.tasks,
+        "scores": {task: ranked.scores[:, index].tolist() for index, task in enumerate(model.tasks)},
+        "ranking": [request.candidates[index] for index in order[: request.top_k]],
+        "cold_start": {"user": not row.user_known, "items": [item for item, is_known in known if not is_known]},
+        "memo": ranked.remembered,
+        "milliseconds": {
+            "features": 1e3 * seconds["features"],
+            "user_side": 1e3 * ranked.user_seconds,
+            "item_side": 1e3 * ranked.item_seconds,
+            "between": 1e3 * (seconds["model"] - ranked.user_seconds - ranked.item_seconds),
+        },
+    }
+
+
+def weights_of(request: RankRequest, tasks: list[str], configured: Mapping[str, float]) -> np.ndarray:
+    """Weights of a model's tasks, [K]: those of the request, else of the config, else the first task alone.
+
+    Raises:
+        InvalidRequestError: a weight of the request names no task of the model.
+    """
+    unknown = [task for task in request.weights if task not in tasks]
+    if unknown:
+        raise InvalidRequestError(f"weights.{unknown[0]}", f"is no task of the model; there are: {', '.join(tasks)}")
+    # of the config: a model of another config may have other tasks
+    chosen = (
+        request.weights or {task: weight for task, weight in configured.items() if task in tasks} or {tasks[0]: 1.0}
+    )
+    return np.array([chosen.get(task, 0.0) for task in tasks])

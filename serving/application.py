@@ -1,0 +1,31 @@
+"""The Ray Serve application: :class:`~serving.service.RankingService` before :class:`~serving.ranker.Ranker`."""
+
+from __future__ import annotations
+
+from ray import serve
+
+from serving.ranker import Ranker
+from serving.service import RankingService
+from serving.settings import ServingSettings
+
+APPLICATION = "corank"
+
+
+def build_application(settings: ServingSettings) -> serve.Application:
+    """The application of these settings, for ``serve.run``."""
+    ranker = serve.deployment(
+        # The service limits the requests; the ranker must take all of them, or they could not be merged.
+        max_ongoing_requests=settings.options.admitted * settings.options.service_replicas,
+        num_replicas=settings.options.ranker_replicas,
+        ray_actor_options={"num_cpus": settings.ranker_cpus},
+        max_constructor_retry_count=2,
+    )(Ranker)
+    service = serve.deployment(
+        # Room above the limits of both kinds, so that what exceeds them reaches the service and is answered 503 in
+        # JSON.
+        max_ongoing_requests=3 * settings.options.admitted + 100,
+        num_replicas=settings.options.service_replicas,
+        ray_actor_options={"num_cpus": settings.service_cpus},
+        max_constructor_retry_count=2,
+    )(serve.ingress()(RankingService))
+    return service.bind(settings, ranker.bind(settings))

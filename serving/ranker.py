@@ -1,0 +1,91 @@
+"""The deployment that runs the models.
+
+One request travels as one row of the sample table. Requests that wait together are merged into one ``RequestBatch``;
+the user side of a request is computed once, however many candidates it has, and remembered (:mod:`serving.memo`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import pyarrow as pa
+import torch
+from ray import serve
+
+from features.sample_table import concatenate
+from models.artifact import Artifact, load_artifact
+from models.memory import keep_freed_memory
+from models.selfcheck import require_selfcheck
+from serving.api import ModelDescription
+from serving.memo import MemoisedModel, Ranked
+from serving.settings import ServingSettings
+
+BoundRow = tuple[str, pa.Table]
+"""The artifact that a request is bound to, and its row in the layout of ``serving_schema``."""
+
+MOST_MODELS = 2
+"""Models that a ranker holds: the one that is served, and the one before or after it."""
+
+
+class Ranker:
+    """The models that are asked for, on merged batches of requests."""
+
+    def __init__(self, settings: ServingSettings) -> None:
+        keep_freed_memory()
+        torch.set_num_threads(
+            settings.ranker_threads or max(1, (os.cpu_count() or 1) // settings.options.ranker_replicas)
+        )
+        self._models: OrderedDict[str, tuple[Artifact, MemoisedModel]] = OrderedDict()
+        self._loading, self._order = threading.Lock(), threading.Lock()
+        self._max_candidates = settings.options.max_candidates
+        self._memo_bytes = round(settings.options.memo_megabytes * 1e6)
+        self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
+        self.rank.set_batch_wait_timeout_s(settings.options.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
+        self._model(settings.artifact)
+
+    def _model(self, artifact: str) -> tuple[Artifact, MemoisedModel]:
+        """A model, loaded and checked when it is first asked for; the one longest not asked for goes then.
+
+        Raises:
+            CorankError: it cannot be read, or gives other scores than those stored beside it.
+        """
+        if (known := self._known(artifact)) is None:
+            with self._loading:  # one at a time; requests to models that are loaded do not wait for it
+                if (known := self._known(artifact)) is None:
+                    loaded = load_artifact(artifact)
+                    require_selfcheck(artifact, loaded.model, loaded.metadata.get("selfcheck", {}))
+                    known = loaded, MemoisedModel(loaded.model, self._memo_bytes)
+                    with self._order:
+                        self._models[artifact] = known
+                        while len(self._models) > MOST_MODELS:
+                            self._models.popitem(last=False)
+        return known
+
+    def _known(self, artifact: str) -> tuple[Artifact, MemoisedModel] | None:
+        with self._order:
+            if artifact in self._models:
+                self._models.move_to_end(artifact)
+            return self._models.get(artifact)
+
+    async def describe(self, artifact: str) -> ModelDescription:
+        model, _ = await asyncio.to_thread(self._model, artifact)
+        return ModelDescription(model.version, model.schema, model.metadata)
+
+    @serve.batch
+    async def rank(self, requests: list[BoundRow]) -> list[Ranked]:
+        """What every request gets by the model that it is bound to."""
+        return await asyncio.to_thread(self.score, requests)
+
+    def score(self, requests: Sequence[BoundRow]) -> list[Ranked]:
+        """Scores of these requests, merged per model into batches of at most ``max_candidates`` candidates."""
+        ranked: dict[int, Ranked] = {}
+        for artifact in dict.fromkeys(artifact for artifact, _ in requests):
+            places = [place for place, (bound_to, _) in enumerate(requests) if bound_to == artifact]
+            rows = concatenate([requests[place][1] for place in places])
+            _, model = self._model(artifact)
+            ranked |= dict(zip(places, model.rank(rows, self._max_candidates), strict=True))
+        return [ranked[place] for place in range(len(requests))]

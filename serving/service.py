@@ -1,0 +1,327 @@
+"""The deployment that answers: it validates requests, reads their features, asks the ranker, and stores new events.
+
+A request is bound to one model when it is admitted. When another is to be served (``ServingSettings.follow``), it is
+loaded and checked beside the old one, and a reader of its features opened; then requests are bound to it. No request
+waits for that, and none meets two models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Literal
+
+import polars as pl
+from fastapi import FastAPI
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from features.delta.paths import file_system
+from features.errors import CorankError, UnavailableError, raised
+from features.store.push import EventsError, OnlineWriter
+from features.store.reader import OnlineReader
+from serving.api import (
+    EventsRequest,
+    ModelDescription,
+    OverloadedError,
+    RankRequest,
+    answer,
+    build_api,
+    told,
+    weights_of,
+)
+from serving.memo import Ranked
+from serving.rows import InvalidRequestError, as_text, build_row
+from serving.settings import ServingSettings
+
+FOLLOW_SECONDS = 1.0
+"""Between two looks at which model is to be served."""
+
+NO_RANKER = "the model does not answer, its process has ended; try again"
+
+LOG = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class LiveModel:
+    """A model that requests are bound to, with a reader of the features that it reads (its schema, not the config's).
+
+    Attributes:
+        artifact: its directory, by which the ranker knows it.
+    """
+
+    artifact: str
+    model: ModelDescription
+    reader: OnlineReader
+
+
+class RankingService:
+    """Validates requests, reads their features from the online store and asks the ranker; stores new events.
+
+    The store is read in one thread of its own and written in another, so that health and overload are answered
+    meanwhile, and no ranking waits for a push that waits for another writer.
+    """
+
+    def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
+        self._settings = settings
+        self._ranker = ranker
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="feature-store-reader")
+        self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
+        self._opening = asyncio.Lock()
+        self._live: LiveModel | None = None
+        self._following: asyncio.Task[None] | None = None
+        self.refused: dict[str, str] | None = None  # the artifact that was to be served last, and why it is not
+        # of the newest config, whose views the store has; a model may read fewer of them
+        self._writes_to = settings.store
+        self._writer: OnlineWriter | None = None
+        self._admitted = {"rank": 0, "push": 0}
+        self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        options = self._settings.options
+        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas)
+
+    async def describe(self) -> ModelDescription:
+        """What the ranker serves, asked anew each time; also proves that the store can be read.
+
+        Raises:
+            CorankError: the store lacks what the model reads, or does not answer.
+        """
+        live = await self._open()
+        return await self._described(live.artifact)
+
+    async def rank(self, request: RankRequest) -> dict[str, Any]:
+        """Score and order the candidates of a request.
+
+        Raises:
+            InvalidRequestError: it does not fit the model or the limits.
+            OverloadedError: too many requests are being worked on.
+            UnavailableError: the online store does not answer.
+        """
+        settings, limits = self._settings, self._settings.options
+        if len(request.candidates) > limits.max_candidates:
+            raise InvalidRequestError(
+                "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
+            )
+        with self._admission("rank"):
+            live = await self._open()
+            weights = weights_of(request, live.model.tasks, limits.weights)
+            started = time.perf_counter()
+            ts = request.ts if request.ts is not None else time.time_ns() // 1_000
+            row = await _in_thread(
+                self._reading,
+                lambda: build_row(
+                    live.reader,
+                    settings.log_delay,
+                    str(request.user_id),
+                    [str(item) for item in request.candidates],
+                    request.context,
+                    ts,
+                    limits.missing_context,
+                ),
+            )
+            read = time.perf_counter()
+            ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows))
+            seconds = {"features": read - started, "model": time.perf_counter() - read}
+            return answer(request, ts, row, live.model, ranked, seconds, weights)
+
+    async def push(self, request: EventsRequest) -> dict[str, Any]:
+        """Append events to the online sequences; the next request sees them.
+
+        Returns:
+            ``added``: events that each sequence got; what it had already, or does not select, is not counted.
+
+        Raises:
+            InvalidRequestError: the events are not what the sequences of this table read; none is stored.
+            OverloadedError: too many requests are being worked on.
+            UnavailableError: the online store does not answer.
+        """
+        with self._admission("push"):
+            return {"added": await _in_thread(self._writing, lambda: self._push(request))}
+
+    def _push(self, request: EventsRequest) -> dict[str, int]:
+        writer = self._writer or OnlineWriter(self._writes_to, self._settings.log_delay)
+        self._writer = writer
+        try:
+            table = writer.table(request.table)
+        except CorankError as error:
+            raise InvalidRequestError("table", str(error)) from None
+        events, needed = [event.model_dump(exclude_unset=True) for event in request.events], writer.columns(table)
+        for index, event in enumerate(events):
+            if "event_id" in event and "event_id" not in needed:
+                problem = (
+                    f"the table {table} has no event_id, an event is identified by its row's content; leave it out"
+                )
+                raise InvalidRequestError(f"events.{index}.event_id", problem)
+            for column in needed:
+                if column not in event:
+                    advice = "" if column == "event_id" else "; send null if it is not known"
+                    raise InvalidRequestError(f"events.{index}.{column}", f"is missing{advice}")
+        try:
+            return writer.push(_frame(events), table)
+        except EventsError as error:
+            first, alone = _first_refused(events, lambda some: writer.check(_frame(some), table), error)
+            place = f"events.{first}.{alone.column}" if first is not None and alone.column else "events"
+            raise InvalidRequestError(place, str(alone)) from error
+
+    @contextmanager
+    def _admission(self, kind: Literal["rank", "push"]) -> Iterator[None]:
+        """One of the requests of its kind that are worked on at a time.
+
+        Raises:
+            OverloadedError: there are too many.
+        """
+        if self._admitted[kind] >= self._settings.options.admitted:
+            raise OverloadedError(
+                f"{self._admitted[kind]} requests are being worked on, which is the limit; try again later"
+            )
+        self._admitted[kind] += 1
+        try:
+            yield
+        finally:
+            self._admitted[kind] -= 1
+
+    async def _open(self) -> LiveModel:
+        """The model that requests are bound to now."""
+        if self._live is None:
+            async with self._opening:
+                if self._live is None:
+                    await self._begin()
+        assert self._live is not None
+        if self._settings.follow is not None and (self._following is None or self._following.done()):
+            self._following = asyncio.create_task(self._follow())
+        return self._live
+
+    async def _begin(self) -> None:
+        """Bind requests to what is to be served now; where that is not fit, to what the service was started with."""
+        wanted = await self._wanted()
+        if wanted is None or not await self._switch(wanted):
+            self._live = await self._prepared(self._settings.artifact)
+
+    async def _prepared(self, artifact: str) -> LiveModel:
+        model = await self._described(artifact)
+        store = replace(self._settings.store, schema=model.schema)
+        reader = await _in_thread(self._reading, lambda: OnlineReader(store))
+        await _in_thread(self._reading, lambda: reader.user(""))  # a lost store has its views, but no tables
+        return LiveModel(artifact, model, reader)
+
+    async def _wanted(self) -> str | None:
+        """The artifact that is to be served; None when nothing says so."""
+        if self._settings.follow is None:
+            return None
+        return await asyncio.to_thread(followed, self._settings.follow)
+
+    async def _follow(self) -> None:
+        """Bind requests to what is to be served, once it is ready; what is not fit stays out, and says why."""
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            wanted = await self._wanted()
+            if wanted is None or self._live is None or wanted == self._live.artifact:
+                continue
+            if self.refused is None or wanted != self.refused["artifact"]:
+                with suppress(UnavailableError):  # the ranker or the store is away; later
+                    await self._switch(wanted)
+
+    async def _switch(self, artifact: str) -> bool:
+        """Bind requests to a model from now on, once it is ready; whether it was fit.
+
+        Raises:
+            UnavailableError: the ranker or the store does not answer.
+        """
+        try:
+            live = await self._prepared(artifact)
+        except UnavailableError:
+            raise
+        except Exception as error:  # whatever it is, requests go on with the model before
+            LOG.exception("model %s is not served", artifact)
+            self.refused = {"artifact": artifact, "why": told(error)}
+            return False
+        if artifact != self._settings.artifact and live.model.schema != self._writes_to.schema:
+            # the config has gone on: pushes fill the views that its models read
+            self._writes_to, self._writer = replace(self._writes_to, schema=live.model.schema), None
+        self._live, self.refused = live, None
+        return True
+
+    async def _described(self, artifact: str) -> ModelDescription:
+        description: ModelDescription = await self._ask(self._ranker.describe, artifact)
+        return description
+
+    async def _ask(self, method: Any, *arguments: Any) -> Any:
+        """What a ranker answers. When one has ended, until another is there, nobody waits for it.
+
+        Raises:
+            UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
+            Exception: what it raised, as it was raised there.
+        """
+        if self._missing is not None and not self._missing.done():
+            raise UnavailableError(NO_RANKER)
+        try:
+            return await method.remote(*arguments)
+        except (RayError, RayServeException) as failure:
+            error = raised(failure)
+            if not isinstance(error, (RayError, RayServeException)):
+                raise error from None
+            LOG.error("the model does not answer", exc_info=failure)
+            if self._missing is None or self._missing.done():
+                self._missing = asyncio.create_task(self._until_answered())
+            raise UnavailableError(NO_RANKER) from None
+
+    async def _until_answered(self) -> None:
+        """Wait for a ranker, as every request would in Ray's queue."""
+        while True:
+            try:
+                await self._ranker.describe.remote(self._live.artifact if self._live else self._settings.artifact)
+                return
+            except (RayError, RayServeException):
+                await asyncio.sleep(0.2)
+
+
+async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(thread, work)
+
+
+def followed(path: str) -> str | None:
+    """The artifact that the document of ``ServingSettings.follow`` names; None when it is not there or half written."""
+    store, inside = file_system(path)
+    try:
+        with store.open_input_stream(inside) as stream:
+            return str(json.loads(stream.read())["artifact"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
+    """Events as a frame. A column of several kinds becomes text, value by value, as its ids are coded one by one;
+    whole and fractional numbers together stay numbers."""
+    columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in dict.fromkeys(chain(*rows))}
+    for name, values in columns.items():
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 and kinds != {int, float}:
+            columns[name] = [None if value is None else as_text(value) for value in values]
+    return pl.DataFrame(columns, strict=False)
+
+
+def _first_refused(
+    events: list[dict[str, Any]], check: Callable[[list[dict[str, Any]]], None], together: EventsError
+) -> tuple[int | None, EventsError]:
+    """Of events that are refused together, the place of the first that is refused alone, and why."""
+    first, last, why = 0, len(events), together
+    while last - first > 1:
+        middle = (first + last) // 2
+        for start, end in ((first, middle), (middle, last)):
+            try:
+                check(events[start:end])
+            except EventsError as error:
+                first, last, why = start, end, error
+                break
+        else:
+            return None, together
+    return first, why

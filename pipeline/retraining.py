@@ -27,9 +27,13 @@ class Retraining:
 
 
 def next_retraining(
-    config: Config, partition: str | None = None, together: bool = False, full: bool = False
-) -> Retraining:
-    """The next step after what the model's versions cover.
+    config: Config,
+    partition: str | None = None,
+    together: bool = False,
+    full: bool = False,
+    passed_over: str | None = None,
+) -> Retraining | None:
+    """The next step after what the model's versions cover; None when all after ``passed_over`` is passed over, too.
 
     One partition is taken at a time; of one whose labels are not known yet, samples and features are brought up to
     date, and the next one follows. Labels that have become known are trained on. Rows that came late to partitions
@@ -39,6 +43,7 @@ def next_retraining(
         partition: the last one to take; default: the newest closed one.
         together: all new ones at once.
         full: from scratch, on all partitions up to the last one, whatever was trained before.
+        passed_over: the newest partition that has too few requests to be taken alone; those after it take them along.
 
     Raises:
         CorankError: there is no champion to start from, or no such partition.
@@ -56,7 +61,9 @@ def next_retraining(
     versions = whole.registry.versions()
     # a rejected challenger covers its partition too, else it would be trained for ever
     covered = max(version.tags["partition"] for version in versions)
-    newer = [one for one in whole.log.shown if one > covered]
+    newer = [one for one in whole.log.shown if one > max(covered, passed_over or "")]
+    if passed_over is not None and not newer:
+        return None
     until = covered if newer else partition
     current = Workspace(config, Progress(), until=until, warm_start=True)
     left = {stage.name for stage in STAGES if stage.trains} & set(pending(current))

@@ -64,28 +64,34 @@ def retrain(
     with guarded(debug):
         from pipeline.retraining import next_retraining
         from pipeline.stages import pending
+        from pipeline.training.settings import TooFewError
 
         own = load(config)
         first, last = _backfilled(backfill, partition)
-        said = ""
-        while True:
-            step = next_retraining(own, last, together, full)
+        said, passed_over = "", None
+        while step := next_retraining(own, last, together, full, passed_over):
+            taken = step
             newest = step.workspace.partitions[-1]
             if first is not None and step.training and newest < first:
                 raise CorankError(
                     f"--backfill {backfill}: partition {newest} comes before, and was not trained on yet; a retraining "
                     "leaves none out"
                 )
-            if step.says != said:
-                typer.echo(step.says)
-            left = pending(step.workspace, step.training)
-            if left and step.says != said:
-                _execute(step.workspace, False, step.training)
-            if full or not left or step.says == said:
+            if step.says == said:  # what is left is left by others meanwhile: the next call takes it
                 break
             said = step.says
+            typer.echo(said)
+            left = pending(step.workspace, step.training)
+            try:
+                if left:
+                    _execute(step.workspace, False, step.training)
+            except TooFewError as error:
+                typer.echo(f"partition {newest} is passed over, the next one takes its requests along: {error}")
+                passed_over = newest
+            if full or not left:
+                break
         if serve:
-            _execute(step.workspace, True, step.training)
+            _execute(taken.workspace, True, taken.training and passed_over is None)
 
 
 def _backfilled(backfill: str | None, partition: str | None) -> tuple[str | None, str | None]:

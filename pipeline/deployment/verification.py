@@ -18,8 +18,8 @@ from features.errors import CorankError
 from features.schema import Schema
 from features.validation import quarantine
 from features.validation.rules import is_finite
-from models.artifact import load_artifact
-from models.selfcheck import TOLERANCE, require_selfcheck
+from models.artifact import Artifact
+from models.selfcheck import TOLERANCE
 from pipeline.evaluation.scoring import score_rows
 from serving.client import RankingClient
 
@@ -27,11 +27,12 @@ REQUESTS = 16
 
 
 def verify_endpoint(
-    url: str, artifact_path: str, build: BuildSettings, partitions: list[str], moment: int, limit: int = REQUESTS
+    url: str, artifact: Artifact, build: BuildSettings, partitions: list[str], moment: int, limit: int = REQUESTS
 ) -> dict[str, Any]:
     """Compare the endpoint's scores with the offline scores of the same requests.
 
     Args:
+        artifact: what is served there.
         build: the builder's settings; the states of ``partitions`` must be there.
         moment: when the requests are asked, microseconds UTC: up to when the online store is filled.
 
@@ -39,11 +40,9 @@ def verify_endpoint(
         requests and candidates compared, the largest difference, and an example request.
 
     Raises:
-        CorankError: the model's self-check or a request's scores differ by more than 1e-5.
+        CorankError: another model is served, or a request's scores differ by more than 1e-5.
     """
-    artifact = load_artifact(artifact_path)
     schema = build.schema
-    require_selfcheck(artifact_path, artifact.model, artifact.metadata["selfcheck"])
     impressions = asked_again(build, partitions[-1], moment, limit)
     contexts = raw_contexts(schema, impressions)
     rows = rows_after(build, partitions, impressions)

@@ -16,7 +16,7 @@ from pipeline.stages.fitting import fit, optimizer_states, publish
 from pipeline.stages.samples import FOREVER, SAMPLES, sample_source, trainable
 from pipeline.stages.stage import Stage
 from pipeline.stages.validated import require_validated
-from pipeline.training.settings import Pace
+from pipeline.training.settings import Pace, TooFewError
 from pipeline.workspace import Workspace, close_text
 
 if TYPE_CHECKING:
@@ -96,7 +96,8 @@ class Challenger(Stage[ChallengerRecord]):
         """Train from scratch on the window, or from the champion on what it has not trained on.
 
         Raises:
-            CorankError: there is nothing to train on or to judge by, or training met what is not finite.
+            TooFewError: there is nothing to train on or to judge by.
+            CorankError: training met what is not finite.
         """
         from pipeline.training.training import TrainingJob, require_both_classes, summarize
 
@@ -126,7 +127,7 @@ class Challenger(Stage[ChallengerRecord]):
                 require_both_classes(config.gate_task, where, summarize(chosen_by), remedy.format(where))
             summary = summarize(train_source)
             if not summary.candidates:
-                raise CorankError(
+                raise TooFewError(
                     f"no requests to train on between {close_text(cuts.train)} and {close_text(cuts.validation)}; take "
                     "more partitions or hold out less (`holdout`)"
                 )

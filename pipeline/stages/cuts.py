@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from features.errors import CorankError
 from pipeline.stages.samples import FOREVER, SAMPLES, sample_source, trainable
-from pipeline.training.settings import extent
+from pipeline.training.settings import TooFewError, extent
 from pipeline.workspace import Workspace, close_text
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def cuts_from_scratch(workspace: Workspace) -> Cuts:
     """Cuts by the config's ``holdout`` and ``training.window``; reads only the partitions that hold a cut.
 
     Raises:
-        CorankError: no partition can be trained on yet, or there are too few requests.
+        CorankError: no partition can be trained on yet.
+        TooFewError
     """
     requests, holdout = _requests(workspace), workspace.config.holdout
     total = sum(requests.values())
@@ -52,7 +53,7 @@ def cuts_from_scratch(workspace: Workspace) -> Cuts:
     validation = _cut(workspace, requests, test, before, holdout.validation, total)
     left = _requests_before(workspace, requests, validation)
     if not 0 < left < before < total:
-        raise CorankError(
+        raise TooFewError(
             f"{total:,} requests in {len(requests)} partitions are too few for holdout.test {holdout.test} and "
             f"holdout.validation {holdout.validation}: {left:,} would be left to train on. Import more partitions, or "
             "hold out a share of the requests (`holdout: {test: 0.1, validation: 0.1}`)"
@@ -67,14 +68,15 @@ def cuts_of_retraining(workspace: Workspace, champion: ModelVersion) -> Cuts:
     """All that the champion has not trained on, but for the newest share of the newest partition.
 
     Raises:
-        CorankError: no partition can be trained on yet, or there is nothing that the champion has not trained on.
+        CorankError: no partition can be trained on yet.
+        TooFewError: the newest partition has too few requests that the champion has not trained on, or all at one time.
     """
     low, requests = trained_until(champion), _requests(workspace)
     newest = next(reversed(requests))
     times = [ts for ts in _times(workspace, newest) if ts >= low]
     held_out = int(len(times) * workspace.config.retraining.holdout) or 1
     if len(times) < 2 or times[-held_out] <= low:
-        raise CorankError(
+        raise TooFewError(
             f"partition {newest} has {len(times):,} requests that champion version {champion.number} has not trained "
             f"on (from {close_text(low)} on): too few to train on and to judge by. Take more partitions."
         )

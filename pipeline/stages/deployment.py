@@ -19,6 +19,7 @@ from pipeline.workspace import Workspace
 from serving.ports import endpoint_url
 
 if TYPE_CHECKING:
+    from models.artifact import Artifact
     from pipeline.progress import Line
     from pipeline.workspace.registry import ModelVersion
     from serving.settings import ServingSettings
@@ -102,17 +103,17 @@ class Deployment(Stage[DeploymentRecord]):
             if is_beside:
                 alone = replace(serving_settings(workspace, champion), follow=None)
                 with beside(alone, options.host, options.port) as private, _or_rolled_back(workspace, champion):
-                    verified = _verify(workspace, private, champion, stage)
+                    verified = _verify(workspace, private, artifact, stage)
                 stage.say(f"the running service takes version {champion.number} over")
                 with _or_rolled_back(workspace, champion):
                     is_beside = not _switch(workspace, url, champion)
                     if not is_beside:
-                        verified = _verify(workspace, url, champion, stage)
+                        verified = _verify(workspace, url, artifact, stage)
             else:
                 name_served(workspace, champion)
                 start(serving_settings(workspace, champion), options.host, options.port)
                 with _or_rolled_back(workspace, champion):
-                    verified = _verify(workspace, url, champion, stage)
+                    verified = _verify(workspace, url, artifact, stage)
             record = DeploymentRecord(
                 inputs=self.inputs(workspace)[key],
                 number=champion.number,
@@ -165,7 +166,12 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
         replicas, taken = workspace.config.serving.service_replicas, 0
         until, why = time.monotonic() + SWITCH_SECONDS, f"did not take it over within {SWITCH_SECONDS:g} s"
         while time.monotonic() < until:
-            model = client.model()
+            try:
+                model = client.model()
+            except CorankError as error:  # a replica that is gone for a moment says nothing of the version
+                taken, why = 0, f"does not answer: {error}"
+                time.sleep(0.2)
+                continue
             taken = taken + 1 if model["model_version"] == champion.tags.get("content") else 0
             if taken >= 3 * replicas:  # whichever replica answers
                 return True
@@ -194,7 +200,7 @@ def _or_rolled_back(workspace: Workspace, champion: ModelVersion) -> Iterator[No
         raise CorankError(f"{error}\nVersion {back.number} is champion again; it was verified before.") from error
 
 
-def _verify(workspace: Workspace, url: str, champion: ModelVersion, stage: Line) -> dict[str, Any]:
+def _verify(workspace: Workspace, url: str, artifact: Artifact, stage: Line) -> dict[str, Any]:
     from pipeline.deployment.verification import verify_endpoint
 
     stage.say("comparing its answers with offline scores")
@@ -202,7 +208,7 @@ def _verify(workspace: Workspace, url: str, champion: ModelVersion, stage: Line)
     if stored.close is None:
         raise CorankError("the online store was never filled; run `corank run` first")
     build = build_settings(workspace, stored.versions)
-    return verify_endpoint(url, champion.artifact, build, sorted(stored.partitions), stored.close)
+    return verify_endpoint(url, artifact, build, sorted(stored.partitions), stored.close)
 
 
 def require_own_features(workspace: Workspace, champion: ModelVersion) -> None:

@@ -43,14 +43,17 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
     kinds = ("ray",)
 
     def inputs(self, workspace: Workspace) -> dict[str, str]:
-        """Of the partitions that are newer than what the champion was made from."""
+        """Of the partitions with requests that are newer than what the champion was made from."""
         champion = workspace.registry.champion()
         if champion is None:
             return {}
         samples = SAMPLES.inputs(workspace)
         newest = champion.tags.get("trained", champion.tags["partition"])
         content = champion.tags.get("content", "")
-        return {one: digest([content, samples[one]]) for one in trainable(workspace) if one > newest}
+        newer = [one for one in trainable(workspace) if one > newest]
+        built = {one: workspace.records.read(SAMPLES, one) for one in newer}
+        empty = {one for one, record in built.items() if record is not None and not record.requests}
+        return {one: digest([content, samples[one]]) for one in newer if one not in empty}
 
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, ProgressiveRecord]:
         """Score partitions with the champion, and with the oldest version.
@@ -62,6 +65,9 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
 
         champion, inputs = workspace.registry.champion(), self.inputs(workspace)
         assert champion is not None
+        parts = [one for one in parts if one in inputs]  # it is known now which have requests
+        if not parts:
+            return {}
         frozen = _oldest_alike(workspace, champion)
         records: dict[str, ProgressiveRecord] = {}
         with workspace.progress.stage(self.name) as stage:

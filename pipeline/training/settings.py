@@ -8,12 +8,17 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from features.errors import CorankError
 from features.schema import SECOND, Declaration
 
 UNITS = {"hour": 3_600 * SECOND, "day": 86_400 * SECOND, "week": 7 * 86_400 * SECOND}
 """Microseconds."""
 
 PARTITION = "partition"
+
+
+class TooFewError(CorankError):
+    """There are too few requests to train on or to judge by; more partitions mend it."""
 
 
 @dataclass(frozen=True)

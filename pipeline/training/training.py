@@ -35,7 +35,7 @@ from models.protocol import RankingModel
 from models.registry import build_model
 from models.scoring import probabilities
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.settings import Pace, TrainingConfig
+from pipeline.training.settings import Pace, TooFewError, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,11 @@ class _Sums:
 def require_both_classes(task: str, where: str, summary: SourceSummary, remedy: str) -> None:
     """
     Raises:
-        CorankError: there is no AUC of this task in these samples.
+        TooFewError: there is no AUC of this task in these samples.
     """
     known, positive = summary.labels[task]
     if not 0 < positive < known:
-        raise CorankError(
+        raise TooFewError(
             f"task {task}, which the gate judges by: of {summary.candidates:,} candidates in the {where} set "
             f"{known:,} have a known label, {positive:,} of them positive. Without both classes there is no AUC. "
             f"{remedy}, take more partitions, or name another task in `evaluation.task`"

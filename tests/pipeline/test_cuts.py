@@ -20,7 +20,7 @@ from pipeline.stages.challenger import _replay
 from pipeline.stages.cuts import Cuts, cuts_from_scratch, cuts_of_retraining
 from pipeline.stages.samples import FOREVER, SAMPLES, sample_source
 from pipeline.stages.validated import VALIDATED
-from pipeline.training.settings import extent
+from pipeline.training.settings import TooFewError, extent
 from pipeline.workspace import Workspace
 from pipeline.workspace.registry import ModelVersion
 from tests.pipeline.workspaces import START, load
@@ -117,7 +117,7 @@ def test_holdout_and_window_are_partitions_durations_or_shares(folder: Path) -> 
 @pytest.mark.slow
 def test_a_champion_that_has_trained_on_everything_leaves_nothing_to_retrain_on(folder: Path, tmp_path: Path) -> None:
     last = workspace(folder)
-    with pytest.raises(CorankError, match=r"champion version 1 has not trained\s+on .*: too few"):
+    with pytest.raises(TooFewError, match=r"champion version 1 has not trained\s+on .*: too few"):
         cuts_of_retraining(last, version(tmp_path / "all", trained_until=last.log.bounds(DAYS[-1])[1]))
     old = version(tmp_path / "old", cuts={"train": 0, "validation": last.log.bounds(DAYS[-1])[0], "test": 1})
     assert cuts_of_retraining(last, old).train == last.log.bounds(DAYS[-1])[0]  # of an earlier version of the code

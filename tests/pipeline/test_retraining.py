@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
 import pipeline.workspace.log
+from features.errors import CorankError
 from features.schema import SECOND, partition_bounds
+from pipeline.commands.run import _backfilled
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.retraining import Retraining, next_retraining
@@ -17,7 +20,8 @@ from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.deployment import CURRENT, DEPLOYMENT
 from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.feature_store import FEATURE_STORE
-from pipeline.stages.samples import SAMPLES, trainable
+from pipeline.stages.progressive_validation import PROGRESSIVE_VALIDATION
+from pipeline.stages.samples import SAMPLES, SamplesRecord, trainable
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace, now_us
 from tests.pipeline.workspaces import START, load
@@ -74,6 +78,7 @@ def test_partitions_whose_labels_are_not_known_are_built_one_by_one_and_trained_
 
     def following() -> tuple[Retraining, str | None]:
         step = next_retraining(config)
+        assert step is not None
         return step, step.workspace.until
 
     for day in DAYS[2:]:
@@ -96,3 +101,70 @@ def test_partitions_whose_labels_are_not_known_are_built_one_by_one_and_trained_
     step, until = following()
     assert (step.training, until) == (True, DAYS[2])
     assert "challenger" in pending(step.workspace)
+
+
+def test_what_is_taken_next_is_what_was_asked_for(tmp_path: Path) -> None:
+    """A version covers the first of four days; nothing is built, so every step has work."""
+    data = tmp_path / "data"
+    import_synthetic(data, days=4, users=10, items=10, seed=5, start=START, buckets=2, say=lambda _: None)
+
+    def step(retraining: dict[str, object] | None = None, **asked: Any) -> tuple[str | None, bool, bool] | None:
+        found = next_retraining(load(tmp_path, data, retraining=retraining or {}), **asked)
+        return None if found is None else (found.workspace.until, found.workspace.warm_start, found.training)
+
+    def covers(partition: str, started_from: str) -> None:
+        registry = Workspace(load(tmp_path, data), Progress()).registry
+        artifact = tmp_path / f"artifact-{partition}-{started_from}"
+        artifact.mkdir()
+        run = registry.log_run(partition, artifact.name, {}, {}, [], str(artifact))
+        tags = {"partition": partition, "trained": partition, "started from": started_from}
+        registry.promote(registry.register(str(artifact), run, tags).number)
+
+    covers(DAYS[0], "scratch")
+    assert step() == (DAYS[1], True, True)
+    assert step(together=True) == (DAYS[3], True, True)
+    assert step(together=True, partition=DAYS[2]) == (DAYS[2], True, True)
+    assert step(full=True) == (DAYS[3], False, True)
+    assert step(full=True, partition=DAYS[1]) == (DAYS[1], False, True)
+    # a partition with too few requests is left to the next one; after the last there is none
+    assert step(passed_over=DAYS[1]) == (DAYS[2], True, True)
+    assert step(passed_over=DAYS[3]) is None
+    # from scratch after so many partitions since the last time
+    assert step({"full_every": 2}) == (DAYS[1], True, True)
+    covers(DAYS[1], "1")
+    assert step({"full_every": 2}) == (DAYS[2], False, True)
+    assert step({"full_every": 3}) == (DAYS[2], True, True)
+    # all is covered, but by other rows than there are now
+    covers(DAYS[3], "2")
+    assert step() == (None, True, False)
+    assert step({"late_rows": True}) == (None, False, True)
+
+
+@pytest.mark.parametrize("written", ["", "..", "2026-01-05", "2026-01-06..2026-01-05", "2026-01-05.."])
+def test_a_backfill_that_names_no_range_is_a_mistake(written: str) -> None:
+    with pytest.raises(CorankError, match="write the first and the last partition"):
+        _backfilled(written, None)
+
+
+def test_a_backfill_is_a_first_and_a_last_partition() -> None:
+    assert _backfilled(f"{DAYS[0]}..{DAYS[2]}", None) == (DAYS[0], DAYS[2])
+    assert _backfilled(None, DAYS[1]) == (None, DAYS[1])
+    with pytest.raises(CorankError, match="leave --partition out"):
+        _backfilled(f"{DAYS[0]}..{DAYS[2]}", DAYS[1])
+
+
+def test_partitions_without_requests_are_not_scored(tmp_path: Path) -> None:
+    """They hold events alone, or only rows that were set aside."""
+    data = tmp_path / "data"
+    import_synthetic(data, days=3, users=10, items=10, seed=5, start=START, buckets=2, say=lambda _: None)
+    workspace = Workspace(load(tmp_path, data), Progress())
+    registry = workspace.registry
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    run = registry.log_run("run", "content", {}, {}, [], str(artifact))
+    registry.promote(registry.register(str(artifact), run, {"partition": DAYS[0], "trained": DAYS[0]}).number)
+    assert list(PROGRESSIVE_VALIDATION.inputs(workspace)) == DAYS[1:3]
+    workspace.records.write(SAMPLES, DAYS[1], SamplesRecord(requests=0))
+    workspace.records.write(SAMPLES, DAYS[2], SamplesRecord(requests=1))
+    assert list(PROGRESSIVE_VALIDATION.inputs(workspace)) == DAYS[2:3]
+    assert PROGRESSIVE_VALIDATION.run(workspace, [DAYS[1]]) == {}  # found out after it was asked for

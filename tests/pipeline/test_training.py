@@ -15,16 +15,14 @@ import torch
 from deltalake import write_deltalake
 
 import pipeline.progress
-from features.builder.states import BuildSettings
 from features.errors import CorankError
 from features.samples.source import SampleSource
 from features.schema import Feature
-from models.artifact import save_artifact
 from models.config import ModelConfig
-from models.selfcheck import selfcheck_difference
+from models.selfcheck import require_selfcheck, selfcheck_difference
 from pipeline.commands.summary import few_steps
 from pipeline.deployment.selfcheck import selfcheck_document
-from pipeline.deployment.verification import raw_contexts, verify_endpoint
+from pipeline.deployment.verification import raw_contexts
 from pipeline.evaluation.baseline import baseline
 from pipeline.evaluation.comparison import compare
 from pipeline.evaluation.impressions import read_impressions
@@ -208,10 +206,8 @@ def test_a_model_that_scores_no_numbers_is_never_verified(tmp_path: Path) -> Non
     assert np.isnan(selfcheck_difference(model, document))
     with pytest.raises(CorankError, match=r"scores of the self-check requests are not finite"):
         selfcheck_document(model, source)
-    save_artifact(tmp_path / "artifact", model, {"selfcheck": document})
-    build = BuildSettings(tables={}, schema=SCHEMA, grain="day", buckets=1, log_delay=0, root="", now=0)
-    with pytest.raises(CorankError, match="self-check requests differ by nan"):
-        verify_endpoint("http://nowhere", str(tmp_path / "artifact"), build, ["d"], 0)
+    with pytest.raises(CorankError, match="model lost: its self-check requests differ by nan"):
+        require_selfcheck("lost", model, document)
 
 
 def test_a_context_is_sent_as_the_log_is_read() -> None:
@@ -254,3 +250,19 @@ def test_the_rate_is_smoothed_and_tells_what_is_left(monkeypatch: pytest.MonkeyP
     assert eta.tell(1_500, 10_000, "candidates") == ", 1,000 candidates/s, 0:08 left"
     assert eta.tell(3_000, 10_000, "candidates") == ", 1,100 candidates/s, 0:06 left"
     assert eta.tell(10_000, 10_000, "candidates").endswith("candidates/s")
+
+
+def test_a_warm_start_goes_on_from_what_the_optimizers_knew(tmp_path: Path) -> None:
+    source = source_of(tmp_path / "samples", make_rows(SCHEMA, 1, timelines=30))
+    first = job_of(source, epochs=1, average=0.0)
+    train(first, str(tmp_path), lambda _: None)
+    known = Checkpoints(str(tmp_path / first.name)).load(1)
+    # from its raw weights, with the same draws of rows and dropout, and then its second epoch
+    second = replace(first, name="second", training=first.training.model_copy(update={"seed": 3}))
+    results = {}
+    for name, states in (("kept", known["optimizers"]), ("anew", None)):
+        job = replace(second, name=name, warm_start=known["model"], optimizers=states)
+        results[name] = train(job, str(tmp_path), lambda _: None).model.state_dict()
+        steps = Checkpoints(str(tmp_path / name)).load(1)["optimizers"][0]["state"][0]["step"]
+        assert int(steps) == known["step"] * (2 if states else 1)
+    assert any(not torch.equal(results["kept"][name], results["anew"][name]) for name in results["kept"])

@@ -6,7 +6,7 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -285,7 +285,12 @@ class ModelRegistry:
     def versions(self) -> list[ModelVersion]:
         """All versions, newest first."""
         found = self.client.search_model_versions(f"name = '{self.name}'")
-        return sorted((self.version(int(entry.version)) for entry in found), key=lambda version: -version.number)
+        names = self.client.get_registered_model(self.name).aliases if found else {}  # a search leaves them out
+        aliases: dict[int, list[str]] = {}
+        for alias, number in names.items():
+            aliases.setdefault(int(number), []).append(alias)
+        versions = [_version(entry, aliases.get(int(entry.version), [])) for entry in found]
+        return sorted(versions, key=lambda version: -version.number)
 
     def version(self, number: int) -> ModelVersion:
         """One version.
@@ -300,7 +305,7 @@ class ModelRegistry:
         except MlflowException:
             known = ", ".join(str(version.number) for version in self.versions()) or "none"
             raise CorankError(f"model {self.name} has no version {number}; there are: {known}") from None
-        return ModelVersion(number, str(entry.source), dict(entry.tags), tuple(entry.aliases), str(entry.run_id))
+        return _version(entry, entry.aliases)
 
     def champion(self, alias: str = CHAMPION) -> ModelVersion | None:
         """The version that carries the alias, or None."""
@@ -353,3 +358,9 @@ class ModelRegistry:
         if previous is None:
             raise CorankError(f"model {self.name}: there is no earlier champion to roll back to")
         return self.promote(previous.number)
+
+
+def _version(entry: Any, aliases: Iterable[str]) -> ModelVersion:
+    return ModelVersion(
+        int(entry.version), str(entry.source), dict(entry.tags), tuple(sorted(aliases)), str(entry.run_id)
+    )

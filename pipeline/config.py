@@ -154,6 +154,12 @@ class Config(Declaration):
         task = self.evaluation.task
         if task is not None and task not in [known.name for known in schema.tasks]:
             raise ValueError(f"evaluation.task {task!r} is none of the tasks {[t.name for t in schema.tasks]}")
+        unknown = [role for role in self.trigger.wait_for or () if role not in schema.logs]
+        if unknown:
+            raise ValueError(f"trigger.wait_for: {unknown[0]!r} is none of the logs {list(schema.logs)}")
+        strange = [name for name in self.serving.weights if name not in [known.name for known in schema.tasks]]
+        if strange:
+            raise ValueError(f"serving.weights: {strange[0]!r} is none of the tasks {[t.name for t in schema.tasks]}")
         if self.start is not None:
             partition_bounds(self.start, self.grain)
         if "://" in self.workspace and self.local is None:

@@ -164,12 +164,18 @@ def _make_home(home: Path) -> None:
     _open_home(home)
 
 
+FORMER_SETTINGS = "telemetry:\n  enabled: false\n"
+"""What an earlier version wrote to dagster.yaml."""
+
+SETTINGS = f"{FORMER_SETTINGS}concurrency:\n  runs:\n    max_concurrent_runs: 1\n"
+"""Runs of the queue go one at a time: two retrainings would meet at the workspace's lock."""
+
+
 def _configure(home: Path) -> None:
-    """Runs of the queue one at a time: two retrainings would meet at the workspace's lock."""
-    text = "telemetry:\n  enabled: false\nconcurrency:\n  runs:\n    max_concurrent_runs: 1\n"
+    """Write Dagster's settings; what a user has written there stays."""
     path = home / "dagster.yaml"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_text(encoding="utf-8") == FORMER_SETTINGS:
+        path.write_text(SETTINGS, encoding="utf-8")
 
 
 def _open_home(home: Path) -> None:

@@ -21,6 +21,11 @@ class TriggerConfig(Declaration):
         f"one are there (next); a commit to impressions names it in its metadata, as {MARKER}: 2026-01-05 (marker); no "
         "table had a commit to it for quiet_minutes (quiet)",
     )
+    wait_for: tuple[str, ...] | None = Field(
+        None,
+        description="logs that must reach a partition before it is taken, beside impressions; default: all that the "
+        "features read. Leave out those in which a partition may have no row",
+    )
     quiet_minutes: float = Field(30.0, ge=0, description="for closed: quiet")
     interval_seconds: int = Field(30, ge=1, description="how often the tables are looked at")
     cron: str | None = Field(

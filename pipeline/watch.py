@@ -84,8 +84,12 @@ class _Rule:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.log, self.config = workspace, workspace.log, workspace.config.trigger
         logs = [role for role in self.log.config.schema_.logs if role in self.log.versions]
-        self.reaches = {role: max(self.log.tables[role].partitions(), default="") for role in logs}
-        self.histories = {role: self.log.tables[role].delta().history() for role in logs}
+        chosen = self.config.wait_for
+        awaited = logs if chosen is None else [role for role in logs if role in ("impressions", *chosen)]
+        self.reaches = {role: max(self.log.tables[role].partitions(), default="") for role in awaited}
+        # reading all commits costs, and only these rules need them
+        needed = {"marker": ["impressions"], "quiet": logs}.get(self.config.closed, [])
+        self.histories = {role: self.log.tables[role].delta().history() for role in needed}
         commits = self.histories.get("impressions", [])
         self.marked = {one for commit in commits for one in re.split(r"[,\s]+", str(commit.get(MARKER, "")))}
 

@@ -98,7 +98,8 @@ def is_as_written(path: str, content: bytes) -> bool:
 
 def is_written_for(path: str, partition: str) -> bool:
     """Whether a file that :func:`write_file` wrote lies where rows of this ``dt`` do."""
-    return DATA_FILE.search(path) is None or path.startswith(f"dt={partition}/")
+    named = DATA_FILE.search(path)
+    return named is None or named[1] is None or path.startswith(f"dt={partition}/")  # without a digest: another's
 
 
 def _digest(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 10.0
 SHOWN_RUNS = 5
+RUNS_SECONDS = 5.0
+"""Between two looks at how the retrainings go."""
 
 
 def watch(
@@ -46,8 +49,12 @@ def watch(
         with open_instance(own) as instance, _dagster(own, Path(config).resolve(), host, port, log) as dagster:
             typer.echo(f"watching every {own.trigger.interval_seconds} s; web UI at http://{host}:{port}, log in {log}")
             shown: list[str] = []
+            waiting: list[str] = []
+            looked = -math.inf
             while True:
-                lines = [*_waiting(own), *_runs(instance)]
+                if time.monotonic() - looked >= own.trigger.interval_seconds:
+                    waiting, looked = _waiting(own), time.monotonic()
+                lines = [*waiting, *_runs(instance)]
                 for line in lines:
                     if line not in shown:
                         typer.echo(f"{time.strftime('%H:%M:%S')}  {line}")
@@ -55,7 +62,7 @@ def watch(
                 if dagster.poll() is not None:
                     last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
                     raise CorankError(f"Dagster has ended, see {log}: " + "\n".join(last))
-                time.sleep(min(own.trigger.interval_seconds, 5))
+                time.sleep(RUNS_SECONDS)
 
 
 def _waiting(config: Config) -> list[str]:

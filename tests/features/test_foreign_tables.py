@@ -17,6 +17,7 @@ from deltalake import DeltaTable, write_deltalake
 from features.builder.states import SAMPLES, BuildSettings
 from features.delta.columns import partition_column
 from features.delta.table import Table
+from features.delta.write import is_written_for
 from features.encoding import encode, hash_id
 from features.errors import DataGateError, UnreadableError
 from features.schema import (
@@ -606,3 +607,12 @@ def test_a_table_at_a_version_is_what_it_was(tmp_path: Path) -> None:
     assert then.scan([DAYS[0]]).collect().height == 1
     assert table.scan([DAYS[0]]).collect().height == 2
     assert then.fingerprints() == before != table.fingerprints()
+
+
+def test_a_file_of_another_writer_is_not_taken_for_a_misplaced_one_of_ours() -> None:
+    """Whatever it is called and wherever it lies: of a user's table the Delta log alone says what is whose."""
+    assert is_written_for(f"day=2026-01-05/part-{'0' * 32}.parquet", "2026-01-05")
+    assert is_written_for(f"anywhere/part-{'0' * 32}.parquet", "2026-01-05")
+    ours = f"part-{'0' * 32}-{'1' * 32}.parquet"
+    assert is_written_for(f"dt=2026-01-05/bucket=0/{ours}", "2026-01-05")
+    assert not is_written_for(f"dt=2026-01-06/bucket=0/{ours}", "2026-01-05")

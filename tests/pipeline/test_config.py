@@ -60,6 +60,10 @@ def test_the_examples_are_valid(path: Path) -> None:
         ({"start": "1997-09-16"}, ["'1997-09-16' is not a Monday"]),
         ({"tables__users__columns": {"dt": "day"}}, ["tables.users", "dt cannot be mapped"]),
         ({"holdout__test": 0.95}, ["holdout", "below 1"]),
+        ({"split": {"test": 0.1}}, ["split", "It is called holdout"]),
+        ({"serving": {"weights": {"buy": 1.0}}}, ["serving.weights", "'buy'", "'finish', 'skip'"]),
+        ({"trigger": {"wait_for": ["clicks"]}}, ["trigger.wait_for", "'clicks'", "'events'"]),
+        ({"trigger": {"cron": "daily"}}, ["trigger.cron", "'daily'", "0 4 * * *"]),
         ({"workspace": "w[1]"}, ["workspace", "has [ in its name", "rename"]),
         ({"workspace": "s3://lake/a%20b", "local": "l"}, ["workspace", "has %20 in its name"]),
         (

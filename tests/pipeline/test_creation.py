@@ -13,7 +13,7 @@ import pytest
 
 from features.errors import CorankError
 from pipeline.config import Config
-from pipeline.dag import open_instance
+from pipeline.dag import FORMER_SETTINGS, SETTINGS, open_instance
 from pipeline.workspace.registry import ModelRegistry, local_database
 from tests.pipeline.workspaces import load
 
@@ -74,6 +74,18 @@ def test_two_first_commands_at_once_make_one_registry(tmp_path: Path) -> None:
     said = [one.communicate(timeout=100)[0].strip().splitlines()[-1] for one in two]
     assert [one.returncode for one in two] == [0, 0]
     assert said == [local_database(tmp_path)] * 2
+
+
+def test_what_a_user_sets_in_dagsters_settings_stays_and_those_of_before_are_brought_up_to_date(
+    config: Config,
+) -> None:
+    path = config.local_path("dagster", "dagster.yaml")
+    own = f"{SETTINGS}code_servers:\n  wait_for_local_processes_on_shutdown: true\n"
+    for before, after in ((FORMER_SETTINGS, SETTINGS), (own, own)):
+        open_instance(config).dispose()
+        path.write_text(before)
+        open_instance(config).dispose()
+        assert path.read_text() == after
 
 
 def test_dagsters_history_that_cannot_be_opened_is_set_aside(config: Config) -> None:

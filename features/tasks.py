@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable
 from typing import Any, TypeVar
@@ -17,8 +18,11 @@ T = TypeVar("T")
 IN_FLIGHT = 2
 """Tasks per processor that run or wait with their results; bounds what lies in memory."""
 
-CANCELLED_SECONDS = 30.0
-"""A cancelled task ends when Python is next at work in it."""
+LAST_SECONDS = 60.0
+"""For how long, after a failure, the end of the tasks in flight is waited for."""
+
+HEEDING_SECONDS = 0.5
+"""Seconds after which a wait heeds a signal."""
 
 
 def ray_runs() -> bool:
@@ -44,18 +48,21 @@ def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: b
         while running:
             yield _oldest(running)
     finally:
-        _cancel(running)
+        wait_for_end(running)
 
 
-def _cancel(running: Collection[Any]) -> None:
-    """After a failure no task may read or write any more."""
+def wait_for_end(running: Collection[Any]) -> None:
+    """After a failure no task may read or write any more.
+
+    They are not cancelled: Ray aborts the process that cancels a task in the moment in which it ends
+    (``NormalTaskSubmitter::CancelTask`` of 2.60 fails it, and its reply then finds no pending task).
+    """
     import ray
 
     cluster: Any = ray  # its functions are not typed
-    for one in running:
-        cluster.cancel(one)
-    if running:
-        cluster.wait(list(running), num_returns=len(running), timeout=CANCELLED_SECONDS)
+    left, last = list(running), time.monotonic() + LAST_SECONDS
+    while left and time.monotonic() < last:  # while Ray waits it heeds no signal
+        _, left = cluster.wait(left, num_returns=len(left), timeout=HEEDING_SECONDS, fetch_local=False)
 
 
 def task(function: Callable[..., Any], **options: Any) -> Any:

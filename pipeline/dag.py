@@ -27,7 +27,7 @@ from pipeline.cost import keep, measured
 from pipeline.stages import STAGES
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
-from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
+from pipeline.workspace.creation import locked, make_whole, plain_path, remove
 
 CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
 LOG_PARTITION = "log_partition"
@@ -148,7 +148,7 @@ def open_instance(config: Config) -> dg.DagsterInstance:
         if not home.exists():
             make_whole(home, _make_home)
         _configure(home)
-    return _instance(str(sqlalchemy_path(home)))
+    return _instance(str(plain_path(home)))
 
 
 def _instance(home: str) -> dg.DagsterInstance:
@@ -180,7 +180,7 @@ def _configure(home: Path) -> None:
 
 def _open_home(home: Path) -> None:
     """Open an instance and all its databases, which makes their tables."""
-    with dg.DagsterInstance.from_config(str(sqlalchemy_path(home))) as instance:
+    with dg.DagsterInstance.from_config(str(plain_path(home))) as instance:
         instance.get_runs(limit=1)
         instance.all_asset_keys()
         instance.all_instigator_state()

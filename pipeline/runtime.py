@@ -29,6 +29,9 @@ SESSIONS, OWNER = "corank-", "owner"
 LONGEST_FOLDER = 27
 """Letters; 80 more follow up to the end of a socket's name, which may have 107."""
 
+MOMENT = 0.05
+"""Seconds between two looks at a Ray that is being started."""
+
 LEAST_OBJECT_STORE = 80_000_000
 """Bytes; Ray starts with no smaller object store."""
 
@@ -152,8 +155,9 @@ def ensure_ray(config: RayConfig) -> None:
 def _in_a_thread(work: Callable[[], object]) -> None:
     """Run something in a thread of its own, where it cannot replace the handlers of signals, and wait for it.
 
-    First of all Ray would set a handler of SIGTERM that exits at once. The thread then stays as long as this process:
-    the kernel ends the processes that Ray has started with the thread that started them.
+    First of all Ray would set a handler of SIGTERM that exits at once. Those that it puts below Python's, which print
+    a trace, stay no longer than a moment. The thread then stays as long as this process: the kernel ends the
+    processes that Ray has started with the thread that started them.
     """
     failures: list[BaseException] = []
     done = threading.Event()
@@ -167,7 +171,8 @@ def _in_a_thread(work: Callable[[], object]) -> None:
         threading.Event().wait()
 
     threading.Thread(target=run, name="starts Ray", daemon=True).start()
-    done.wait()
+    while not done.wait(MOMENT):
+        reinstate()
     if failures:
         raise failures[0]
 

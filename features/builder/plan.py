@@ -20,12 +20,10 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from features.errors import known_cause
+from features.tasks import wait_for_end
 
 RETRIES = 3
 """Times that a task is done again when its worker or node died. Ray Data's own default has no end."""
-
-CANCELLED_SECONDS = 30.0
-"""A cancelled task ends when Python is next at work in it."""
 
 
 def planned(
@@ -45,7 +43,7 @@ def planned(
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
-    context.custom_execution_callback_classes = [_Running]
+    context.custom_execution_callback_classes = [_Uncancelled]
     with DataContext.current(context):
         data = ray.data.read_datasource(
             _Calls(name, function, calls),
@@ -54,17 +52,14 @@ def planned(
             override_num_blocks=len(calls),
             ray_remote_args={"max_retries": RETRIES},
         )
-    finished = False
     try:
         for block in data.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for result in block["result"]:
                 yield pickle.loads(result.as_py())
-        finished = True
     except ray.exceptions.RayError as failure:
         raise known_cause(failure) or failure from None
     finally:
-        if not finished:
-            _Running.wait()
+        _Uncancelled.end()
 
 
 class _Calls(Datasource):
@@ -93,17 +88,24 @@ def _call(function: Callable[..., Any], number: int, call: tuple[Any, ...]) -> l
     return [pa.table({"result": pa.array([pickle.dumps((number, function(*call)))], pa.large_binary())})]
 
 
-class _Running(ExecutionCallback):  # type: ignore[misc]  # Ray's class has no types
-    """Knows the tasks of the newest plan: when one fails Ray cancels the others, and does not wait for their end."""
+class _Uncancelled(ExecutionCallback):  # type: ignore[misc]  # Ray's class has no types
+    """Waits for the tasks of a plan that failed or was given up, where Ray Data cancels them and does not wait."""
 
-    tasks: ClassVar[list[Any]] = []
+    executor: ClassVar[Any] = None
 
-    def on_execution_step(self, executor: Any) -> None:
-        active = (task.get_waitable() for operator in executor._topology for task in operator.get_active_tasks())
-        _Running.tasks = [getattr(one, "_generator_ref", one) for one in active]
+    def before_execution_starts(self, executor: Any) -> None:
+        _Uncancelled.executor = executor
+        for operator in executor._topology:
+            operator._cancel_active_tasks = partial(self._wait, operator)
 
     @staticmethod
-    def wait() -> None:
-        if _Running.tasks:
-            ray.wait(_Running.tasks, num_returns=len(_Running.tasks), timeout=CANCELLED_SECONDS)
-        _Running.tasks = []
+    def _wait(operator: Any, force: bool) -> None:
+        waitables = (task.get_waitable() for task in operator.get_active_tasks())
+        wait_for_end([getattr(one, "_generator_ref", one) for one in waitables])
+
+    @staticmethod
+    def end() -> None:
+        """Put away the newest plan, if that has not been done."""
+        if _Uncancelled.executor is not None:
+            _Uncancelled.executor.shutdown(force=False)
+        _Uncancelled.executor = None

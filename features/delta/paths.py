@@ -9,7 +9,7 @@ from pyarrow import fs
 
 ESCAPE = re.compile("%[0-9a-fA-F]{2}")
 
-UNREADABLE = re.compile(rf"[\[\]^|\\]|{ESCAPE.pattern}")
+UNREADABLE = re.compile(rf"\\|{ESCAPE.pattern}")
 """What the library refuses in a local path, behind links too, or takes for something else."""
 
 

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import polars as pl
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 
-from features.delta.paths import address
-from features.errors import CorankError
+from features.delta.paths import address, check_openable
+from features.errors import ConfigError, CorankError
 
 MARKER = "corank.import"
 """Key of the commit metadata that says what a commit imported."""
 
+UNWRITABLE = re.compile(r"[\[\]^|]")
+"""What ``write_deltalake`` refuses in a local path, although tables below it can be read."""
+
 
 def table_path(target: str | Path, table: str) -> str:
-    """Address of a table below the target; absolute where it is local, so that Ray workers find it too."""
+    """Address of a table below the target; absolute where it is local, so that Ray workers find it too.
+
+    Raises:
+        ConfigError: no Delta table can be written below a folder of that name.
+    """
     root = str(target)
-    return f"{root.rstrip('/')}/{table}" if "://" in root else str(Path(root).expanduser().resolve() / table)
+    path = f"{root.rstrip('/')}/{table}" if "://" in root else str(Path(root).expanduser().resolve() / table)
+    try:
+        check_openable(path)
+    except ValueError as error:
+        raise ConfigError(f"--target: {path} {error}") from None
+    if "://" not in path and (wrong := UNWRITABLE.search(path)):
+        raise ConfigError(
+            f"--target: {path} has {wrong[0]} in its name, below which no Delta table can be imported; "
+            "choose another target folder"
+        )
+    return path
 
 
 def imported(path: str) -> str | None:

@@ -46,9 +46,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sqlalchemy_path(path: Path) -> Path:
-    """The same place under a name without ``?``, after which SQLAlchemy reads options, not a path."""
-    if "?" not in str(path):
+def plain_path(path: Path) -> Path:
+    """The same place under a name in which no library reads more than a path: SQLAlchemy takes what follows a ``?`` for
+    options, and Dagster looks for its settings by a pattern."""
+    if not set("?*[]") & set(str(path)):
         return path
     alias = (
         Path(tempfile.gettempdir()) / f"corank-{os.getuid()}" / blake2b(str(path).encode(), digest_size=8).hexdigest()

@@ -19,7 +19,7 @@ from features.damage import problem_of_database
 from features.errors import CorankError, no_space, writing
 from features.schema import Schema
 from pipeline.config import Config
-from pipeline.workspace.creation import locked, make_whole, remove, sqlalchemy_path
+from pipeline.workspace.creation import locked, make_whole, plain_path, remove
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -72,7 +72,7 @@ def local_database(folder: Path) -> str:
         CorankError: it cannot be opened, and what it holds would be lost.
     """
     path = folder / "mlflow.db"
-    uri = f"sqlite:///{sqlalchemy_path(folder) / path.name}"
+    uri = f"sqlite:///{plain_path(folder) / path.name}"
     with locked(folder / "mlflow.lock"):
         damage = problem_of_database(path) if path.exists() and path.stat().st_size else None
         if damage:
@@ -108,7 +108,7 @@ def _open_database(path: Path) -> None:
     """Open a database as MLflow does, which makes its tables, and mark it as whole."""
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{sqlalchemy_path(path.parent) / path.name}"
+    uri = f"sqlite:///{plain_path(path.parent) / path.name}"
     client = MlflowClient(uri, uri)
     client.search_experiments(max_results=1)
     client.search_registered_models(max_results=1)

@@ -1,4 +1,4 @@
-"""Tasks over many calls: in order, a few at a time, and none that works on after an interrupt."""
+"""Tasks over many calls: in order, a few at a time, and none that works on after a failure."""
 
 from __future__ import annotations
 
@@ -11,31 +11,54 @@ from typing import Any
 import pytest
 import ray
 
+from features.builder.plan import planned
 from features.errors import CorankError, DataGateError, NoSpaceError, causes, known_cause, message_of, writing
 from features.tasks import each, result_of, task
 
-STEPS, STEP = 40, 0.1
+STEP = 0.1
 
 
-def slow(folder: str) -> None:
+def slow(folder: str, seconds: float) -> None:
     Path(folder, "begun").touch()
-    for _ in range(STEPS):
-        time.sleep(STEP)
+    time.sleep(seconds)
     Path(folder, "ended").touch()
 
 
-@pytest.mark.timeout(120)
-def test_an_interrupt_ends_the_task_that_is_waited_for(tmp_path: Path, local_ray: None) -> None:
+def interrupt_when_begun(folder: Path, times: int) -> None:
     def interrupt() -> None:
-        while not (tmp_path / "begun").exists():
+        while not (folder / "begun").exists():
             time.sleep(STEP)
-        _thread.interrupt_main()
+        for _ in range(times):
+            _thread.interrupt_main()
+            time.sleep(15 * STEP)  # Ray heeds a signal once in a second
 
     threading.Thread(target=interrupt).start()
+
+
+@pytest.mark.timeout(120)
+def test_after_an_interrupt_no_task_writes(tmp_path: Path, local_ray: None) -> None:
+    interrupt_when_begun(tmp_path, times=1)
     with pytest.raises(KeyboardInterrupt):
-        list(each(slow, [(str(tmp_path),)], on_ray=True))
-    time.sleep(STEPS * STEP)
+        list(each(slow, [(str(tmp_path), 10 * STEP)], on_ray=True))
+    assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.timeout(120)
+def test_a_second_interrupt_waits_for_no_task(tmp_path: Path, local_ray: None) -> None:
+    interrupt_when_begun(tmp_path, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        list(each(slow, [(str(tmp_path), 60 * STEP)], on_ray=True))
     assert not (tmp_path / "ended").exists()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("plan", [False, True])
+def test_after_a_failure_the_tasks_in_flight_have_ended(tmp_path: Path, local_ray: None, plan: bool) -> None:
+    calls: list[tuple[str, float]] = [(str(tmp_path), 5 * STEP), (str(tmp_path / "missing"), 0.0)]
+    for _ in range(3):
+        with pytest.raises(ray.exceptions.RayError, match="missing"):
+            list(planned("fails", slow, calls, None) if plan else each(slow, reversed(calls), on_ray=True))
+        assert (tmp_path / "begun").exists() == (tmp_path / "ended").exists()
 
 
 @pytest.mark.parametrize("on_ray", [False, True])

@@ -64,7 +64,7 @@ def test_the_examples_are_valid(path: Path) -> None:
         ({"serving": {"weights": {"buy": 1.0}}}, ["serving.weights", "'buy'", "'finish', 'skip'"]),
         ({"trigger": {"wait_for": ["clicks"]}}, ["trigger.wait_for", "'clicks'", "'events'"]),
         ({"trigger": {"cron": "daily"}}, ["trigger.cron", "'daily'", "0 4 * * *"]),
-        ({"workspace": "w[1]"}, ["workspace", "has [ in its name", "rename"]),
+        ({"workspace": "w\\1"}, ["workspace", "has \\ in its name", "rename"]),
         ({"workspace": "s3://lake/a%20b", "local": "l"}, ["workspace", "has %20 in its name"]),
         (
             {"tables__feedback": {"path": "f"}, "features__6__aggregate__of": "feedback"},

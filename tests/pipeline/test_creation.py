@@ -105,7 +105,7 @@ def test_dagsters_history_that_cannot_be_opened_is_set_aside(config: Config) -> 
     assert home.with_name("dagster.damaged").is_file()
 
 
-@pytest.mark.parametrize("folder", ["what?", "100% größe #1"])
+@pytest.mark.parametrize("folder", ["what?", "100% größe #1", "[v2] x^y|z*"])
 def test_databases_lie_below_any_path(tmp_path: Path, folder: str) -> None:
     config = load(tmp_path / folder, tmp_path / "data")
     assert ModelRegistry(config).versions() == []

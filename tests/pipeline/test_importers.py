@@ -187,6 +187,13 @@ def test_tables_of_others_are_not_overwritten(tmp_path: Path) -> None:
     assert _versions(tmp_path / "films") == {"users": 0}
 
 
+@pytest.mark.parametrize("folder", ["[v2]", "a^b", "a|b", "a\\b", "a%20b"])
+def test_a_folder_below_which_nothing_can_be_imported_is_named(tmp_path: Path, folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"has .* in its name"):
+        import_synthetic(tmp_path / folder, 1, 10, 10, 0, "2026-01-05", 2, say=lambda _: None)
+    assert not list(tmp_path.rglob("_delta_log"))
+
+
 def test_a_source_that_cannot_be_read_is_explained(tmp_path: Path) -> None:
     with pytest.raises(CorankError, match="no such folder or file"):
         import_movielens(tmp_path / "films", tmp_path / "nowhere", say=_quiet)

@@ -13,6 +13,10 @@ SEAL = b"\xfa\xff\x7f\x10"
 MAGIC = b"SQLite format 3\0"
 
 
+HINDERED = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM", "SQLITE_FULL")
+"""What keeps SQLite from reading a file that may be whole: another process writes it, this user may not, no room."""
+
+
 def problem_of_database(path: Path, pages: bool = True) -> str | None:
     """What is wrong with a file that should be a database; None when nothing is.
 
@@ -34,8 +38,8 @@ def problem_of_database(path: Path, pages: bool = True) -> str | None:
         with closing(sqlite3.connect(path)) as database:
             (said,) = database.execute("pragma quick_check(1)").fetchone()
     except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.OperationalError) and "locked" in str(error):
-            return None  # another process writes it
+        if error.sqlite_errorname.startswith(HINDERED):
+            return None
         said = str(error)
     return None if said == "ok" else f"has damaged pages ({' '.join(said.split())})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class DataGateError(CorankError):
 
 
 class UnavailableError(CorankError):
-    """The online store does not answer. The message names it; the same call may succeed later."""
+    """A store does not answer, or refuses this user. The message names it; the same call may succeed later."""
 
 
 class NoSpaceError(CorankError):
@@ -61,6 +62,9 @@ ADVICE = {
 }
 """What to do about an error of the operating system."""
 
+WRITTEN_REFUSED = re.compile("attempt to write a readonly database|unable to open database file")
+"""How SQLite says that this user may not write a file, or one beside it."""
+
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 WRITTEN_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|Os \{ code: (\d+)")
@@ -68,6 +72,13 @@ WRITTEN_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|Os \{ code: (\d
 
 WRITTEN_FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full|OutOfDiskError")
 """How libraries say that a disk is full, SQLite and Ray among them."""
+
+
+WRITTEN_S3 = re.compile("Generic S3 error|AWS Error")
+"""How deltalake, Polars and Arrow begin what S3 says, or what became of the way to it."""
+
+WRITTEN_NOT_THERE = re.compile("404 Not Found|416 Range Not Satisfiable|416 Requested Range")
+"""What S3 says of a file that is gone or shorter than it was: it does answer."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -119,6 +130,30 @@ def writing(path: object, size: int | None = None) -> Iterator[None]:
         raise NoSpaceError(f"{path}: No space left on device{needed}. {FREE_SPACE}") from error
 
 
+def out_of_reach(error: BaseException) -> str | None:
+    """What an error says, if it tells nothing of the files: this user may not read them, or their storage does not
+    answer. None: they may be damaged."""
+    text = str(error)
+    s3 = WRITTEN_S3.search(text) and not WRITTEN_NOT_THERE.search(text)
+    refused = _number_of(error) in (errno.EACCES, errno.EPERM)
+    return message_of(error) if s3 or refused or isinstance(error, TimeoutError) else None
+
+
+@contextmanager
+def in_reach(what: str) -> Iterator[None]:
+    """What is read in the block.
+
+    Raises:
+        UnavailableError: its storage does not answer, or refuses this user.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, CorankError) or not (reason := out_of_reach(error)):
+            raise
+        raise UnavailableError(f"{what}: {reason}") from error
+
+
 def _number_of(error: BaseException) -> int | None:
     """The number of the operating system's error, also where only a library's message carries it."""
     if isinstance(error, NoSpaceError):
@@ -128,7 +163,9 @@ def _number_of(error: BaseException) -> int | None:
     text = f"{type(error).__name__}: {error}"
     if written := WRITTEN_NUMBER.search(text):
         return int(next(filter(None, written.groups())))
-    return errno.ENOSPC if WRITTEN_FULL.search(text) else None
+    if WRITTEN_FULL.search(text):
+        return errno.ENOSPC
+    return errno.EACCES if WRITTEN_REFUSED.search(text) else None
 
 
 def message_of(error: BaseException) -> str:
@@ -140,7 +177,20 @@ def message_of(error: BaseException) -> str:
     else:
         text = without_trace(f"{type(error).__name__}: {error}".strip().removesuffix(":"))
     advice = ADVICE.get(number) if number is not None else None
+    if "↳" in text:  # deltalake's errors are trees
+        text = " ".join(text.replace("↳", "").split())
+    if WRITTEN_S3.search(text):
+        advice = _advice_on_s3()
     return f"{text}. {advice}" if advice else text
+
+
+def _advice_on_s3() -> str:
+    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    which = f"S3 at {where}" if where else "S3"
+    return (
+        f"See that {which} is up, that this machine reaches it, and that the credentials hold; then run the same "
+        "command again: it goes on from here."
+    )
 
 
 def without_trace(text: str) -> str:

@@ -20,7 +20,7 @@ from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 from sqlalchemy.exc import SQLAlchemyError
 
 from features.damage import problem_of_database
-from features.errors import DataGateError, no_space
+from features.errors import DataGateError, no_space, out_of_reach
 from features.schema import PARTITION_FORMATS, SECOND
 from pipeline.config import Config
 from pipeline.cost import keep, measured
@@ -192,7 +192,7 @@ def _opens(home: Path) -> bool:
     try:
         _open_home(home)
     except (SQLAlchemyError, CommandError, OSError) as error:
-        if no_space(error):
+        if no_space(error) or out_of_reach(error):
             raise
         return False
     return (home / "dagster.yaml").is_file()

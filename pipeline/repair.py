@@ -20,7 +20,7 @@ from features.damage import problem_of_database, remove_database
 from features.delta.maintenance import derived_tables
 from features.delta.paths import file_system
 from features.delta.table import Table
-from features.errors import CorankError
+from features.errors import CorankError, UnreadableError
 from features.store.compare import differing
 from features.store.online import apply
 from features.validation.gate import damaged_settings
@@ -131,7 +131,7 @@ def _own_tables(workspace: Workspace) -> Iterator[Damage]:
         table = workspace.config.table(role)
         try:
             damaged = table.damaged_files(whole=True) if table.exists() else []
-        except CorankError as error:
+        except UnreadableError as error:  # what is only out of reach now is no damage
             yield Damage(table.uri, f"your table {role}", str(error), "its rows", "restore it from where you wrote it")
             continue
         for one in damaged:
@@ -155,7 +155,7 @@ def _derived_tables(workspace: Workspace) -> Iterator[Damage]:
         try:
             table.lost_files()
             damaged = table.damaged_files(whole=True)
-        except CorankError as error:  # the Delta log: which files belong to the table is not known
+        except UnreadableError as error:  # the Delta log: which files belong to the table is not known
             yield Damage(
                 f"{table.uri}/_delta_log",
                 f"the log of table {table.name}",

@@ -12,7 +12,7 @@ from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.samples import SAMPLES
 from pipeline.stages.validated import VALIDATED
 from pipeline.watch import Readiness, retraining_text, retrainings
-from pipeline.workspace import Workspace, holder
+from pipeline.workspace import Workspace, holder, typed_command
 
 if TYPE_CHECKING:
     from pipeline.workspace.registry import ModelVersion
@@ -56,7 +56,7 @@ def runs_now(config: Config) -> list[str]:
         try:
             process = psutil.Process(held[0])
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process.create_time()))
-            line += f" since {since}: {_command(process.cmdline())}"
+            line += f" since {since}: {typed_command(process.cmdline())}"
         except psutil.Error:
             line += ", of which this user may not know more"
         lines.append(line)
@@ -71,15 +71,6 @@ def runs_now(config: Config) -> list[str]:
                 steps = instance.get_run_step_stats(run.run_id)
                 lines += [f"stage {one.step_key}" for one in steps if one.status and one.status.value == "IN_PROGRESS"]
     return lines
-
-
-def _command(words: Sequence[str]) -> str:
-    """As a user typed it, however Python was called."""
-    code = words.index("-c") if "-c" in words[:3] else None
-    if code is not None:
-        return " ".join(["corank", *words[code + 2 :]])
-    called = next((index for index, word in enumerate(words) if word.endswith(("corank", "cli.py", "pipeline.cli"))), 0)
-    return " ".join(["corank", *words[called + 1 :]])
 
 
 def blocked(workspace: Workspace, waiting: Sequence[Readiness], served: Mapping[str, Any] | None) -> list[str]:

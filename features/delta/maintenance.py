@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, PostCommitHookProperties
-from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
-from features.delta.paths import address, file_system
-from features.delta.table import MENDED, Table
+from features.delta.paths import file_system, table_files
+from features.delta.table import MENDED, Table, cannot_read
 from features.delta.write import DATA_FILE, DataFile, committing, write_file
 from features.errors import CorankError, UnreadableError
 
@@ -241,10 +240,7 @@ def _read(table: Table, file: DataFile, columns: list[str] | None = None) -> pa.
     try:
         return pq.ParquetFile(file.path, filesystem=_store(table)).read(columns=columns)  # takes nested columns too
     except (OSError, pa.ArrowException) as error:
-        raise CorankError(
-            f"table {table.name} at {table.uri}: cannot read {file.path}: {error}. `corank repair`, then "
-            "`corank run`, build it again."
-        ) from error
+        raise cannot_read(table.name, table.uri, file.path, error) from error
 
 
 def _write(table: Table, parts: list[pa.Table], partition: dict[str, str]) -> DataFile:
@@ -279,5 +275,5 @@ def _exchange(table: Table, old: Iterable[DataFile], new: Iterable[DataFile], da
         )
 
 
-def _store(table: Table) -> fs.PyFileSystem:
-    return fs.PyFileSystem(DeltaStorageHandler(address(table.uri), options=dict(table.storage_options)))
+def _store(table: Table) -> fs.FileSystem:
+    return table_files(table.uri, table.storage_options)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from urllib.parse import quote
 
+from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
+
+PATIENCE = {"timeout": "30s", "retry_timeout": "30s"}
+"""After how long a request to a storage that is silent is given up, and until when it is tried again. Polars waits for
+ever without them, and deltalake for three minutes, in which Python heeds no signal."""
 
 ESCAPE = re.compile("%[0-9a-fA-F]{2}")
 
@@ -24,6 +30,16 @@ def address(path: str) -> str:
 def file_system(path: str) -> tuple[fs.FileSystem, str]:
     """The file system of a folder, local or on S3, and the folder's path in it."""
     return fs.FileSystem.from_uri(address(path)) if "://" in path else (fs.LocalFileSystem(), path)
+
+
+def patient(options: Mapping[str, str]) -> dict[str, str]:
+    """Options of deltalake and Polars: the user's own, and where these say nothing of it how long to wait."""
+    return {**PATIENCE, **options}
+
+
+def table_files(root: str, options: Mapping[str, str]) -> fs.FileSystem:
+    """The files of a Delta table, by their paths in it."""
+    return fs.PyFileSystem(DeltaStorageHandler(address(root), options=patient(options)))
 
 
 def check_openable(path: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,15 +18,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, DeltaProtocolError
-from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
 from features.delta.columns import partition_column, read, read_type, reads_as, row_text, type_name
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
-from features.delta.paths import address, file_system
+from features.delta.paths import address, file_system, patient, table_files
 from features.delta.write import is_as_written, is_written_for
 from features.encoding import bucket_column
-from features.errors import CorankError, DataGateError, UnreadableError, first_line
+from features.errors import (
+    CorankError,
+    DataGateError,
+    UnavailableError,
+    UnreadableError,
+    first_line,
+    in_reach,
+    out_of_reach,
+)
 from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
@@ -103,7 +111,14 @@ class Table:
         return replace(self, version=version, opened=None)
 
     def exists(self) -> bool:
-        return self.opened is not None or DeltaTable.is_deltatable(address(self.uri), dict(self.storage_options))
+        """
+        Raises:
+            UnavailableError: its storage does not answer, or refuses this user.
+        """
+        if self.opened is not None:
+            return True
+        with in_reach(f"table {self.name} at {self.uri}"):
+            return DeltaTable.is_deltatable(address(self.uri), patient(self.storage_options))
 
     def delta(self) -> DeltaTable:
         """The table at its version.
@@ -111,6 +126,7 @@ class Table:
         Raises:
             CorankError: there is no Delta table at this address.
             UnreadableError: its log is damaged, its version is gone, or it uses a Delta feature that cannot be read.
+            UnavailableError: its storage does not answer, or refuses this user.
         """
         if self.opened is not None:
             return self.opened
@@ -120,7 +136,10 @@ class Table:
                 "Correct `tables` in the config, or write the table (`corank import --help`)."
             )
         try:
-            table = LocalPaths(address(self.uri), version=self.version, storage_options=dict(self.storage_options))
+            with in_reach(f"table {self.name} at {self.uri}"):
+                table = LocalPaths(
+                    address(self.uri), version=self.version, storage_options=patient(self.storage_options)
+                )
             unread = _unread_features(table)
         except DeltaProtocolError as error:
             unread = first_line(error)
@@ -271,6 +290,7 @@ class Table:
 
         Raises:
             UnreadableError: a file cannot be read; it is named.
+            UnavailableError: the storage does not answer, or refuses this user.
         """
         try:
             return frame.collect()
@@ -314,6 +334,7 @@ class Table:
 
         Raises:
             UnreadableError: names table, partition, file and problem.
+            UnavailableError: the storage does not answer, or refuses this user; that is no damage.
         """
         broken = self.damaged_files(partitions, whole)
         if broken:
@@ -333,10 +354,17 @@ class Table:
         files = self._files(None if partitions is None else list(partitions))
         store = self._store()
         with ThreadPoolExecutor(16) as pool:
-            problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
+            problems = pool.map(partial(self._problem_of, store, types, whole), files)
             broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
         broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
         return sorted(broken, key=lambda one: (one.partition or "", one.path))
+
+    def _problem_of(
+        self, store: fs.FileSystem, types: Mapping[str, str], whole: bool, file: tuple[str, int, str | None]
+    ) -> str | None:
+        path, size, _ = file
+        with in_reach(f"table {self.name}: file {self.uri}/{path}"):
+            return _problem_of_file(store, path, size, types, whole)
 
     def lost_files(self) -> list[DamagedFile]:
         """The files that are gone, or of another size than the Delta log says; costs one listing of the table.
@@ -430,7 +458,7 @@ class Table:
 
     def _store(self) -> fs.FileSystem:
         """Rooted at the table."""
-        return fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
+        return table_files(self.uri, self.storage_options)
 
     def _names(self, delta: DeltaTable) -> dict[str, str]:
         """Canonical name of every column that can be reached → its own name, in the table's order."""
@@ -617,7 +645,11 @@ def _problem_of_size(found: int | None, size: int) -> str | None:
 
 
 def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
-    """What is wrong with a Parquet file that the Delta log says to have this size and these columns."""
+    """What is wrong with a Parquet file that the Delta log says to have this size and these columns.
+
+    Raises:
+        OSError: it is out of reach.
+    """
     try:
         info = store.get_file_info(path)
         if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):
@@ -631,6 +663,8 @@ def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[
                 for group in range(file.num_row_groups):
                     file.read_row_group(group)
     except READ_ERRORS as error:
+        if out_of_reach(error):
+            raise
         return f"is no readable Parquet file ({first_line(error)})"
     differing = [
         f"stores column {column} as {kind}, but the table says {types[column]}"
@@ -643,6 +677,20 @@ def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[
 def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:
     """Of a row's columns, those that say what it is; where it lies says nothing about it."""
     return {name: kind for name, kind in kinds.items() if name not in ("dt", "bucket")}
+
+
+def cannot_read(table: str, uri: str, path: str, error: Exception) -> CorankError:
+    """What to say of a file of a table that corank derived, when reading it failed."""
+    if reason := out_of_reach(error):
+        return UnavailableError(f"table {table} at {uri}: cannot read {path}: {reason}")
+    if isinstance(error, FileNotFoundError):
+        return CorankError(
+            f"table {table} at {uri}: {path} is gone. If another command replaced it meanwhile (`corank features "
+            "compact` or `forget`), run again; if it is lost, `corank repair`, then `corank run`, build it again."
+        )
+    return CorankError(
+        f"table {table} at {uri}: cannot read {path}: {error}. `corank repair`, then `corank run`, build it again."
+    )
 
 
 def together(sizes: Mapping[str, int], limit: int, most: int) -> list[list[str]]:

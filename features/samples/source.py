@@ -11,11 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.fs import DeltaStorageHandler
-from pyarrow import fs
 
-from features.delta.paths import address
-from features.errors import CorankError
+from features.delta.paths import address, patient, table_files
+from features.delta.table import cannot_read
 from features.sample_table import between, concatenate, cut, sample_schema, sampled_before
 from features.schema import Schema
 
@@ -69,7 +67,7 @@ class SampleSource:
 
     def _files(self) -> list[tuple[str, str, str, int]]:
         """dt, bucket, path and bytes."""
-        table = DeltaTable(address(self.root), storage_options=dict(self.storage_options))
+        table = DeltaTable(address(self.root), storage_options=patient(self.storage_options))
         actions = pa.table(table.get_add_actions(flatten=True))
         columns = (actions[name].to_pylist() for name in ("partition.dt", "partition.bucket", "path", "size_bytes"))
         wanted = {*self.partitions, *(self.replay.partitions if self.replay else ())}
@@ -84,16 +82,13 @@ class SampleSource:
         Raises:
             CorankError: the file cannot be read; it is named.
         """
-        store = fs.PyFileSystem(DeltaStorageHandler(address(self.root), options=dict(self.storage_options)))
+        store = table_files(self.root, self.storage_options)
         full = sample_schema(self.schema)
         columns = [name for name in full.names if name not in ("dt", "bucket") and (only is None or name in only)]
         try:
             rows = pq.read_table(file, filesystem=store, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:
-            raise CorankError(
-                f"table samples at {self.root}: cannot read {file}: {error}. "
-                "`corank repair`, then `corank run`, build it again."
-            ) from error
+            raise cannot_read("samples", self.root, file, error) from error
         rows = rows.cast(pa.schema([full.field(name) for name in columns]))
         if self.replay is None:
             return between(rows, self.low, self.high)

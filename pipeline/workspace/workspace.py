@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,10 @@ def exclusive(config: Config) -> Iterator[bool]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CorankError(f"another corank run is working in {path.parent}; wait for it or stop it") from None
+            handle.seek(0)
+            raise CorankError(
+                f"another corank run{_named(handle.read().strip())} is working in {path.parent}; wait for it or stop it"
+            ) from None
         handle.seek(0)
         orderly = not handle.read()
         handle.truncate(0)
@@ -104,6 +107,27 @@ def exclusive(config: Config) -> Iterator[bool]:
         handle.flush()
         yield orderly
         handle.truncate(0)
+
+
+def _named(number: str) -> str:
+    """Of the process that has the lock its number and command; nothing where it has not written them yet."""
+    import psutil
+
+    if not number.isdigit():
+        return ""
+    try:
+        return f" (process {number}: {typed_command(psutil.Process(int(number)).cmdline())})"
+    except psutil.Error:  # it ends just now, or is somebody else's
+        return f" (process {number})"
+
+
+def typed_command(words: Sequence[str]) -> str:
+    """A command as a user typed it, however Python was called."""
+    code = words.index("-c") if "-c" in words[:3] else None
+    if code is not None:
+        return " ".join(["corank", *words[code + 2 :]])
+    called = next((index for index, word in enumerate(words) if word.endswith(("corank", "cli.py", "pipeline.cli"))), 0)
+    return " ".join(["corank", *words[called + 1 :]])
 
 
 def holder(config: Config) -> tuple[int, bool] | None:

@@ -362,8 +362,8 @@ class Table:
     def _problem_of(
         self, store: fs.FileSystem, types: Mapping[str, str], whole: bool, file: tuple[str, int, str | None]
     ) -> str | None:
-        path, size, _ = file
-        with in_reach(f"table {self.name}: file {self.uri}/{path}"):
+        path, size, partition = file
+        with in_reach(f"table {self.name}{f', partition {partition}' if partition else ''}: file {self.uri}/{path}"):
             return _problem_of_file(store, path, size, types, whole)
 
     def lost_files(self) -> list[DamagedFile]:

@@ -62,6 +62,7 @@ def retrain(
     that were trained on rebuild samples and features; with retraining.late_rows they train from scratch.
     """
     with guarded(debug):
+        from pipeline.leftovers import exclusive
         from pipeline.retraining import next_retraining
         from pipeline.stages import pending
         from pipeline.training.settings import TooFewError
@@ -69,27 +70,28 @@ def retrain(
         own = load(config)
         first, last = _backfilled(backfill, partition)
         said, passed_over = "", None
-        while step := next_retraining(own, last, together, full, passed_over):
-            taken = step
-            newest = step.workspace.partitions[-1]
-            if first is not None and step.training and newest < first:
-                raise CorankError(
-                    f"--backfill {backfill}: partition {newest} comes before, and was not trained on yet; a retraining "
-                    "leaves none out"
-                )
-            if step.says == said:  # what is left is left by others meanwhile: the next call takes it
-                break
-            said = step.says
-            typer.echo(said)
-            left = pending(step.workspace, step.training)
-            try:
-                if left:
-                    _execute(step.workspace, False, step.training)
-            except TooFewError as error:
-                typer.echo(f"partition {newest} is passed over, the next one takes its requests along: {error}")
-                passed_over = newest
-            if full or not left:
-                break
+        with exclusive(own):  # what is next depends on what another one makes
+            while step := next_retraining(own, last, together, full, passed_over):
+                taken = step
+                newest = step.workspace.partitions[-1]
+                if first is not None and step.training and newest < first:
+                    raise CorankError(
+                        f"--backfill {backfill}: partition {newest} comes before, and was not trained on yet; a "
+                        "retraining leaves none out"
+                    )
+                if step.says == said:  # what is left is left by others meanwhile: the next call takes it
+                    break
+                said = step.says
+                typer.echo(said)
+                left = pending(step.workspace, step.training)
+                try:
+                    if left:
+                        _work(step.workspace, False, step.training)
+                except TooFewError as error:
+                    typer.echo(f"partition {newest} is passed over, the next one takes its requests along: {error}")
+                    passed_over = newest
+                if full or not left:
+                    break
         if serve:
             _execute(taken.workspace, True, taken.training and passed_over is None)
 
@@ -112,38 +114,45 @@ def _backfilled(backfill: str | None, partition: str | None) -> tuple[str | None
 
 
 def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
-    from pipeline.commands.summary import print_summary
     from pipeline.leftovers import exclusive
+
+    with exclusive(workspace.config):
+        deployed = _work(workspace, serve, training)
+    if serve:
+        keep_serving(workspace, running=deployed)
+
+
+def _work(workspace: Workspace, serve: bool, training: bool) -> bool:
+    """Do what is left; whether a version was deployed. The caller has the workspace alone."""
+    from pipeline.commands.summary import print_summary
     from pipeline.maintenance import retain
     from pipeline.stages import pending
     from pipeline.stages.deployment import DEPLOYMENT, serves_already
     from serving.ports import require_free
 
-    with exclusive(workspace.config):
-        left = pending(workspace, training)
-        deploying = DEPLOYMENT.name in left
-        answer = None
-        if serve:  # better now than after the training
-            require_free(workspace.config.serving.host, workspace.config.serving.port)
-        elif deploying:
-            serves_already(workspace)
-        if left:
-            from pipeline.dag import run_dag
+    left = pending(workspace, training)
+    deploying = DEPLOYMENT.name in left
+    answer = None
+    if serve:  # better now than after the training
+        require_free(workspace.config.serving.host, workspace.config.serving.port)
+    elif deploying:
+        serves_already(workspace)
+    if left:
+        from pipeline.dag import run_dag
 
-            try:
-                run_dag(workspace, left)
-            except CorankError:
-                _write_report(workspace)  # a refused challenger has one, too
-                raise
-        else:
-            typer.echo("Nothing to do: every stage is up to date with the log and the config.")
-        _write_report(workspace, only_missing=not left)
-        if deploying:
-            answer = _example_query(workspace)
-        retain(workspace)
-        print_summary(workspace, answer)
-    if serve:
-        keep_serving(workspace, running=deploying)
+        try:
+            run_dag(workspace, left)
+        except CorankError:
+            _write_report(workspace)  # a refused challenger has one, too
+            raise
+    else:
+        typer.echo("Nothing to do: every stage is up to date with the log and the config.")
+    _write_report(workspace, only_missing=not left)
+    if deploying:
+        answer = _example_query(workspace)
+    retain(workspace)
+    print_summary(workspace, answer)
+    return deploying
 
 
 def _write_report(workspace: Workspace, only_missing: bool = False) -> None:

@@ -27,7 +27,7 @@ from pipeline.cost import keep, measured
 from pipeline.stages import STAGES
 from pipeline.stages.stage import Stage
 from pipeline.workspace import Workspace
-from pipeline.workspace.creation import locked, make_whole, plain_path, remove
+from pipeline.workspace.creation import locked, make_whole, plain_path, remove, require_writable
 
 CRON = {"hour": "0 * * * *", "day": "0 0 * * *", "week": "0 0 * * 1"}
 LOG_PARTITION = "log_partition"
@@ -187,6 +187,8 @@ def _open_home(home: Path) -> None:
 
 
 def _opens(home: Path) -> bool:
+    for path in home.rglob("*.db"):
+        require_writable(path)
     if not home.is_dir() or any(problem_of_database(path) for path in home.rglob("*.db")):
         return False
     try:

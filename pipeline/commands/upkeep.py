@@ -38,9 +38,9 @@ def repair(
         workspace = open_workspace(load(config))
         with exclusive(workspace.config) as orderly:
             found = repairs.repair(workspace, only_check=check)
+            _print_damages(found, check)
             if not (orderly or check):
                 clear(workspace.config)  # what a killed command left; it is told by tables and databases that are whole
-            _print_damages(found, check)
             if found and (check or any(damage.mend is None for damage in found)):
                 raise typer.Exit(1)
             if check and not orderly:

@@ -5,6 +5,7 @@ A kill, a full disk or a second command in the middle would leave a half-made da
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -36,6 +37,15 @@ def make_whole(path: Path, make: Callable[[Path], None]) -> None:
         os.replace(scratch / path.name, path)
     finally:
         remove(scratch)
+
+
+def require_writable(path: Path) -> None:
+    """
+    Raises:
+        PermissionError: this user may not write a file. SQLite says so, too, but names none.
+    """
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def remove(path: Path) -> None:

@@ -19,7 +19,7 @@ from features.damage import problem_of_database
 from features.errors import CorankError, no_space, writing
 from features.schema import Schema
 from pipeline.config import Config
-from pipeline.workspace.creation import locked, make_whole, plain_path, remove
+from pipeline.workspace.creation import locked, make_whole, plain_path, remove, require_writable
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -74,6 +74,7 @@ def local_database(folder: Path) -> str:
     path = folder / "mlflow.db"
     uri = f"sqlite:///{plain_path(folder) / path.name}"
     with locked(folder / "mlflow.lock"):
+        require_writable(path)
         damage = problem_of_database(path) if path.exists() and path.stat().st_size else None
         if damage:
             raise CorankError(

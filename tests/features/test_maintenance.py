@@ -28,6 +28,7 @@ from features.delta.maintenance import (
 )
 from features.delta.table import Table
 from features.delta.write import replace_partition, write_file
+from features.errors import CorankError
 from features.sample_table import candidate_counts, sample_schema, timeline_column
 from features.samples.source import SampleSource
 from features.store.erase import erase_users as erase_online_users
@@ -106,6 +107,20 @@ def test_vacuum_keeps_what_is_referenced_and_what_is_younger_than_asked(tables: 
     assert size_in_storage(samples).files > size.files
     vacuum(samples, keep_hours=0)
     assert size_in_storage(samples).files == len(slices(samples)) < size.files
+    assert rows_in_order(samples) == before
+
+
+def test_a_reader_meets_the_files_that_it_began_with_or_learns_that_they_are_gone(tables: dict[str, Table]) -> None:
+    samples = tables[SAMPLES]
+    before = rows_in_order(samples)
+    source = SampleSource(samples.uri, SCHEMA, tuple(DAYS), 0, 2**62)
+    files = source.files()
+    compact(samples)
+    vacuum(samples)
+    assert [row for file in files for row in source.read(file).to_pylist()] == before
+    vacuum(samples, keep_hours=0)
+    with pytest.raises(CorankError, match=rf"table samples at .*: {files[0]} is gone\. .* run again"):
+        source.read(files[0])
     assert rows_in_order(samples) == before
 
 

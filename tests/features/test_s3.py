@@ -1,34 +1,36 @@
-"""Logs and derived tables on S3, served by moto: the same rows and records as on a local disk."""
+"""Logs and derived tables on S3 hold what local ones hold; an S3 that does not answer is named, and damages nothing."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from features.builder.states import SAMPLES, STATE
 from features.delta.maintenance import compact, derived_tables
-from features.delta.paths import address
+from features.delta.paths import address, patient
 from features.delta.table import Table
+from features.errors import UnavailableError, message_of
 from features.sample_table import candidate_counts
 from features.samples.source import SampleSource
 from pipeline.records import Records
 from tests.features.worlds import COUNTING, DAYS, fold_all, settings, write_world
+from tests.s3 import Faults
 from tests.servers import free_port, wait_for
 
 BUCKET = "s3://lake/My Projects é#1? [x] 100%"
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An S3 server with one bucket, which everything finds by the usual variables.
-
-    In a process of its own: deltalake holds the interpreter's lock while it waits for an answer.
-    """
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """An S3 server with one bucket, which everything finds by the usual variables."""
     import boto3
 
     port = free_port()
@@ -42,18 +44,19 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    faults = Faults(tmp_path / "faults")
+    command = [sys.executable, "-m", "tests.s3", str(port), str(faults.path)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for(server, port)
         boto3.client("s3").create_bucket(Bucket="lake")
-        yield
+        yield faults
     finally:
         server.terminate()
         server.wait(10)
 
 
-def test_a_lake_on_s3_holds_what_a_local_one_holds(s3: None, tmp_path: Path) -> None:
+def test_a_lake_on_s3_holds_what_a_local_one_holds(s3: Faults, tmp_path: Path) -> None:
     tables = write_world(tmp_path, seed=4, users=8)
     remote = {}
     for name, table in tables.items():
@@ -87,3 +90,48 @@ def test_a_lake_on_s3_holds_what_a_local_one_holds(s3: None, tmp_path: Path) -> 
     found = records.get("samples", DAYS[0])
     assert found is not None
     assert found["rows"] == 2
+
+
+def small_table(**options: str) -> Table:
+    """A table of one file on S3."""
+    pl.DataFrame({"dt": DAYS[:1], "ts": [1]}).write_delta(
+        "s3://lake/events", delta_write_options={"partition_by": ["dt"]}
+    )
+    return Table("events", "s3://lake/events", storage_options=options, grain="day")
+
+
+@pytest.mark.slow
+def test_an_s3_that_answers_with_errors_is_named_and_no_file_is_taken_for_damaged(s3: Faults) -> None:
+    table = small_table()
+    pinned, records = table.pinned(), Records("s3://lake/records")
+    rows = pinned.collect(pinned.scan())
+    records.put("samples", DAYS[0], {"rows": 1})
+    s3.set("500")
+    where = f"500 Internal Server Error .* See that S3 at {os.environ['AWS_ENDPOINT_URL']} is up.* the same command"
+    with pytest.raises(UnavailableError, match=f"table events at s3://lake/events: .*{where}"):
+        table.delta()
+    with pytest.raises(UnavailableError, match=f"table events, partition {DAYS[0]}: file s3://.*parquet: .*{where}"):
+        pinned.collect(pinned.scan())
+    with pytest.raises(OSError, match="AWS Error") as failure:
+        records.get("samples", DAYS[0])
+    assert os.environ["AWS_ENDPOINT_URL"] in message_of(failure.value)
+    s3.stop()
+    assert pinned.collect(pinned.scan()).equals(rows)
+    assert table.damaged_files(whole=True) == []
+    assert records.get("samples", DAYS[0]) is not None
+
+
+def test_a_silent_s3_is_given_up_after_the_time_that_is_set_or_half_a_minute(s3: Faults) -> None:
+    assert patient({}) == {"timeout": "30s", "retry_timeout": "30s"}
+    table = small_table(timeout="1s", retry_timeout="1s")
+    pinned = table.pinned()
+    rows = pinned.collect(pinned.scan())
+    started = time.monotonic()
+    s3.set("silent")
+    with pytest.raises(UnavailableError, match="operation timed out"):
+        table.delta()
+    with pytest.raises(UnavailableError, match="operation timed out"):
+        pinned.check_files()
+    s3.set("silent", 1, ".parquet")
+    assert pinned.collect(pinned.scan()).equals(rows)  # Polars asks again
+    assert time.monotonic() - started < 30

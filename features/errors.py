@@ -181,7 +181,7 @@ def message_of(error: BaseException) -> str:
         text = " ".join(text.replace("↳", "").split())
     if WRITTEN_S3.search(text):
         advice = _advice_on_s3()
-    return f"{text}. {advice}" if advice else text
+    return f"{text.removesuffix('.')}. {advice}" if advice else text
 
 
 def _advice_on_s3() -> str:

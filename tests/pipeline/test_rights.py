@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,6 @@ def test_a_second_command_is_told_which_one_has_the_workspace_before_it_decides_
         second = run(config, "retrain")  # which has no champion to start from, either
     holder = config.local_path("run.lock")
     assert second.returncode == 1
-    assert "error: another corank run (process " in second.stderr
+    assert f"error: another corank run (process {os.getpid()}: " in second.stderr
     assert f"is working in {holder.parent}; wait for it or stop it" in second.stderr
     assert "there is no champion" in run(config, "retrain").stderr

@@ -227,15 +227,15 @@ def _summary(model: ModelDescription) -> dict[str, Any]:
         "schema": {
             "features": {
                 side: [
-                    {"name": one.name, "column": one.source, "kind": one.kind, "multi": one.multi}
-                    for one in schema.features
-                    if one.side == side
+                    {"name": feature.name, "column": feature.source, "kind": feature.kind, "multi": feature.multi}
+                    for feature in schema.features
+                    if feature.side == side
                 ]
                 for side in ("user", "item", "context")
             },
             "sequences": [
-                {"name": one.name, "length": one.length, "fields": [field.name for field in one.fields]}
-                for one in schema.sequences
+                {"name": sequence.name, "length": sequence.length, "fields": [field.name for field in sequence.fields]}
+                for sequence in schema.sequences
             ],
         },
         "metadata": json.loads(json.dumps(metadata), parse_constant=lambda _: None),

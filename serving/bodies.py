@@ -1,7 +1,8 @@
-"""The body of an HTTP request: bounded while it streams in, and JSON that every later step can hold.
+"""The body of an HTTP request: its size is limited while it streams in, and its values are such that all later steps
+can hold them.
 
-Python's parser takes more than JSON is: NaN, numbers beyond all floats, halves of surrogate pairs. They are refused
-here, by the field that has them, so that nothing behind has to think of them.
+Python's parser accepts more than JSON allows or a later step can hold: NaN, numbers beyond all floats, halves of
+surrogate pairs. They are refused here, with the name of their field, so that no later step has to check for them.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def parse(body: bytes) -> Any:
     """JSON as Python values: every text is Unicode, every fractional number finite.
 
     Raises:
-        BodyError: it is none; the field, or else the body, is named.
+        BodyError: the body is no such JSON; the field, or else the body, is named.
     """
     strange = False
 
@@ -94,9 +95,9 @@ def _refuse_strange(content: Any) -> None:
         if isinstance(value, dict):
             for key in value:
                 _check_text(key, f"{field}.{key}")
-            waiting += [(f"{field}.{key}", one) for key, one in value.items()]
+            waiting += [(f"{field}.{key}", inner) for key, inner in value.items()]
         elif isinstance(value, list):
-            waiting += [(f"{field}.{index}", one) for index, one in enumerate(value)]
+            waiting += [(f"{field}.{index}", inner) for index, inner in enumerate(value)]
         elif isinstance(value, str):
             _check_text(value, field)
         elif isinstance(value, float) and not math.isfinite(value):

@@ -31,10 +31,10 @@ class RankingClient:
         """
         self.url = url.rstrip("/")
         self._timeout = timeout
-        # the variables http_proxy, all_proxy, … name proxies; this machine's own addresses need none
+        # http_proxy, all_proxy, … in the environment name proxies; this machine's own addresses need none
         try:
             self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not is_own(self.url))
-        except (httpx.InvalidURL, ValueError, ImportError) as error:  # a proxy of socks needs a package of its own
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # a SOCKS proxy needs a further package
             raise CorankError(
                 f"no endpoint can be asked at {url}: {error}. Correct the address, or the variables that name a proxy "
                 "(no_proxy exempts a host)."
@@ -114,7 +114,7 @@ class RankingClient:
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of an answer; empty when it is none."""
+    """The JSON object of an answer; empty when the answer is no JSON object."""
     try:
         content = response.json()
     except ValueError:

@@ -1,4 +1,4 @@
-"""Addresses of endpoints. Asked before hours of work, too, so this module imports nothing heavy."""
+"""Addresses of endpoints. They are checked before long work starts, so this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from features.errors import CorankError
 
 EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Who listens at all addresses is asked on loopback."""
+"""Hosts that mean all addresses, and the loopback address at which to ask their endpoint."""
 
 
 def endpoint_url(host: str, port: int) -> str:

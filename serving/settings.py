@@ -1,4 +1,4 @@
-"""How the application is run: the config's section ``serving``, and what beside it travels to the replicas."""
+"""How the application is run: the config's section ``serving``, and all else that the replicas are given."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ServingConfig(Declaration):
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """What the application needs to know. Plain values: it travels to the replicas.
+    """What the application needs to know; plain values, as they are sent to the replicas.
 
     Attributes:
         artifact: directory of the published model.

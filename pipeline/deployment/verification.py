@@ -1,8 +1,8 @@
-"""Is what the endpoint answers what the model scores offline? Asked over HTTP before a version is recorded.
+"""Compares the endpoint's answers over HTTP with the model's offline scores, before a version is recorded.
 
-The online store knows only the present. So the requests compared are those of the newest partition, asked again
-at the moment up to which the store was filled; offline their rows come from the builder's states, as the next
-partition's would. Offline and online must agree to 1e-5.
+The online store knows only the present. So requests of the newest partition are asked again, at the moment up to which
+the store was filled. Their offline rows come from the builder's states, as those of the next partition would. Offline
+and online must agree to 1e-5.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def asked_again(build: BuildSettings, partition: str, moment: int, limit: int) -
     """Impressions of the last request of some users of a partition, asked again at ``moment`` (microseconds UTC).
 
     Raises:
-        CorankError: none of them is good.
+        CorankError: no impression of the partition is good.
     """
     table = build.tables["impressions"]
     keys = [pl.col(key).cast(pl.String) for key in ("request_id", "user_id")]

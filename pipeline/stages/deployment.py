@@ -31,7 +31,7 @@ SERVED = ("serving", "current")
 """Folder and key of the document that names what is served; a running service follows it."""
 
 SWITCH_SECONDS = 120.0
-"""In which a running service must have taken a version over."""
+"""Seconds within which a running service must have taken a version over."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DeploymentRecord(LogRecord):
         model: version of its content.
         artifact: directory of the published model.
         url: of the endpoint.
-        beside: it was verified at an endpoint of its own alone, as another process serves that does not take it over.
+        beside: verified at a private endpoint only, as another process serves and does not take it over.
         verified: what was compared (:func:`pipeline.deployment.verification.verify_endpoint`).
     """
 
@@ -154,7 +154,7 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
     """Have the running service take a version over; False when it was started by a corank that cannot.
 
     Raises:
-        CorankError: it refuses the version, or does not take it over in time; it goes on with the one before.
+        CorankError: the service refuses the version, or does not take it over in time; it keeps the one before.
     """
     from serving.client import RankingClient
 
@@ -168,12 +168,12 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
         while time.monotonic() < until:
             try:
                 model = client.model()
-            except CorankError as error:  # a replica that is gone for a moment says nothing of the version
+            except CorankError as error:  # a replica may be gone for a moment, whatever the version is
                 taken, why = 0, f"does not answer: {error}"
                 time.sleep(0.2)
                 continue
             taken = taken + 1 if model["model_version"] == champion.tags.get("content") else 0
-            if taken >= 3 * replicas:  # whichever replica answers
+            if taken >= 3 * replicas:  # so often that all replicas are likely to have answered
                 return True
             refused = model["refused"] or {}
             if refused.get("artifact") == champion.artifact:
@@ -186,7 +186,7 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
 
 @contextmanager
 def _or_rolled_back(workspace: Workspace, champion: ModelVersion) -> Iterator[None]:
-    """A version that fails here is champion no longer, if another one was verified before."""
+    """If the block fails, make the version that was verified before, if any, the champion again."""
     try:
         yield
     except CorankError as error:
@@ -204,7 +204,7 @@ def _verify(workspace: Workspace, url: str, artifact: Artifact, stage: Line) -> 
     from pipeline.deployment.verification import verify_endpoint
 
     stage.say("comparing its answers with offline scores")
-    stored = workspace.records.require(FEATURE_STORE, ONLINE)  # of later partitions than ``until``, too
+    stored = workspace.records.require(FEATURE_STORE, ONLINE)  # it may cover later partitions than ``until``
     if stored.close is None:
         raise CorankError("the online store was never filled; run `corank run` first")
     build = build_settings(workspace, stored.versions)
@@ -239,7 +239,7 @@ def serves_already(workspace: Workspace) -> bool:
     options = workspace.config.serving
     if is_free(options.host, options.port):
         return False
-    if not is_free(options.host, 0):  # no address of this machine, where nobody can be asked
+    if not is_free(options.host, 0):  # not an address of this machine, so that nobody can be asked there
         require_free(options.host, options.port)
     try:
         with RankingClient(endpoint_url(options.host, options.port), timeout=10.0) as client:
@@ -247,7 +247,7 @@ def serves_already(workspace: Workspace) -> bool:
     except NoEndpointError:
         require_free(options.host, options.port)
         return False
-    except CorankError:  # it is one, without a model at the moment
+    except CorankError:  # an endpoint of corank, without a model at the moment
         return True
     if model not in [version.tags.get("content") for version in workspace.registry.versions()]:
         raise CorankError(

@@ -16,13 +16,13 @@ from features.errors import known_cause
 T = TypeVar("T")
 
 IN_FLIGHT = 2
-"""Tasks per processor that run or wait with their results; bounds what lies in memory."""
+"""Tasks per processor that run or whose results wait to be taken, which bounds memory."""
 
 LAST_SECONDS = 60.0
-"""For how long, after a failure, the end of the tasks in flight is waited for."""
+"""Seconds for which, after a failure, the tasks in flight are waited for."""
 
 HEEDING_SECONDS = 0.5
-"""Seconds after which a wait heeds a signal."""
+"""Longest seconds that a single wait lasts, as Ray handles no signal meanwhile."""
 
 
 def ray_runs() -> bool:
@@ -52,9 +52,9 @@ def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: b
 
 
 def wait_for_end(running: Collection[Any]) -> None:
-    """After a failure no task may read or write any more.
+    """Wait until no task runs any more: after a failure none may go on to read or write.
 
-    They are not cancelled: Ray aborts the process that cancels a task in the moment in which it ends
+    Tasks are not cancelled: Ray aborts the process that cancels a task in the moment in which it ends
     (``NormalTaskSubmitter::CancelTask`` of 2.60 fails it, and its reply then finds no pending task).
     """
     import ray

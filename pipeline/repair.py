@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from features.builder.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
 from features.damage import problem_of_database, remove_database
+from features.delta.damage import damaged_files, lost_files
 from features.delta.maintenance import derived_tables
 from features.delta.paths import file_system
 from features.delta.table import Table
@@ -130,7 +131,7 @@ def _own_tables(workspace: Workspace) -> Iterator[Damage]:
     for role in workspace.config.tables:
         table = workspace.config.table(role)
         try:
-            damaged = table.damaged_files(whole=True) if table.exists() else []
+            damaged = damaged_files(table, whole=True) if table.exists() else []
         except CorankError as error:
             yield Damage(table.uri, f"your table {role}", str(error), "its rows", "restore it from where you wrote it")
             continue
@@ -153,8 +154,8 @@ def _derived_tables(workspace: Workspace) -> Iterator[Damage]:
         stage: Any = VALIDATED if table.name == "quarantine" else SAMPLES
         again = f"{stage.name} of this partition is made again by the next run"
         try:
-            table.lost_files()
-            damaged = table.damaged_files(whole=True)
+            lost_files(table)
+            damaged = damaged_files(table, whole=True)
         except CorankError as error:  # the Delta log is damaged: which files belong to the table is not known
             yield Damage(
                 f"{table.uri}/_delta_log",

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import DeltaTable, PostCommitHookProperties
-from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
-from features.delta.paths import address, file_system
-from features.delta.table import MENDED, Table
+from features.delta.damage import MENDED
+from features.delta.paths import file_system, table_store
+from features.delta.table import Table
 from features.delta.write import DATA_FILE, DataFile, committing, write_file
 from features.errors import CorankError, UnreadableError
 
@@ -280,4 +280,4 @@ def _exchange(table: Table, old: Iterable[DataFile], new: Iterable[DataFile], da
 
 
 def _store(table: Table) -> fs.PyFileSystem:
-    return fs.PyFileSystem(DeltaStorageHandler(address(table.uri), options=dict(table.storage_options)))
+    return table_store(table.uri, table.storage_options)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from urllib.parse import quote
 
+from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
 ESCAPE = re.compile("%[0-9a-fA-F]{2}")
@@ -36,3 +38,12 @@ def check_openable(path: str) -> None:
     """
     if wrong := (ESCAPE if "://" in path else UNREADABLE).search(path):
         raise ValueError(f"has {wrong[0]} in its name, below which no Delta table can lie; rename that folder")
+
+
+def table_store(root: str, options: Mapping[str, str]) -> fs.FileSystem:
+    """A file system whose root is a table, reached as deltalake reaches it.
+
+    Args:
+        options: of the storage, as deltalake takes them.
+    """
+    return fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))

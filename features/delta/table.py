@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -14,30 +13,19 @@ from urllib.parse import unquote
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, DeltaProtocolError
-from deltalake.fs import DeltaStorageHandler
-from pyarrow import fs
 
-from features.delta.columns import partition_column, read, read_type, reads_as, row_text, type_name
+from features.delta.columns import partition_column, read, read_type, row_text, type_name
+from features.delta.damage import MENDED, check_files
+from features.delta.files import READ_ERRORS, LocalPaths, scan_files
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
-from features.delta.paths import address, file_system
-from features.delta.write import is_as_written, is_written_for
+from features.delta.paths import address, table_store
 from features.encoding import bucket_column
 from features.errors import CorankError, DataGateError, UnreadableError, first_line
 from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
-
-READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, DeltaError, OSError)
-"""What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
-
-SHOWN_FILES = 5
-
-MISPLACED = "was written for another partition than the Delta log says"
-
-MENDED = "a table that corank derived is mended by `corank repair`"
 
 MADE_OF = {
     "updated_at": "every profile is valid from the beginning",
@@ -54,15 +42,6 @@ UNSUPPORTED = re.compile("unsupported|not supported|catalog-managed", re.IGNOREC
 
 MAPPING_VERSION = 2
 """Delta's reader version that brought column mapping."""
-
-
-@dataclass(frozen=True)
-class DamagedFile:
-    """A file of a table, relative to it, and what is wrong with it. ``partition``: None where it is cut from ``ts``."""
-
-    path: str
-    partition: str | None
-    problem: str
 
 
 @dataclass(frozen=True)
@@ -210,7 +189,7 @@ class Table:
             else:
                 unclear.append(path)
         if unclear:
-            rows = _scan(self.delta(), unclear)
+            rows = scan_files(self.delta(), unclear)
             own = self._names(self.delta())["ts"]
             ts = read("ts", pl.col(own), rows.collect_schema()[own]).alias("ts")
             cut = rows.select(ts).select(partition_column(pl.col("ts"), self.grain).alias("dt").unique())
@@ -229,7 +208,7 @@ class Table:
         nulls = actions[f"null_count.{own}"] if f"null_count.{own}" in actions.columns else None
         if nulls is not None and not nulls.null_count() and not nulls.sum():
             return False  # as the log's statistics say
-        return bool(self.collect(_scan(self.delta()).select(pl.col(own).is_null().any())).item())
+        return bool(self.collect(scan_files(self.delta()).select(pl.col(own).is_null().any())).item())
 
     def is_bucketed(self) -> bool:
         """Whether the table is laid out by (dt, bucket), bucket = user hash mod the number of buckets."""
@@ -242,14 +221,14 @@ class Table:
         names, column = self._names(delta), self.partition_column()
         if wanted is not None and self.is_cut:
             spans = _spans(wanted, self.grain or "day")
-            frame = _scan(delta, [path for path, extent in self._extents().items() if _meets(extent, spans)])
+            frame = scan_files(delta, [path for path, extent in self._extents().items() if _meets(extent, spans)])
             clock = pl.col(names["ts"])
             kind = frame.collect_schema()[names["ts"]]
             # on the column as it is stored, so that parts of files are skipped
             inside = [clock.is_between(_moment(low, kind), _moment(high, kind), closed="left") for low, high in spans]
             frame = frame.filter(pl.any_horizontal(pl.lit(False), *inside))
         else:
-            frame = _scan(delta)
+            frame = scan_files(delta)
             if wanted is not None:
                 frame = frame.filter(pl.col(column or "dt").cast(pl.String).is_in(wanted))
         kinds = frame.collect_schema()
@@ -275,7 +254,7 @@ class Table:
         try:
             return frame.collect()
         except READ_ERRORS as error:
-            self.check_files(partitions, whole=True)
+            check_files(self, partitions, whole=True)
             # every file can be read, so either the query is wrong, or a file was away only meanwhile
             if isinstance(error, OSError):
                 raise UnreadableError(f"table {self.name} at {self.uri}: {error}; run again") from error
@@ -288,7 +267,7 @@ class Table:
         try:
             yield from frame.collect_batches(chunk_size=rows)
         except READ_ERRORS:
-            self.check_files(partitions, whole=True)
+            check_files(self, partitions, whole=True)
             raise
 
     def size(self) -> int:
@@ -299,63 +278,11 @@ class Table:
         """Bytes of these partitions in the version's files; of a file with rows of several, each has an equal share."""
         sizes = dict.fromkeys(partitions, 0)
         extents = self._extents() if self.is_cut else {}
-        for path, size, own in self._files(None):
+        for path, size, own in self.data_files(None):
             within = self._within(partitions, extents[path]) if self.is_cut else [own] if own in sizes else []
             for partition in within:
                 sizes[partition] += size // len(within)
         return sizes
-
-    def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
-        """Look at every file's size and footer, which costs little and finds nearly all damage.
-
-        Args:
-            partitions: whose files; default: all.
-            whole: read the files to the end; finds damaged pages too.
-
-        Raises:
-            UnreadableError: names table, partition, file and problem.
-        """
-        broken = self.damaged_files(partitions, whole)
-        if broken:
-            named = [
-                f"table {self.name}{f', partition {one.partition}' if one.partition else ''}: "
-                f"file {self.uri}/{one.path} {one.problem}"
-                for one in broken
-            ]
-            more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
-            remedy = f"restore the files, or write their partition again; {MENDED}"
-            raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
-
-    def damaged_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> list[DamagedFile]:
-        """What :meth:`check_files` raises about, by partition and path."""
-        schema = pa.schema(self.delta().schema().to_arrow())
-        types = {column.name: type_name(column.type) for column in schema}
-        files = self._files(None if partitions is None else list(partitions))
-        store = self._store()
-        with ThreadPoolExecutor(16) as pool:
-            problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
-            broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
-        broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
-        return sorted(broken, key=lambda one: (one.partition or "", one.path))
-
-    def lost_files(self) -> list[DamagedFile]:
-        """The files that are gone, or of another size than the Delta log says; costs one listing of the table.
-
-        Raises:
-            UnreadableError: the Delta log cannot be read, or a commit of it is empty, which Delta takes for no change.
-        """
-        store, root = file_system(self.uri)  # lists several times faster than deltalake does
-        entries = store.get_file_info(fs.FileSelector(root, recursive=True))
-        sizes = {entry.path: entry.size for entry in entries if entry.type == fs.FileType.File}
-        for path, size in sizes.items():
-            if not size and path.startswith(f"{root}/_delta_log/") and path.endswith(".json"):
-                raise UnreadableError(
-                    f"table {self.name}: the Delta log of {self.uri} is damaged: {path} is empty; {MENDED}"
-                )
-        problems = (
-            (path, day, _problem_of_size(sizes.get(f"{root}/{path}"), size)) for path, size, day in self._files(None)
-        )
-        return [DamagedFile(path, day, problem) for path, day, problem in problems if problem]
 
     def require_buckets(self, buckets: int) -> None:
         """Of a table laid out by bucket: nobody would read what lies in a bucket beyond these, or in none.
@@ -403,7 +330,7 @@ class Table:
         Args:
             cache: what an earlier call left there; only later commits are read then.
         """
-        delta, store = self.delta(), self._store()
+        delta, store = self.delta(), table_store(self.uri, self.storage_options)
         present = self.partitions() or [WHOLE_TABLE]
         files: dict[str, list[str]] = {partition: [] for partition in present}
         if self.is_cut and "ts" in self._names(delta):
@@ -417,7 +344,7 @@ class Table:
                 return None if extent is None else self._within(present, extent)
         else:
             column = self.partition_column()
-            for path, _, own in self._files(None):
+            for path, _, own in self.data_files(None):
                 files.setdefault(own or WHOLE_TABLE, []).append(path)
 
             def touched(action: Mapping[str, Any]) -> Iterable[str] | None:
@@ -427,10 +354,6 @@ class Table:
                 return None if not values else [str(values.get(column))]
 
         return fingerprints(delta, store, {one: files.get(one, []) for one in present}, touched, cache)
-
-    def _store(self) -> fs.FileSystem:
-        """Rooted at the table."""
-        return fs.PyFileSystem(DeltaStorageHandler(address(self.uri), options=dict(self.storage_options)))
 
     def _names(self, delta: DeltaTable) -> dict[str, str]:
         """Canonical name of every column that can be reached → its own name, in the table's order."""
@@ -448,7 +371,7 @@ class Table:
         """The columns that the table lacks, and that are made."""
         return {one for one in self.makes if one not in present} | ({"dt"} if self.is_cut else set())
 
-    def _files(self, partitions: Sequence[str] | None) -> list[tuple[str, int, str | None]]:
+    def data_files(self, partitions: Sequence[str] | None) -> list[tuple[str, int, str | None]]:
         """Path, bytes and partition (None: cut from ``ts``) of the files that may hold rows of these partitions."""
         actions = pa.table(self.delta().get_add_actions(flatten=True))
         paths = [unquote(path) for path in actions["path"].to_pylist()]
@@ -494,67 +417,6 @@ class Table:
         """Those of some partitions that a file of this extent may hold rows of."""
         grain = self.grain or "day"
         return [one for one in partitions if _meets(extent, [partition_bounds(one, grain)])]
-
-
-class LocalPaths(DeltaTable):
-    """A Delta table whose files are named as the file system names them; deltalake encodes what lies above them."""
-
-    def file_uris(self, *args: Any, **options: Any) -> list[str]:
-        root = self.table_uri.removeprefix("file://")
-        files = super().file_uris(*args, **options)
-        return [unquote(root) + file.removeprefix(root) if file.startswith(root) else file for file in files]
-
-
-def _scan(delta: DeltaTable, paths: Sequence[str] | None = None) -> pl.LazyFrame:
-    """Rows of a table, of some of its files only if ``paths`` names them, under the table's own names and types."""
-    if paths is not None:
-        delta = SomeFiles(delta, paths)
-    values = delta.metadata().partition_columns
-    above = delta.table_uri.removeprefix("file://")
-    if not values or "=" not in unquote(above):
-        return pl.scan_delta(delta)
-    # Polars takes the values of partitions from paths, and would take name=value of any folder above for one
-    schema = pl.Schema(delta.schema())
-    actions = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
-    named = actions.select(pl.col(f"partition.{one}").alias(one) for one in values).with_columns(
-        pl.Series("__file", delta.file_uris())
-    )
-    stored = pl.Schema({name: kind for name, kind in schema.items() if name not in values})
-    parts = [
-        pl.scan_parquet(
-            own["__file"].to_list(),
-            schema=stored,
-            glob=False,
-            hive_partitioning=False,
-            missing_columns="insert",
-            extra_columns="ignore",
-            storage_options=delta._storage_options,
-        ).with_columns(pl.lit(value).cast(schema[name]).alias(name) for name, value in zip(values, key, strict=True))
-        for key, own in named.partition_by(values, as_dict=True).items()
-    ]
-    return pl.concat([part.select(schema.names()) for part in parts or [pl.LazyFrame(schema=schema)]])
-
-
-class SomeFiles(LocalPaths):
-    """What :func:`polars.scan_delta` asks a table for, limited to some of its files."""
-
-    def __init__(self, table: DeltaTable, paths: Iterable[str]) -> None:
-        """
-        Args:
-            paths: relative to the table, as the file system has them.
-        """
-        super().__init__(table.table_uri, version=table.version(), storage_options=table._storage_options)
-        # by path: another reader may list the files in another order, after a checkpoint for instance
-        listed = pa.table(super().get_add_actions())["path"].to_pylist()
-        order = {unquote(path): index for index, path in enumerate(listed)}
-        self._positions = [order[path] for path in paths]
-
-    def file_uris(self, *args: Any, **options: Any) -> list[str]:
-        every = super().file_uris(*args, **options)
-        return [every[index] for index in self._positions]
-
-    def get_add_actions(self, flatten: bool = False) -> Any:
-        return pa.table(super().get_add_actions(flatten)).take(pa.array(self._positions, pa.int64()))
 
 
 def _unread_features(delta: DeltaTable) -> str:
@@ -604,40 +466,6 @@ def _logged_extent(action: Mapping[str, Any], clock: str) -> tuple[int, int] | N
     low, high = (one if one.tzinfo else one.replace(tzinfo=UTC) for one in (low, high))
     # cut off at milliseconds
     return round(low.timestamp() * 1e6), round(high.timestamp() * 1e6) + 999
-
-
-def _problem_of_size(found: int | None, size: int) -> str | None:
-    """
-    Args:
-        found: bytes of a file; None: it is gone.
-    """
-    if found is None:
-        return "is missing"
-    return None if found == size else f"has {found:,} bytes, but the Delta log says {size:,}"
-
-
-def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
-    """What is wrong with a Parquet file that the Delta log says to have this size and these columns."""
-    try:
-        info = store.get_file_info(path)
-        if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):
-            return problem
-        with store.open_input_file(path) as stream:
-            if whole and not is_as_written(path, stream.readall()):
-                return "has other bytes than were written"
-            file = pq.ParquetFile(stream)
-            stored = {column.name: type_name(column.type) for column in file.schema_arrow}
-            if whole:
-                for group in range(file.num_row_groups):
-                    file.read_row_group(group)
-    except READ_ERRORS as error:
-        return f"is no readable Parquet file ({first_line(error)})"
-    differing = [
-        f"stores column {column} as {kind}, but the table says {types[column]}"
-        for column, kind in stored.items()
-        if column in types and not reads_as(kind, types[column])
-    ]
-    return ", ".join(differing) or None
 
 
 def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:

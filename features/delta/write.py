@@ -17,11 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
 from deltalake.exceptions import CommitFailedError
-from deltalake.fs import DeltaStorageHandler
 from deltalake.transaction import AddAction, RemoveAction
-from pyarrow import fs
 
-from features.delta.paths import address
+from features.delta.paths import address, table_store
 from features.errors import CorankError, first_line, writing
 
 DATA_FILE = re.compile(r"part-[0-9a-f]{32}(?:-([0-9a-f]{32}))?\.parquet")
@@ -62,7 +60,7 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     directory = "/".join(f"{column}={value}" for column, value in partition.items())
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
-    store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
+    store = table_store(root, options)
     leaves = _leaves(rows.schema)
     times = [
         path
@@ -108,7 +106,7 @@ def _digest(content: bytes) -> str:
 
 def read_files(root: str, files: Iterable[DataFile], options: Mapping[str, str]) -> pa.Table:
     """The rows of files that :func:`write_file` wrote below a table's root, visible or not, in the order given."""
-    store = fs.PyFileSystem(DeltaStorageHandler(address(root), options=dict(options)))
+    store = table_store(root, options)
     return pa.concat_tables(pq.read_table(file.path, filesystem=store, partitioning=None) for file in files)
 
 

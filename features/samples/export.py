@@ -21,10 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake.fs import DeltaStorageHandler
-from pyarrow import fs
 
-from features.delta.paths import address
+from features.delta.paths import table_store
 from features.errors import ConfigError, CorankError
 from features.sample_table import code_type, end_column, feature_column, label_column, timeline_column
 from features.samples.source import SampleSource
@@ -334,5 +332,5 @@ def partition_of_file(file: str) -> str:
 
 def parquet_bytes(source: SampleSource, file: str) -> int:
     """Size of a file of the sample table."""
-    store = fs.PyFileSystem(DeltaStorageHandler(address(source.root), options=dict(source.storage_options)))
+    store = table_store(source.root, source.storage_options)
     return int(store.get_file_info(file).size)

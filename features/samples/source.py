@@ -11,10 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.fs import DeltaStorageHandler
-from pyarrow import fs
 
-from features.delta.paths import address
+from features.delta.paths import address, table_store
 from features.errors import CorankError
 from features.sample_table import between, concatenate, cut, sample_schema, sampled_before
 from features.schema import Schema
@@ -84,7 +82,7 @@ class SampleSource:
         Raises:
             CorankError: the file cannot be read; it is named.
         """
-        store = fs.PyFileSystem(DeltaStorageHandler(address(self.root), options=dict(self.storage_options)))
+        store = table_store(self.root, self.storage_options)
         full = sample_schema(self.schema)
         columns = [name for name in full.names if name not in ("dt", "bucket") and (only is None or name in only)]
         try:

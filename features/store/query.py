@@ -20,7 +20,8 @@ import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from features.delta.table import SomeFiles, Table
+from features.delta.files import SomeFiles
+from features.delta.table import Table
 from features.errors import CorankError
 from features.tasks import arrow, each, ray_runs, task
 

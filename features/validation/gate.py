@@ -20,6 +20,7 @@ import polars.selectors as cs
 import pyarrow as pa
 import yaml
 
+from features.delta.damage import check_files
 from features.delta.table import Table, together
 from features.delta.write import replace_partition, replace_partitions, write_file
 from features.errors import ConfigError, UnreadableError
@@ -377,7 +378,7 @@ def _metrics_of(
     frame = table.scan(rules_of)
     wanted = columns_read(table.name, schema) | {*KEYS, *EVENT_KEY, "dt"}
     try:
-        table.check_files(rules_of)
+        check_files(table, rules_of)
         rows = table.collect(frame.select(one for one in frame.collect_schema() if one in wanted), rules_of)
     except UnreadableError:
         return None
@@ -401,7 +402,7 @@ def _judge(gate: Gate, table: Table, partition: str, moment: int, rules: Sequenc
     checks, rules = len(rules), [UNREADABLE, *rules]
     frame = table.scan(partitions)
     try:
-        table.check_files(partitions)
+        check_files(table, partitions)
         # only the columns of the rules are read
         values = table.collect(frame.select(_metrics(rules)), partitions).row(0, named=True)
         failed = gate.judge(table.name, run, moment, [values], rules)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from features.delta.damage import lost_files
 from features.delta.table import Table
 from features.digest import digest
 from pipeline.records import Record
@@ -69,7 +70,7 @@ class Samples(Stage[SamplesRecord]):
 
     def stale(self, workspace: Workspace) -> list[str]:
         """As for any stage; also partitions that have lost files in any of the builder's tables."""
-        stale = {*super().stale(workspace), *(partition for _, partition, _ in lost_files(workspace))}
+        stale = {*super().stale(workspace), *(partition for _, partition, _ in lost_built_files(workspace))}
         return [partition for partition in workspace.partitions if partition in stale]
 
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, SamplesRecord]:
@@ -85,7 +86,7 @@ class Samples(Stage[SamplesRecord]):
         with workspace.progress.stage(self.name) as stage:
             stage.say("starting Ray")
             ensure_ray(config.ray)
-            for table, partition, problem in lost_files(workspace):
+            for table, partition, problem in lost_built_files(workspace):
                 workspace.progress.note(f"table {table}, partition {partition}: {problem}; it is built again")
             settings, inputs = build_settings(workspace), self.inputs(workspace)
             stage.say(f"{len(parts)} partitions, {config.buckets} buckets")
@@ -186,7 +187,7 @@ def build_settings(workspace: Workspace, versions: dict[str, int] | None = None)
     )
 
 
-def lost_files(workspace: Workspace) -> list[tuple[str, str, str]]:
+def lost_built_files(workspace: Workspace) -> list[tuple[str, str, str]]:
     """Table, partition and problem of files of built partitions that are gone or have another size than when written.
 
     It costs one listing per table. `corank repair` finds all other damage (:mod:`pipeline.repair`).
@@ -201,7 +202,7 @@ def lost_files(workspace: Workspace) -> list[tuple[str, str, str]]:
         if not table.exists():
             lost += [(name, partition, f"there is no table at {table.uri}") for partition in built]
             continue
-        files = table.lost_files()
+        files = lost_files(table)
         if name == SAMPLES.name:
             known = set(table.partitions())
             lost += [

@@ -13,6 +13,7 @@ import polars as pl
 
 from features.builder.log_rows import feedback_partitions
 from features.delta.columns import reads_as
+from features.delta.damage import check_files
 from features.delta.fingerprints import WHOLE_TABLE
 from features.delta.table import Table
 from features.digest import digest
@@ -230,7 +231,7 @@ class Log:
         version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
         if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):
             return dict(cache["partitions"])
-        table.check_files()
+        check_files(table)
         rows = table.collect(table.scan().select(columns).drop_nulls("updated_at").sort("updated_at"))
         closes = pl.Series([self.bounds(partition)[1] for partition in self.partitions])
         seen = rows["updated_at"].search_sorted(closes, side="left").to_list()

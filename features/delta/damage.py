@@ -26,7 +26,7 @@ MENDED = "a table that corank derived is mended by `corank repair`"
 
 
 class Files(Protocol):
-    """What must be known of a table: :class:`features.delta.table.Table`."""
+    """The parts of a table (:class:`features.delta.table.Table`) that the checks need."""
 
     @property
     def name(self) -> str: ...
@@ -40,7 +40,7 @@ class Files(Protocol):
 
 @dataclass(frozen=True)
 class DamagedFile:
-    """A file of a table, relative to it, and what is wrong with it. ``partition``: None where it is cut from ``ts``."""
+    """A damaged file of a table: path below the table and problem. ``partition``: None where it is cut from ``ts``."""
 
     path: str
     partition: str | None
@@ -52,7 +52,7 @@ def check_files(table: Files, partitions: Iterable[str] | None = None, whole: bo
 
     Args:
         partitions: whose files; default: all.
-        whole: read the files to the end; finds damaged pages too.
+        whole: read the files to the end, which also finds damaged pages.
 
     Raises:
         UnreadableError: names table, partition, file and problem.
@@ -60,9 +60,9 @@ def check_files(table: Files, partitions: Iterable[str] | None = None, whole: bo
     broken = damaged_files(table, partitions, whole)
     if broken:
         named = [
-            f"table {table.name}{f', partition {one.partition}' if one.partition else ''}: "
-            f"file {table.uri}/{one.path} {one.problem}"
-            for one in broken
+            f"table {table.name}{f', partition {file.partition}' if file.partition else ''}: "
+            f"file {table.uri}/{file.path} {file.problem}"
+            for file in broken
         ]
         more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
         remedy = f"restore the files, or write their partition again; {MENDED}"
@@ -70,7 +70,7 @@ def check_files(table: Files, partitions: Iterable[str] | None = None, whole: bo
 
 
 def damaged_files(table: Files, partitions: Iterable[str] | None = None, whole: bool = False) -> list[DamagedFile]:
-    """What :func:`check_files` raises about, by partition and path."""
+    """The files that :func:`check_files` raises for, ordered by partition and path."""
     schema = pa.schema(table.delta().schema().to_arrow())
     types = {column.name: type_name(column.type) for column in schema}
     files = table.data_files(None if partitions is None else list(partitions))
@@ -79,16 +79,16 @@ def damaged_files(table: Files, partitions: Iterable[str] | None = None, whole: 
         problems = pool.map(lambda file: _problem_of_file(store, file[0], file[1], types, whole), files)
         broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
     broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
-    return sorted(broken, key=lambda one: (one.partition or "", one.path))
+    return sorted(broken, key=lambda file: (file.partition or "", file.path))
 
 
 def lost_files(table: Files) -> list[DamagedFile]:
     """The files that are gone, or of another size than the Delta log says; costs one listing of the table.
 
     Raises:
-        UnreadableError: the Delta log cannot be read, or a commit of it is empty, which Delta takes for no change.
+        UnreadableError: the Delta log cannot be read, or a commit in it is empty, which Delta takes for no change.
     """
-    store, root = file_system(table.uri)  # lists several times faster than deltalake does
+    store, root = file_system(table.uri)  # it lists files several times faster than deltalake does
     entries = store.get_file_info(fs.FileSelector(root, recursive=True))
     sizes = {entry.path: entry.size for entry in entries if entry.type == fs.FileType.File}
     for path, size in sizes.items():
@@ -113,7 +113,7 @@ def _problem_of_size(found: int | None, size: int) -> str | None:
 
 
 def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
-    """What is wrong with a Parquet file that the Delta log says to have this size and these columns."""
+    """What is wrong with a Parquet file that has this size and these columns by the Delta log."""
     try:
         info = store.get_file_info(path)
         if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):

@@ -12,11 +12,11 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, DeltaError, OSError)
-"""What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
+"""Errors from reading a damaged file; Polars panics when a file is shorter than the Delta log says."""
 
 
 class LocalPaths(DeltaTable):
-    """A Delta table whose files are named as the file system names them; deltalake encodes what lies above them."""
+    """A Delta table with the file system's names of its files; deltalake encodes the path above them."""
 
     def file_uris(self, *args: Any, **options: Any) -> list[str]:
         root = self.table_uri.removeprefix("file://")
@@ -25,7 +25,7 @@ class LocalPaths(DeltaTable):
 
 
 class SomeFiles(LocalPaths):
-    """What :func:`polars.scan_delta` asks a table for, limited to some of its files."""
+    """A Delta table limited to some of its files, as far as :func:`polars.scan_delta` asks for them."""
 
     def __init__(self, table: DeltaTable, paths: Iterable[str]) -> None:
         """
@@ -33,7 +33,7 @@ class SomeFiles(LocalPaths):
             paths: relative to the table, as the file system has them.
         """
         super().__init__(table.table_uri, version=table.version(), storage_options=table._storage_options)
-        # by path: another reader may list the files in another order, after a checkpoint for instance
+        # sorted by path, as the order in which they are listed may differ, for instance after a checkpoint
         listed = pa.table(super().get_add_actions())["path"].to_pylist()
         order = {unquote(path): index for index, path in enumerate(listed)}
         self._positions = [order[path] for path in paths]
@@ -47,23 +47,23 @@ class SomeFiles(LocalPaths):
 
 
 def scan_files(delta: DeltaTable, paths: Sequence[str] | None = None) -> pl.LazyFrame:
-    """Rows of a table, of some of its files only if ``paths`` names them, under the table's own names and types."""
+    """Rows of a table, or of its files ``paths`` only, under the table's own names and types."""
     if paths is not None:
         delta = SomeFiles(delta, paths)
     values = delta.metadata().partition_columns
     above = delta.table_uri.removeprefix("file://")
     if not values or "=" not in unquote(above):
         return pl.scan_delta(delta)
-    # Polars takes the values of partitions from paths, and would take name=value of any folder above for one
+    # Polars reads partition values from paths and would take a folder name=value above the table for one
     schema = pl.Schema(delta.schema())
     actions = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
-    named = actions.select(pl.col(f"partition.{one}").alias(one) for one in values).with_columns(
+    named = actions.select(pl.col(f"partition.{column}").alias(column) for column in values).with_columns(
         pl.Series("__file", delta.file_uris())
     )
     stored = pl.Schema({name: kind for name, kind in schema.items() if name not in values})
     parts = [
         pl.scan_parquet(
-            own["__file"].to_list(),
+            rows["__file"].to_list(),
             schema=stored,
             glob=False,
             hive_partitioning=False,
@@ -71,6 +71,6 @@ def scan_files(delta: DeltaTable, paths: Sequence[str] | None = None) -> pl.Lazy
             extra_columns="ignore",
             storage_options=delta._storage_options,
         ).with_columns(pl.lit(value).cast(schema[name]).alias(name) for name, value in zip(values, key, strict=True))
-        for key, own in named.partition_by(values, as_dict=True).items()
+        for key, rows in named.partition_by(values, as_dict=True).items()
     ]
     return pl.concat([part.select(schema.names()) for part in parts or [pl.LazyFrame(schema=schema)]])

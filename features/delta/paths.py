@@ -1,4 +1,4 @@
-"""Paths and addresses as the user writes them, and what the Delta library takes them for."""
+"""Paths and addresses as the user writes them, and in the form that libraries take."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pyarrow import fs
 ESCAPE = re.compile("%[0-9a-fA-F]{2}")
 
 UNREADABLE = re.compile(rf"\\|{ESCAPE.pattern}")
-"""What the library refuses in a local path, behind links too, or takes for something else."""
+"""What the Delta library refuses in a local path, even behind links, or reads as something else."""
 
 
 def address(path: str) -> str:
-    """What libraries are given for a local path or an ``s3://`` address as the user writes it."""
+    """The form for libraries of a local path or an ``s3://`` address as the user writes it."""
     if "://" not in path:
         return path
     scheme, _, rest = path.partition("://")

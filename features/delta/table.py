@@ -38,7 +38,7 @@ READ_FEATURES = {"deletionVectors", "timestampNtz"}
 """Delta's table features that deltalake and Polars can read."""
 
 UNSUPPORTED = re.compile("unsupported|not supported|catalog-managed", re.IGNORECASE)
-"""What deltalake says of a feature, or a version of the protocol, that it does not know; the log itself is whole."""
+"""Messages of deltalake on a feature or a protocol version that it does not know; the log itself is whole."""
 
 MAPPING_VERSION = 2
 """Delta's reader version that brought column mapping."""
@@ -51,8 +51,8 @@ class Table:
     Attributes:
         name: what messages call it (its role or its name in the config).
         uri: local path or ``s3://`` address.
-        columns: canonical name → the user's own column name; columns not named keep theirs. What a name is mapped from
-            is decided here alone: a column of the table's own that has the name is out of sight.
+        columns: canonical name → the user's own column name; columns not named keep theirs. A mapped name always means
+            the column that it is mapped to: one of the table's own columns with that name cannot be reached.
         storage_options: handed to deltalake (credentials, endpoint).
         version: the one that is read, whatever is written meanwhile; None: the newest.
         grain: of a user's log, which is read by partitions; None: of a profile table, and of the builder's own.
@@ -78,7 +78,7 @@ class Table:
         return replace(self, opened=self.delta())
 
     def at(self, version: int | None) -> Table:
-        """The table at a version; None: as it is by then."""
+        """The table at a version; None: the newest whenever it is read."""
         return replace(self, version=version, opened=None)
 
     def exists(self) -> bool:
@@ -119,16 +119,16 @@ class Table:
         return table
 
     def schema(self) -> pa.Schema:
-        """Arrow schema under the canonical names, with the table's own types; :meth:`read_schema`: as they are read."""
+        """Arrow schema under the canonical names, with the table's own types and not those of :meth:`read_schema`."""
         delta = self.delta()
-        own = pa.schema(delta.schema().to_arrow())
-        return pa.schema([own.field(column).with_name(name) for name, column in self._names(delta).items()])
+        stored = pa.schema(delta.schema().to_arrow())
+        return pa.schema([stored.field(column).with_name(name) for name, column in self._names(delta).items()])
 
     def read_schema(self) -> pa.Schema:
         """Arrow schema of what :meth:`scan` gives."""
-        fields = [pa.field(one.name, read_type(one.name, one.type)) for one in self.schema()]
+        fields = [pa.field(column.name, read_type(column.name, column.type)) for column in self.schema()]
         made = {"updated_at": pa.int64(), "event_id": pa.string(), "dt": pa.string()}
-        missing = set(made) & self._made({one.name for one in fields})
+        missing = set(made) & self._made({column.name for column in fields})
         return pa.schema([*fields, *[pa.field(name, made[name]) for name in sorted(missing)]])
 
     def types(self) -> dict[str, str]:
@@ -190,8 +190,8 @@ class Table:
                 unclear.append(path)
         if unclear:
             rows = scan_files(self.delta(), unclear)
-            own = self._names(self.delta())["ts"]
-            ts = read("ts", pl.col(own), rows.collect_schema()[own]).alias("ts")
+            source = self._names(self.delta())["ts"]
+            ts = read("ts", pl.col(source), rows.collect_schema()[source]).alias("ts")
             cut = rows.select(ts).select(partition_column(pl.col("ts"), self.grain).alias("dt").unique())
             found |= set(self.collect(cut)["dt"].drop_nulls())
         return sorted(found)
@@ -201,14 +201,14 @@ class Table:
         column = self.partition_column()
         if column is not None:
             return any(part[column] is None for part in self.delta().partitions())
-        own = self._names(self.delta()).get("ts")
-        if self.grain is None or own is None:
+        source = self._names(self.delta()).get("ts")
+        if self.grain is None or source is None:
             return False
         actions = pl.DataFrame(pa.table(self.delta().get_add_actions(flatten=True)))
-        nulls = actions[f"null_count.{own}"] if f"null_count.{own}" in actions.columns else None
+        nulls = actions[f"null_count.{source}"] if f"null_count.{source}" in actions.columns else None
         if nulls is not None and not nulls.null_count() and not nulls.sum():
-            return False  # as the log's statistics say
-        return bool(self.collect(scan_files(self.delta()).select(pl.col(own).is_null().any())).item())
+            return False  # the log's statistics show it
+        return bool(self.collect(scan_files(self.delta()).select(pl.col(source).is_null().any())).item())
 
     def is_bucketed(self) -> bool:
         """Whether the table is laid out by (dt, bucket), bucket = user hash mod the number of buckets."""
@@ -224,7 +224,7 @@ class Table:
             frame = scan_files(delta, [path for path, extent in self._extents().items() if _meets(extent, spans)])
             clock = pl.col(names["ts"])
             kind = frame.collect_schema()[names["ts"]]
-            # on the column as it is stored, so that parts of files are skipped
+            # filters the stored column, so that parts of files are skipped
             inside = [clock.is_between(_moment(low, kind), _moment(high, kind), closed="left") for low, high in spans]
             frame = frame.filter(pl.any_horizontal(pl.lit(False), *inside))
         else:
@@ -232,7 +232,7 @@ class Table:
             if wanted is not None:
                 frame = frame.filter(pl.col(column or "dt").cast(pl.String).is_in(wanted))
         kinds = frame.collect_schema()
-        frame = frame.select(read(name, pl.col(own), kinds[own]).alias(name) for name, own in names.items())
+        frame = frame.select(read(name, pl.col(source), kinds[source]).alias(name) for name, source in names.items())
         made = self._made(set(names))
         if "event_id" in made:
             frame = frame.with_columns(row_text(_content(frame.collect_schema())).alias("event_id"))
@@ -255,7 +255,7 @@ class Table:
             return frame.collect()
         except READ_ERRORS as error:
             check_files(self, partitions, whole=True)
-            # every file can be read, so either the query is wrong, or a file was away only meanwhile
+            # every file can be read now, so either the query is wrong, or a file was gone for a moment
             if isinstance(error, OSError):
                 raise UnreadableError(f"table {self.name} at {self.uri}: {error}; run again") from error
             raise
@@ -278,20 +278,26 @@ class Table:
         """Bytes of these partitions in the version's files; of a file with rows of several, each has an equal share."""
         sizes = dict.fromkeys(partitions, 0)
         extents = self._extents() if self.is_cut else {}
-        for path, size, own in self.data_files(None):
-            within = self._within(partitions, extents[path]) if self.is_cut else [own] if own in sizes else []
+        for path, size, file_partition in self.data_files(None):
+            within = (
+                self._within(partitions, extents[path])
+                if self.is_cut
+                else [file_partition]
+                if file_partition in sizes
+                else []
+            )
             for partition in within:
                 sizes[partition] += size // len(within)
         return sizes
 
     def require_buckets(self, buckets: int) -> None:
-        """Of a table laid out by bucket: nobody would read what lies in a bucket beyond these, or in none.
+        """Check the buckets of a table laid out by bucket: rows beyond these buckets, or in none, would not be read.
 
         Raises:
             CorankError: the table is laid out with another number of buckets.
         """
-        there = {str(one["bucket"]) for one in self.delta().partitions()}
-        if not all(one.isdigit() and int(one) < buckets for one in there):
+        there = {str(row["bucket"]) for row in self.delta().partitions()}
+        if not all(bucket.isdigit() and int(bucket) < buckets for bucket in there):
             raise self._other_buckets(buckets)
 
     def _other_buckets(self, buckets: int) -> CorankError:
@@ -325,7 +331,7 @@ class Table:
         return bucket_column(pl.col("user_id"), buckets) == bucket
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
-        """Per partition what its content is identified by (:mod:`features.delta.fingerprints`).
+        """The fingerprint of every partition (:mod:`features.delta.fingerprints`).
 
         Args:
             cache: what an earlier call left there; only later commits are read then.
@@ -344,8 +350,8 @@ class Table:
                 return None if extent is None else self._within(present, extent)
         else:
             column = self.partition_column()
-            for path, _, own in self.data_files(None):
-                files.setdefault(own or WHOLE_TABLE, []).append(path)
+            for path, _, file_partition in self.data_files(None):
+                files.setdefault(file_partition or WHOLE_TABLE, []).append(path)
 
             def touched(action: Mapping[str, Any]) -> Iterable[str] | None:
                 if column is None:
@@ -353,23 +359,23 @@ class Table:
                 values = action.get("partitionValues")
                 return None if not values else [str(values.get(column))]
 
-        return fingerprints(delta, store, {one: files.get(one, []) for one in present}, touched, cache)
+        return fingerprints(delta, store, {name: files.get(name, []) for name in present}, touched, cache)
 
     def _names(self, delta: DeltaTable) -> dict[str, str]:
         """Canonical name of every column that can be reached → its own name, in the table's order."""
-        own = [column.name for column in delta.schema().fields]
-        mapped = {name: column for name, column in self.columns.items() if column in own}
+        sources = [column.name for column in delta.schema().fields]
+        mapped = {name: column for name, column in self.columns.items() if column in sources}
         hidden = set(mapped.values()) | set(self.columns)
         if self.grain is not None:
             column = self.partition_column()
             hidden |= {"dt"} if column is None else {"dt", column}
             mapped |= {} if column is None else {"dt": column}
-        names = mapped | {column: column for column in own if column not in hidden}
-        return dict(sorted(names.items(), key=lambda one: own.index(one[1])))
+        names = mapped | {column: column for column in sources if column not in hidden}
+        return dict(sorted(names.items(), key=lambda pair: sources.index(pair[1])))
 
     def _made(self, present: set[str]) -> set[str]:
         """The columns that the table lacks, and that are made."""
-        return {one for one in self.makes if one not in present} | ({"dt"} if self.is_cut else set())
+        return {column for column in self.makes if column not in present} | ({"dt"} if self.is_cut else set())
 
     def data_files(self, partitions: Sequence[str] | None) -> list[tuple[str, int, str | None]]:
         """Path, bytes and partition (None: cut from ``ts``) of the files that may hold rows of these partitions."""
@@ -377,7 +383,7 @@ class Table:
         paths = [unquote(path) for path in actions["path"].to_pylist()]
         column = self.partition_column()
         if column is not None:
-            days = [None if one is None else str(one) for one in actions[f"partition.{column}"].to_pylist()]
+            days = [None if value is None else str(value) for value in actions[f"partition.{column}"].to_pylist()]
         else:
             days = [None] * len(actions)
         files = list(zip(paths, actions["size_bytes"].to_pylist(), days, strict=True))
@@ -392,13 +398,13 @@ class Table:
     def _extents(self) -> dict[str, tuple[int, int] | None]:
         """Path of every file → least and largest ``ts`` in it, microseconds UTC; None where the log does not say."""
         delta = self.delta()
-        own = self._names(delta).get("ts")
+        source = self._names(delta).get("ts")
         actions = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
         paths = [unquote(path) for path in actions["path"]]
-        if own is None or f"min.{own}" not in actions.columns or f"max.{own}" not in actions.columns:
+        if source is None or f"min.{source}" not in actions.columns or f"max.{source}" not in actions.columns:
             return dict.fromkeys(paths)
-        kind = actions.schema[f"min.{own}"]
-        ends = actions.select(read("ts", pl.col(f"{end}.{own}"), kind).alias(end) for end in ("min", "max"))
+        kind = actions.schema[f"min.{source}"]
+        ends = actions.select(read("ts", pl.col(f"{end}.{source}"), kind).alias(end) for end in ("min", "max"))
         # statistics of timestamps are cut off at milliseconds
         slack = 0 if kind.is_integer() else 999
         bounds = [None if None in row else (int(row[0]), int(row[1]) + slack) for row in ends.rows()]
@@ -416,7 +422,7 @@ class Table:
     def _within(self, partitions: Sequence[str], extent: tuple[int, int] | None) -> list[str]:
         """Those of some partitions that a file of this extent may hold rows of."""
         grain = self.grain or "day"
-        return [one for one in partitions if _meets(extent, [partition_bounds(one, grain)])]
+        return [partition for partition in partitions if _meets(extent, [partition_bounds(partition, grain)])]
 
 
 def _unread_features(delta: DeltaTable) -> str:
@@ -430,9 +436,9 @@ def _unread_features(delta: DeltaTable) -> str:
 
 
 def _spans(partitions: Iterable[str], grain: Grain) -> list[tuple[int, int]]:
-    """Opening and close of partitions, microseconds UTC, in order; those that follow each other as one."""
+    """Opening and close of partitions, microseconds UTC, in order; consecutive partitions are joined into one span."""
     spans: list[tuple[int, int]] = []
-    for opening, close in sorted(partition_bounds(one, grain) for one in set(partitions)):
+    for opening, close in sorted(partition_bounds(partition, grain) for partition in set(partitions)):
         if spans and spans[-1][1] == opening:
             spans[-1] = (spans[-1][0], close)
         else:
@@ -463,13 +469,13 @@ def _logged_extent(action: Mapping[str, Any], clock: str) -> tuple[int, int] | N
     if all(isinstance(end, int) for end in ends):
         return ends[0], ends[1]
     low, high = (datetime.fromisoformat(str(end)) for end in ends)
-    low, high = (one if one.tzinfo else one.replace(tzinfo=UTC) for one in (low, high))
+    low, high = (moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in (low, high))
     # cut off at milliseconds
     return round(low.timestamp() * 1e6), round(high.timestamp() * 1e6) + 999
 
 
 def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a row's columns, those that say what it is; where it lies says nothing about it."""
+    """The columns of a row that describe it, without those that only say where it lies."""
     return {name: kind for name, kind in kinds.items() if name not in ("dt", "bucket")}
 
 

@@ -31,7 +31,7 @@ PROFILES: tuple[Literal["users", "items"], ...] = ("users", "items")
 """The roles of profile tables; each is optional, and so is its column ``updated_at``."""
 
 ENVIRONMENT_PREFIX = "CORANK_"
-RESERVED_VARIABLES = {"CORANK_CONFIG"}
+RESERVED_VARIABLES = {"CORANK_CONFIG", "CORANK_TOKEN"}
 
 
 class PartitionConfig(Declaration):

@@ -29,8 +29,13 @@ class BodyError(HTTPException):
         self.field = field
 
 
-def bounded_route(most_bytes: int) -> type[APIRoute]:
-    """A kind of route whose requests have a body of at most so many bytes, read by :func:`parse`."""
+def bounded_route(most_bytes: int, authorize: Callable[[str | None], object]) -> type[APIRoute]:
+    """A kind of route whose requests have a body of at most so many bytes, read by :func:`parse`.
+
+    Args:
+        authorize: raises what a request of ``/v1`` is refused with by its header ``authorization``, before its body is
+            read.
+    """
 
     class BoundedRequest(Request):
         async def body(self) -> bytes:
@@ -48,9 +53,11 @@ def bounded_route(most_bytes: int) -> type[APIRoute]:
 
     class BoundedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
+            handle, guarded = super().get_route_handler(), self.path.startswith("/v1/")
 
             async def bounded(request: Request) -> Response:
+                if guarded:
+                    authorize(request.headers.get("authorization"))
                 return await handle(BoundedRequest(request.scope, request.receive))
 
             return bounded

@@ -28,6 +28,14 @@ def is_own(url: str) -> bool:
     return address.is_loopback or is_free(host, 0)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on this host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
 def require_free(host: str, port: int) -> None:
     """
     Raises:

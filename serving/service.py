@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -38,6 +39,7 @@ from serving.api import (
     told,
     weights_of,
 )
+from serving.auth import Tokens
 from serving.memo import Ranked
 from serving.rows import InvalidRequestError, as_text, build_row
 from serving.settings import ServingSettings
@@ -87,7 +89,8 @@ class RankingService:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._settings.options
-        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas)
+        tokens = Tokens(Path(options.tokens)) if options.tokens is not None else None
+        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas, tokens)
 
     async def describe(self) -> ModelDescription:
         """What the ranker serves, asked anew each time; it also shows that the store can be read.

@@ -169,7 +169,7 @@ def _example_query(workspace: Workspace) -> dict[str, Any] | None:
     if record.beside:
         return None
     example = record.verified["example"]
-    with RankingClient(record.url) as client:
+    with RankingClient(record.url, token=workspace.config.serving.own_token) as client:
         answer = client.rank(
             example["user_id"], example["candidates"], example["context"], online_record(workspace).close
         )

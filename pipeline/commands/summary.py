@@ -203,7 +203,8 @@ def _served(workspace: Workspace) -> dict[str, Any] | None:
 
     options = workspace.config.serving
     try:
-        with RankingClient(endpoint_url(options.host, options.port), timeout=2.0) as client:
+        url = endpoint_url(options.host, options.port)
+        with RankingClient(url, timeout=2.0, token=options.own_token) as client:
             return client.model()
     except CorankError:
         return None

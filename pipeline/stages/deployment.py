@@ -159,7 +159,7 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
     from serving.client import RankingClient
 
     before = workspace.records.get(*SERVED)
-    with RankingClient(url) as client:
+    with RankingClient(url, token=workspace.config.serving.own_token) as client:
         if before is None or "refused" not in client.model():
             return False
         name_served(workspace, champion)
@@ -202,13 +202,15 @@ def _or_rolled_back(workspace: Workspace, champion: ModelVersion) -> Iterator[No
 
 def _verify(workspace: Workspace, url: str, artifact: Artifact, stage: Line) -> dict[str, Any]:
     from pipeline.deployment.verification import verify_endpoint
+    from serving.client import RankingClient
 
     stage.say("comparing its answers with offline scores")
     stored = workspace.records.require(FEATURE_STORE, ONLINE)  # it may cover later partitions than ``until``
     if stored.close is None:
         raise CorankError("the online store was never filled; run `corank run` first")
     build = build_settings(workspace, stored.versions)
-    return verify_endpoint(url, artifact, build, sorted(stored.partitions), stored.close)
+    with RankingClient(url, token=workspace.config.serving.own_token) as client:
+        return verify_endpoint(client, artifact, build, sorted(stored.partitions), stored.close)
 
 
 def require_own_features(workspace: Workspace, champion: ModelVersion) -> None:
@@ -242,7 +244,8 @@ def serves_already(workspace: Workspace) -> bool:
     if not is_free(options.host, 0):  # not an address of this machine, so that nobody can be asked there
         require_free(options.host, options.port)
     try:
-        with RankingClient(endpoint_url(options.host, options.port), timeout=10.0) as client:
+        url = endpoint_url(options.host, options.port)
+        with RankingClient(url, timeout=10.0, token=options.own_token) as client:
             model = client.model()["model_version"]
     except NoEndpointError:
         require_free(options.host, options.port)

@@ -104,7 +104,11 @@ def test_a_port_that_another_program_has_is_named_before_anything_runs(tmp_path:
         done = corank("run", "--config", str(write_config(tmp_path, data, serving={"port": port})))
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
-    elsewhere = corank("run", "--config", str(write_config(tmp_path, data, serving={"host": "192.0.2.1"})))
+    tokens = tmp_path / "tokens"
+    tokens.touch(0o600)
+    tokens.write_text("shop 0123456789abcdef")
+    serving = {"host": "192.0.2.1", "tokens": str(tokens)}
+    elsewhere = corank("run", "--config", str(write_config(tmp_path, data, serving=serving)))
     assert elsewhere.returncode == 1
     assert "cannot listen on 192.0.2.1:8000" in elsewhere.stderr
     assert not (tmp_path / "work" / "tables").exists()

@@ -6,12 +6,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable
-from typing import Any, TypeVar
-
-import polars as pl
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from features.errors import known_cause
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
 
 T = TypeVar("T")
 
@@ -27,7 +28,8 @@ HEEDING_SECONDS = 0.5
 
 def ray_runs() -> bool:
     """Whether this process is connected to Ray."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+    ray = sys.modules.get("ray")
+    return hasattr(ray, "is_initialized") and bool(ray.is_initialized())  # an import may have been interrupted
 
 
 def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: bool) -> Generator[T]:
@@ -70,6 +72,8 @@ def task(function: Callable[..., Any], **options: Any) -> Any:
     import ray
 
     def run(*call: Any) -> Any:
+        import polars as pl
+
         result = function(*call)
         return arrow(result) if isinstance(result, pl.DataFrame) else result
 
@@ -77,6 +81,8 @@ def task(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def arrow(frame: pl.DataFrame) -> pa.Table:
+    import polars as pl
+
     return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 from pydantic import Field
 
 from features.schema import Declaration
+from features.tasks import ray_runs
 from pipeline.interrupts import deferred, reinstate
 
 SESSIONS, OWNER = "corank-", "owner"
@@ -180,9 +181,10 @@ def _in_a_thread(work: Callable[[], object]) -> None:
 def stop_ray() -> None:
     """Stop the local Ray of this process with all that runs on it; on a cluster, stop the service that this process
     started, and disconnect."""
-    ray = sys.modules.get("ray")
-    if ray is None or not hasattr(ray, "is_initialized") or not ray.is_initialized():  # an import may be interrupted
+    if not ray_runs():
         return
+    import ray
+
     if _cluster and "serving.deploy" in sys.modules:
         from serving.deploy import stop
 

@@ -39,9 +39,11 @@ _loaded: list[Config] = []
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
     """Turn failures into one message and an exit code; leave no process behind, not even on Ctrl-C and SIGTERM."""
+    from features.tasks import ray_runs
     from pipeline.runtime import quiet, stop_ray
 
     quiet()
+    ran = ray_runs()  # then it is not this command's
     with interruptible() as interrupts:
         try:
             try:
@@ -53,7 +55,8 @@ def guarded(debug: bool) -> Iterator[None]:
                     _report(error, debug)
             finally:
                 interrupts.hold()
-                stop_ray()
+                if not ran:
+                    stop_ray()
         finally:
             if interrupts.came:
                 sys.stdout.flush()

@@ -28,7 +28,7 @@ HEEDING_SECONDS = 0.5
 
 def ray_runs() -> bool:
     """Whether this process is connected to Ray."""
-    ray = sys.modules.get("ray")
+    ray: Any = sys.modules.get("ray")
     return hasattr(ray, "is_initialized") and bool(ray.is_initialized())  # an import may have been interrupted
 
 

@@ -1,4 +1,4 @@
-"""RequestBatch: the one shape every model reads, and how rows of the sample table become one.
+"""RequestBatch, the one shape that every model reads, and how rows of the sample table become a batch.
 
 Legend: U timelines, E events, R requests, C candidates, K tasks. Everything is packed: offsets say where a
 timeline's events and a request's candidates lie; padding exists only inside kernels, never as an id.
@@ -69,7 +69,7 @@ class Timeline:
 
 @dataclass
 class Users:
-    """What is known of a request before any candidate is.
+    """What is known of requests without their candidates.
 
     Attributes:
         fields: user and context features, [R].
@@ -138,7 +138,9 @@ def compress(batch: RequestBatch) -> RequestBatch:
     """
     return replace(
         batch,
-        timelines={name: replace(one, fields=_compress(one.fields)) for name, one in batch.timelines.items()},
+        timelines={
+            name: replace(timeline, fields=_compress(timeline.fields)) for name, timeline in batch.timelines.items()
+        },
         users=replace(batch.users, fields=_compress(batch.users.fields)),
         items=replace(batch.items, fields=_compress(batch.items.fields)),
     )
@@ -146,14 +148,14 @@ def compress(batch: RequestBatch) -> RequestBatch:
 
 def _compress(values: Mapping[str, Values]) -> dict[str, Values]:
     compressed: dict[str, Values] = {}
-    for name, one in values.items():
-        inner = one.values if isinstance(one, Jagged) else one
-        if not isinstance(inner, Tensor) or inner.is_floating_point():  # compressed already, or a number
-            compressed[name] = one
+    for name, field_values in values.items():
+        inner = field_values.values if isinstance(field_values, Jagged) else field_values
+        if not isinstance(inner, Tensor) or inner.is_floating_point():  # it is compressed already, or holds numbers
+            compressed[name] = field_values
             continue
         unique, index = torch.unique(torch.cat([inner.new_zeros(1), inner]), return_inverse=True)
         ids = Ids(unique, index[1:])
-        compressed[name] = Jagged(ids, one.offsets) if isinstance(one, Jagged) else ids
+        compressed[name] = Jagged(ids, field_values.offsets) if isinstance(field_values, Jagged) else ids
     return compressed
 
 
@@ -166,13 +168,13 @@ def nbytes(state: Any) -> int:
             storage = part.untyped_storage()
             sizes[storage._cdata] = storage.nbytes()
         elif is_dataclass(part) and not isinstance(part, type):
-            for one in fields(part):
-                visit(getattr(part, one.name))
+            for declared in fields(part):
+                visit(getattr(part, declared.name))
         elif isinstance(part, dict):
             visit(list(part.values()))
         elif isinstance(part, (list, tuple)):
-            for one in part:
-                visit(one)
+            for element in part:
+                visit(element)
 
     visit(state)
     return sum(sizes.values())

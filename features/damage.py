@@ -1,4 +1,4 @@
-"""Whether files that are read back are whole: SQLite's, as far as it can tell, and those that end with a digest."""
+"""Checks that files are whole: SQLite's as far as SQLite can tell, and files that end with a digest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 SEAL = b"\xfa\xff\x7f\x10"
-"""Before the digest that ends a file. To Protobuf: a field of 16 bytes that no message has, so that it is ignored."""
+"""Precedes the digest at the end of a file. Protobuf reads both as an unknown field of 16 bytes and ignores it."""
 
 MAGIC = b"SQLite format 3\0"
 
@@ -21,8 +21,8 @@ def problem_of_database(path: Path, pages: bool = True) -> str | None:
     """What is wrong with a file that should be a database; None when nothing is.
 
     Args:
-        pages: read it all (a gigabyte takes seconds) and check its pages and what they refer to. Other values in a
-            page that is whole are not noticed: SQLite has no checksums.
+        pages: read the whole file (a gigabyte takes seconds) and check its pages and their references. Changed values
+            in a page that is whole are not noticed, as SQLite has no checksums.
     """
     if not path.is_file():
         return "is missing"
@@ -36,12 +36,12 @@ def problem_of_database(path: Path, pages: bool = True) -> str | None:
         return None
     try:
         with closing(sqlite3.connect(path)) as database:
-            (said,) = database.execute("pragma quick_check(1)").fetchone()
+            (verdict,) = database.execute("pragma quick_check(1)").fetchone()
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorname.startswith(HINDERED):
             return None
-        said = str(error)
-    return None if said == "ok" else f"has damaged pages ({' '.join(said.split())})"
+        verdict = str(error)
+    return None if verdict == "ok" else f"has damaged pages ({' '.join(verdict.split())})"
 
 
 def remove_database(path: Path) -> None:

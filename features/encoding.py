@@ -30,7 +30,7 @@ def hash_ids(column: pl.Expr) -> pl.Expr:
     def of_series(values: pl.Series) -> pl.Series:
         text = values.cast(pl.String)
         distinct = text.unique()
-        # the cast is for a column without any value, which replace_strict leaves as text
+        # replace_strict leaves a column without any value as text, hence the cast
         codes = text.replace_strict(distinct, _hash_column(distinct), return_dtype=pl.Int64).cast(pl.Int64)
         return codes.fill_null(0)
 

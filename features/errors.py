@@ -68,7 +68,7 @@ WRITTEN_REFUSED = re.compile("attempt to write a readonly database|unable to ope
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
 WRITTEN_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|Os \{ code: (\d+)")
-"""How Rust's and Arrow's messages carry the number of the operating system's error."""
+"""How messages of Rust and Arrow write the number of the operating system's error."""
 
 WRITTEN_FULL = re.compile("No space left on device|Disk quota exceeded|database or disk is full|OutOfDiskError")
 """How libraries say that a disk is full, SQLite and Ray among them."""
@@ -82,16 +82,16 @@ WRITTEN_NOT_THERE = re.compile("404 Not Found|416 Range Not Satisfiable|416 Requ
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and all that led to it, each once: what Ray carries from other processes, what it was raised from, what
-    was being handled. Chains may be circles (Dagster raises E from X, whose context is E)."""
+    """An error and all that led to it, each once: errors that Ray carries from other processes, the one it was raised
+    from, and the one being handled then. Chains may be circles (Dagster raises E from X, whose context is E)."""
     waiting, seen = [error], set[int]()
     while waiting:
-        one = waiting.pop(0)
-        if id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            handled = None if one.__suppress_context__ else one.__context__
-            waiting += [*_carried(one), *filter(None, (one.__cause__, handled))]
+        cause = waiting.pop(0)
+        if id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            handled = None if cause.__suppress_context__ else cause.__context__
+            waiting += [*_carried(cause), *filter(None, (cause.__cause__, handled))]
 
 
 def raised(error: BaseException) -> BaseException:
@@ -105,18 +105,18 @@ def raised(error: BaseException) -> BaseException:
 
 def known_cause(error: BaseException) -> CorankError | None:
     """The first error among the causes that says what to do."""
-    return next((one for one in map(raised, causes(error)) if isinstance(one, CorankError)), None)
+    return next((cause for cause in map(raised, causes(error)) if isinstance(cause, CorankError)), None)
 
 
 def no_space(error: BaseException) -> BaseException | None:
     """The cause that says that a disk is full, if one does; :class:`NoSpaceError` first, as it says where."""
-    full = [one for one in map(raised, causes(error)) if _number_of(one) in (errno.ENOSPC, errno.EDQUOT)]
-    return min(full, key=lambda one: not isinstance(one, NoSpaceError), default=None)
+    full = [cause for cause in map(raised, causes(error)) if _number_of(cause) in (errno.ENOSPC, errno.EDQUOT)]
+    return min(full, key=lambda cause: not isinstance(cause, NoSpaceError), default=None)
 
 
 @contextmanager
 def writing(path: object, size: int | None = None) -> Iterator[None]:
-    """What is written in the block, and how many bytes where that is known.
+    """Raise a full disk in the block as an error that names what was written, and its bytes where they are known.
 
     Raises:
         NoSpaceError: the disk is full.
@@ -155,7 +155,7 @@ def in_reach(what: str) -> Iterator[None]:
 
 
 def _number_of(error: BaseException) -> int | None:
-    """The number of the operating system's error, also where only a library's message carries it."""
+    """The number of the operating system's error, even if only a library's message has it."""
     if isinstance(error, NoSpaceError):
         return errno.ENOSPC
     if isinstance(error, OSError) and error.errno is not None:
@@ -194,13 +194,13 @@ def _advice_on_s3() -> str:
 
 
 def without_trace(text: str) -> str:
-    """What happened, of a text with stack traces: what it ends with after the last frame, all its lines, without the
-    type where it says what to do."""
+    """The message in a text with stack traces: all lines after the last frame, without the error's type where the
+    message says what to do."""
     lines = COLOURS.sub("", text).strip().splitlines()
     frames = [number for number, line in enumerate(lines) if line.startswith('  File "')]
     after = lines[frames[-1] + 1 :] if frames else lines
-    own = list(dropwhile(lambda line: line.startswith("    "), after))  # the frame's code and its marks
-    return re.sub(rf"^{CorankError.__module__}\.\w+: ", "", "\n".join(own))
+    message = list(dropwhile(lambda line: line.startswith("    "), after))  # drops the frame's code and its marks
+    return re.sub(rf"^{CorankError.__module__}\.\w+: ", "", "\n".join(message))
 
 
 def _carried(error: BaseException) -> list[BaseException]:
@@ -208,7 +208,7 @@ def _carried(error: BaseException) -> list[BaseException]:
     inner = [getattr(error, name, None) for name in ("cause", "_base_exc", "controller_failure")]
     failures = getattr(error, "worker_failures", None)
     inner += failures.values() if isinstance(failures, dict) else ()
-    return [one for one in inner if isinstance(one, BaseException)]
+    return [cause for cause in inner if isinstance(cause, BaseException)]
 
 
 # --- errors of a declaration --------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def allowed_keys(key: str, model: type[BaseModel]) -> str:
-    """What may stand in place of a key that there is not; a declaration's ``former_keys`` name the new one."""
+    """Advice on a key that does not exist: the keys that do, or the new name of one of ``former_keys``."""
     now = getattr(model, "former_keys", {}).get(key)
     close = difflib.get_close_matches(key, model.model_fields, n=1)
     hint = f"It is called {now}. " if now else f"Did you mean {close[0]!r}? " if close else ""
@@ -258,5 +258,5 @@ def allowed_keys(key: str, model: type[BaseModel]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first; the rest is for those who wrote it."""
+    """The first line of a library's error; the rest is for its developers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

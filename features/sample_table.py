@@ -98,7 +98,9 @@ def sampled_before(rows: pa.Table, moment: int, share: float, seed: int) -> pa.T
         return rows
     requests = column_of(rows, "requests").flatten()
     ids = requests.field("request_id").to_pylist()
-    drawn = np.fromiter((xxhash.xxh64_intdigest(str(one).encode(), seed=seed) for one in ids), np.uint64, len(ids))
+    drawn = np.fromiter(
+        (xxhash.xxh64_intdigest(str(identifier).encode(), seed=seed) for identifier in ids), np.uint64, len(ids)
+    )
     is_new = pc.greater_equal(requests.field("ts"), moment)
     return _kept(rows, pc.or_(is_new, pa.array(drawn < share * 2.0**64)))
 
@@ -119,7 +121,7 @@ def cut(rows: pa.Table, candidates: int, events: int, sequences: tuple[Sequence,
     budget makes a batch of its own; nothing is dropped.
 
     Args:
-        sequences: where a row is split, these lose the events that none of its requests see any more.
+        sequences: where a row is split, the parts keep only those events of these sequences that their requests see.
     """
     rows = _split_large_rows(rows.combine_chunks(), candidates, sequences)
     sums = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in _sizes(rows)]
@@ -193,8 +195,8 @@ def _trim(rows: pa.Table, sequence: Sequence) -> pa.Table:
     first = np.minimum.reduceat(np.maximum(end - sequence.length, 0), bounds[:-1])
     counts = np.maximum.reduceat(end, bounds[:-1]) - first
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    for one in (None, *sequence.fields):
-        name = timeline_column(sequence, one)
+    for field in (None, *sequence.fields):
+        name = timeline_column(sequence, field)
         column = column_of(rows, name)
         kept = np.arange(offsets[-1]) + np.repeat(list_offsets(column)[:-1] + first - offsets[:-1], counts)
         events = column.flatten().take(pa.array(kept))

@@ -83,7 +83,7 @@ class FieldSpec(Declaration):
     def _kind_has_what_it_needs(self) -> FieldSpec:
         if (self.kind == "category") != (self.vocabulary is not None):
             raise ValueError("a category lists its vocabulary, and nothing else does")
-        repeated = [one for one in self.vocabulary or () if (self.vocabulary or ()).count(one) > 1]
+        repeated = [value for value in self.vocabulary or () if (self.vocabulary or ()).count(value) > 1]
         if repeated:
             raise ValueError(f"vocabulary: {repeated[0]!r} is listed {repeated.count(repeated[0])} times")
         if self.scale == "log" and self.kind != "number":
@@ -277,11 +277,11 @@ class Schema(Declaration):
         return self
 
     def _check_timeline_columns(self) -> None:
-        """Every column ``sequence__field`` has one meaning; columns of times and event ids are known by their ends."""
+        """Require one meaning for every column ``sequence__field``, and no name that ends as times or event ids do."""
         columns: dict[str, str] = {}
         for sequence in self.sequences:
             for name in (*TIMELINE_NAMES, *(field.name for field in sequence.fields)):
-                if name.endswith(tuple(f"__{own}" for own in TIMELINE_NAMES)):
+                if name.endswith(tuple(f"__{ending}" for ending in TIMELINE_NAMES)):
                     raise ValueError(
                         f"field {name!r} of sequence {sequence.name!r}: the end of its name is taken; "
                         f"choose another name, with `column: {name}`"
@@ -314,18 +314,22 @@ class Schema(Declaration):
     def counts_of(self, table: str) -> tuple[Feature, ...]:
         """The aggregates that count the rows of a table."""
         every = self.aggregates("user", "item", "cross")
-        return tuple(one for one in every if one.aggregate is not None and one.aggregate.of == table)
+        return tuple(feature for feature in every if feature.aggregate is not None and feature.aggregate.of == table)
 
     @property
     def logs(self) -> tuple[str, ...]:
         """The partitioned tables that are read: impressions, and what sequences and aggregates name."""
-        counted = [one.aggregate.of for one in self.aggregates("user", "item", "cross") if one.aggregate is not None]
-        return tuple(dict.fromkeys(["impressions", *(sequence.events for sequence in self.sequences), *counted]))
+        counted_logs = [
+            feature.aggregate.of
+            for feature in self.aggregates("user", "item", "cross")
+            if feature.aggregate is not None
+        ]
+        return tuple(dict.fromkeys(["impressions", *(sequence.events for sequence in self.sequences), *counted_logs]))
 
     @property
     def cross_keys(self) -> tuple[str, ...]:
         """Columns of items that features cross with the user, item_id left out."""
-        keys = [one.aggregate.key for one in self.aggregates("cross") if one.aggregate is not None]
+        keys = [feature.aggregate.key for feature in self.aggregates("cross") if feature.aggregate is not None]
         return tuple(dict.fromkeys(key for key in keys if key is not None and key != "item_id"))
 
     @property

@@ -6,28 +6,30 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable
-from typing import Any, TypeVar
-
-import polars as pl
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from features.errors import known_cause
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
 
 T = TypeVar("T")
 
 IN_FLIGHT = 2
-"""Tasks per processor that run or wait with their results; bounds what lies in memory."""
+"""Tasks per processor that run or whose results wait to be taken, which bounds memory."""
 
 LAST_SECONDS = 60.0
-"""For how long, after a failure, the end of the tasks in flight is waited for."""
+"""Seconds for which, after a failure, the tasks in flight are waited for."""
 
 HEEDING_SECONDS = 0.5
-"""Seconds after which a wait heeds a signal."""
+"""Longest seconds that a single wait lasts, as Ray handles no signal meanwhile."""
 
 
 def ray_runs() -> bool:
     """Whether this process is connected to Ray."""
-    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
+    ray: Any = sys.modules.get("ray")
+    return hasattr(ray, "is_initialized") and bool(ray.is_initialized())  # an import may have been interrupted
 
 
 def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: bool) -> Generator[T]:
@@ -52,9 +54,9 @@ def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: b
 
 
 def wait_for_end(running: Collection[Any]) -> None:
-    """After a failure no task may read or write any more.
+    """Wait until no task runs any more: after a failure none may go on to read or write.
 
-    They are not cancelled: Ray aborts the process that cancels a task in the moment in which it ends
+    Tasks are not cancelled: Ray aborts the process that cancels a task in the moment in which it ends
     (``NormalTaskSubmitter::CancelTask`` of 2.60 fails it, and its reply then finds no pending task).
     """
     import ray
@@ -70,6 +72,8 @@ def task(function: Callable[..., Any], **options: Any) -> Any:
     import ray
 
     def run(*call: Any) -> Any:
+        import polars as pl
+
         result = function(*call)
         return arrow(result) if isinstance(result, pl.DataFrame) else result
 
@@ -77,6 +81,8 @@ def task(function: Callable[..., Any], **options: Any) -> Any:
 
 
 def arrow(frame: pl.DataFrame) -> pa.Table:
+    import polars as pl
+
     return frame.to_arrow(compat_level=pl.CompatLevel.oldest())
 
 

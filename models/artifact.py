@@ -65,7 +65,7 @@ def save_artifact(directory: str | Path, model: RankingModel, documents: Mapping
 def _write(
     scratch: Path, model: RankingModel, weights: Mapping[str, Tensor], documents: Mapping[str, Any]
 ) -> dict[str, str]:
-    """All files of an artifact, the digests last; returns these."""
+    """Write all files of an artifact, the digests last; returns the digests."""
     save_file(dict(weights), scratch / "model.safetensors")
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -133,7 +133,7 @@ def version_of(directory: str | Path) -> str:
     """Version of an artifact's content, without loading it.
 
     Raises:
-        CorankError: it is none.
+        CorankError: the directory is no artifact.
     """
     return _version(_sums(Path(directory)))
 

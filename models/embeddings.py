@@ -1,6 +1,6 @@
 """Embedding tables behind one interface: look up rows, update those that were touched, export and import rows.
 
-A step of training costs by the rows that it touches, never by the size of a table.
+The cost of a training step depends on the rows that it touches, never on the size of a table.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class EmbeddingTable(nn.Embedding):
         nn.init.normal_(self.weight, std=0.01)
 
     def lookup(self, rows: Tensor) -> Tensor:
-        """These rows, [len(rows), dim]; they differ, so that the gradient has one row for each."""
+        """Embeddings of these rows, [len(rows), dim]. No row may occur twice: the gradient has one row for each."""
         found: Tensor = self(rows)
         return found
 
@@ -47,19 +47,19 @@ class EmbeddingTables(nn.ModuleDict):
         return table
 
     def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """What applies sparse gradients: Adagrad, on touched rows only."""
+        """The optimizer that applies sparse gradients: Adagrad, which changes touched rows only."""
         return torch.optim.Adagrad(self.parameters(), lr=learning_rate, eps=1e-8)
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the rows that were touched, table after table."""
-        gradients = [one.grad for one in self.parameters() if one.grad is not None]
-        return [one._values() if one.is_sparse else one for one in gradients]  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        return [gradient._values() if gradient.is_sparse else gradient for gradient in gradients]  # type: ignore[no-untyped-call]
 
 
 def share_rows(batch: RequestBatch, schema: Schema) -> tuple[RequestBatch, dict[str, Tensor]]:
-    """The batch with all compressed fields of a table over the same rows of it (HyFormer 3.8.1).
+    """The batch in which all compressed fields of a table index the same rows of it (HyFormer 3.8.1).
 
-    An id that a sequence shares with a candidate then is one row.
+    An id that occurs in a sequence and in a candidate is then one row.
 
     Returns:
         the batch, and per table the rows that any of its compressed fields reads: row 0, then ascending.
@@ -67,7 +67,7 @@ def share_rows(batch: RequestBatch, schema: Schema) -> tuple[RequestBatch, dict[
     parts: list[tuple[FieldSpec, Mapping[str, Values]]] = [
         *((feature, batch.users.fields) for feature in schema.user_side),
         *((feature, batch.items.fields) for feature in schema.item_side),
-        *((field, batch.timelines[one.name].fields) for one in schema.sequences for field in one.fields),
+        *((field, batch.timelines[sequence.name].fields) for sequence in schema.sequences for field in sequence.fields),
     ]
     read: dict[str, list[Tensor]] = {}
     for field, fields in parts:
@@ -79,12 +79,12 @@ def share_rows(batch: RequestBatch, schema: Schema) -> tuple[RequestBatch, dict[
         return batch, rows
 
     def shared(specs: Iterable[FieldSpec], fields: Mapping[str, Values]) -> dict[str, Values]:
-        return {one.name: _over(fields[one.name], rows.get(one.embedding)) for one in specs}
+        return {spec.name: _over(fields[spec.name], rows.get(spec.embedding)) for spec in specs}
 
     timelines = {}
-    for one in schema.sequences:
-        timeline = batch.timelines[one.name]
-        timelines[one.name] = replace(timeline, fields=shared(one.fields, timeline.fields))
+    for sequence in schema.sequences:
+        timeline = batch.timelines[sequence.name]
+        timelines[sequence.name] = replace(timeline, fields=shared(sequence.fields, timeline.fields))
     users = replace(batch.users, fields=shared(schema.user_side, batch.users.fields))
     items = replace(batch.items, fields=shared(schema.item_side, batch.items.fields))
     return replace(batch, timelines=timelines, users=users, items=items), rows
@@ -96,7 +96,7 @@ def _ids(values: Values) -> Ids | None:
 
 
 def _over(values: Values, rows: Tensor | None) -> Values:
-    """A compressed field over these rows, of which its own are some."""
+    """A field as an index into these rows, which include all that it reads; as it is when it is not compressed."""
     ids = _ids(values)
     if ids is None or rows is None or ids.unique is rows:
         return values

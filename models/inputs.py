@@ -22,8 +22,8 @@ TIME_WIDTH = 2 * len(TIME_PERIODS)
 def time_encoding(ts: Tensor) -> Tensor:
     """Sine and cosine of an event's phase in the day and in the week (UTC), [E, TIME_WIDTH].
 
-    It depends on the event alone, so that keys and values stay shareable; how long ago the event was is the
-    business of the attention's relative-time bias.
+    It depends on the event alone, so that keys and values stay shareable; the event's age enters
+    by the attention's relative-time bias.
     """
     phases = torch.stack([(ts % period).double() / period for period in TIME_PERIODS], -1) * (2 * torch.pi)
     return torch.cat([phases.sin(), phases.cos()], -1)
@@ -59,9 +59,11 @@ class InputLayer(nn.Module):
 
     @contextmanager
     def each_row_once(self, batch: RequestBatch) -> Iterator[RequestBatch]:
-        """The batch with the compressed fields of a table over the same rows, which are looked up once for all."""
+        """The batch of :func:`share_rows`; within the block each row of a table is looked up once for all fields."""
         shared, rows = share_rows(batch, self.schema)
-        self._looked_up = {name: (one, self.tables.table(name).lookup(one)) for name, one in rows.items()}
+        self._looked_up = {
+            name: (table_rows, self.tables.table(name).lookup(table_rows)) for name, table_rows in rows.items()
+        }
         try:
             yield shared
         finally:
@@ -89,7 +91,7 @@ class InputLayer(nn.Module):
         else:
             weight, rows = self.tables.table(field.embedding).weight, inner
         rows = self._drop(field, rows)  # of a compressed field, too, 0 is the unknown value
-        # gathered by embedding, not by indexing: its backward adds up in one order
+        # by embedding and not by indexing, because its backward adds up in a fixed order
         if isinstance(values, Jagged):
             return functional.embedding_bag(rows, weight, values.offsets[:-1], mode="mean", sparse=not compressed)
         return functional.embedding(rows, weight, sparse=not compressed)

@@ -1,9 +1,9 @@
-"""AUC, UAUC, GAUC, query AUC and logloss of a scored set, how another compares, and intervals that resample users.
+"""AUC, UAUC, GAUC, query AUC and logloss of a scored set, its gain over another, and intervals by resampling users.
 
 UAUC is the unweighted mean over users, GAUC weighted by their impressions, query AUC the mean over
 requests; each over the groups that hold both classes, whose share is reported. Score ties count ½.
-What cannot be told is None: an AUC without both classes, anything of a set without labels. A score that is not finite
-has no rank, so that it is an error.
+A metric that is not defined is None: an AUC without both classes, anything of a set without labels. A score that is not
+finite has no rank and is an error.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def grouped_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """AUC of every group with both classes, their sizes, and their share of all groups of a set that is not empty."""
+    """AUC and size of every group with both classes, and the share of such groups; the set is not empty."""
     names, group = np.unique(groups.astype(str), return_inverse=True)
     found, sizes = _group_aucs(labels, scores, group, len(names))
     both = ~np.isnan(found)
@@ -187,31 +187,31 @@ class _Resampled:
         return np.bincount(self.user, values, self.count)
 
     def interval(self, drawn: list[float], otherwise: tuple[float, float]) -> tuple[float, float]:
-        """Quantiles of what was drawn; where nothing could be drawn, anything is possible."""
+        """Quantiles of the drawn values; ``otherwise``, the whole range, where no draw has a value."""
         outside = (1 - self._level) / 2
         low, high = np.quantile(drawn, [outside, 1 - outside]) if drawn else otherwise
         return float(low), float(high)
 
     def of_ratio(self, above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
-        """Interval of Σ above ÷ Σ below, two arrays [C] of which that below is positive."""
+        """Interval of Σ above ÷ Σ below, arrays [C]; ``below`` is positive."""
         above, below = self.per_user(above), self.per_user(below)
         return self.interval([float(times @ above / (times @ below)) for times in self.times()], (-np.inf, np.inf))
 
 
 class _Ranked:
-    """Impressions whose AUC, with every user counted so many times, needs no sorting any more."""
+    """Impressions sorted once, so that an AUC with users counted several times needs no further sorting."""
 
     def __init__(self, labels: np.ndarray, scores: np.ndarray, user: np.ndarray) -> None:
         positive = labels > 0.5
         order = np.argsort(scores[~positive])
         below = scores[~positive][order]
         self._positives, self._negatives = user[positive], user[~positive][order]
-        # a positive wins against the negatives before the first, and half against those between first and last
+        # a positive wins against the negatives before ``first``; those from there to before ``last`` tie and count half
         self._first = np.searchsorted(below, scores[positive], "left")
         self._last = np.searchsorted(below, scores[positive], "right")
 
     def auc(self, times: np.ndarray) -> float | None:
-        """None without both classes; times: of every user, [U]."""
+        """AUC with every user counted ``times`` times, [U]; None without both classes."""
         positives, negatives = times[self._positives], np.cumsum(times[self._negatives])
         pairs = positives.sum() * negatives[-1]
         if not pairs:
@@ -241,7 +241,7 @@ def calibration_bins(labels: np.ndarray, probabilities: np.ndarray) -> list[Cali
     require_finite("probabilities", probabilities)
     order = np.argsort(probabilities, kind="stable")
     parts = [part for part in np.array_split(order, CALIBRATION_BINS) if len(part)]
-    means = [(float(probabilities[one].astype(np.float64).mean()), float(labels[one].mean())) for one in parts]
+    means = [(float(probabilities[part].astype(np.float64).mean()), float(labels[part].mean())) for part in parts]
     return [CalibrationBin(len(part), *mean) for part, mean in zip(parts, means, strict=True)]
 
 
@@ -263,9 +263,9 @@ def auc_gain(
     if ours is None or theirs is None:
         return None
     drawn, resampled = [], _Resampled(users, resamples, level, seed)
-    ranked = [_Ranked(labels, one, resampled.user) for one in (scores, other)]
+    ranked = [_Ranked(labels, compared, resampled.user) for compared in (scores, other)]
     for times in resampled.times():
-        left, right = (one.auc(times) for one in ranked)
+        left, right = (ranking.auc(times) for ranking in ranked)
         if left is not None and right is not None:
             drawn.append(left - right)
     return Gain(ours - theirs, *resampled.interval(drawn, (-1.0, 1.0)))
@@ -318,7 +318,7 @@ def entropy_loss(
 def calibration(
     labels: np.ndarray, probabilities: np.ndarray, users: np.ndarray, resamples: int, level: float = 0.95, seed: int = 0
 ) -> Estimate | None:
-    """Positives ÷ the sum of the probabilities, 1 at best; None of nothing."""
+    """Positives ÷ the sum of the probabilities, 1 at best; None for an empty set."""
     if not len(labels):
         return None
     predicted = np.maximum(probabilities.astype(np.float64), 1e-7)
@@ -329,7 +329,7 @@ def calibration(
 def population_stability(scores: np.ndarray, other: np.ndarray, bins: int = 10) -> float:
     """PSI = Σ (p − q) ln(p / q) between shares p of the scores and q of others, in bins of equally many others.
 
-    Every bin counts half a score more, so that an empty one has a logarithm. Arrays [C], not empty.
+    Half a score is added to every bin, so that the logarithm of an empty one is defined. Arrays [C], not empty.
     """
     edges = np.unique(np.quantile(other, np.linspace(0, 1, bins + 1)[1:-1]))
     p, q = (

@@ -74,7 +74,7 @@ def industrial_schema(sequences: int = 1, length: int = 512, tasks: int = 2) -> 
 
 
 def on_meta(schema: Schema, name: str, preset: str, **overrides: object) -> RankingModel:
-    """A model without memory, ready to be counted."""
+    """A model on the meta device, which takes no memory, for :func:`cost`."""
     with torch.device("meta"):
         return build_model(schema, name, preset, overrides).eval()
 
@@ -107,7 +107,7 @@ def cost(model: RankingModel, candidates: int, length: int | None = None) -> Cos
 
 
 def _count(call: Callable[[], T]) -> tuple[int, T]:
-    # The fused kernels of a CPU are not in the counter's registry; the plain products they stand for are.
+    # The FLOP counter knows plain matrix products, but not the fused kernels of a CPU.
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with math, FlopCounterMode(display=False) as counter:
         result = call()
@@ -116,14 +116,17 @@ def _count(call: Callable[[], T]) -> tuple[int, T]:
 
 def one_request(schema: Schema, candidates: int, length: int | None = None) -> tuple[dict[str, Timeline], Users, Items]:
     """One request on the meta device: its structure is real, its values have no memory."""
-    counts = {one.name: min(length, one.length) if length is not None else one.length for one in schema.sequences}
+    counts = {
+        sequence.name: min(length, sequence.length) if length is not None else sequence.length
+        for sequence in schema.sequences
+    }
     timelines = {
-        one.name: Timeline(
-            fields={field.name: _values(field, counts[one.name]) for field in one.fields},
-            ts=torch.arange(counts[one.name]) * DAY,
-            offsets=torch.tensor([0, counts[one.name]]),
+        sequence.name: Timeline(
+            fields={field.name: _values(field, counts[sequence.name]) for field in sequence.fields},
+            ts=torch.arange(counts[sequence.name]) * DAY,
+            offsets=torch.tensor([0, counts[sequence.name]]),
         )
-        for one in schema.sequences
+        for sequence in schema.sequences
     }
     users = Users(
         fields={feature.name: _values(feature, 1) for feature in schema.user_side},
@@ -131,7 +134,9 @@ def one_request(schema: Schema, candidates: int, length: int | None = None) -> t
         end={name: torch.tensor([count]) for name, count in counts.items()},
         ts=torch.tensor([max(counts.values(), default=0) * DAY]),
     )
-    items = Items({one.name: _values(one, candidates) for one in schema.item_side}, torch.tensor([0, candidates]))
+    items = Items(
+        {feature.name: _values(feature, candidates) for feature in schema.item_side}, torch.tensor([0, candidates])
+    )
     return timelines, users, items
 
 
@@ -184,5 +189,5 @@ def sharing_for(
 
 
 def _linear(model: RankingModel, length: int) -> tuple[int, int]:
-    one, two = cost(model, 1, length).total, cost(model, 2, length).total
-    return 2 * one - two, two - one
+    of_one, of_two = cost(model, 1, length).total, cost(model, 2, length).total
+    return 2 * of_one - of_two, of_two - of_one

@@ -42,18 +42,21 @@ class RankingModel(nn.Module, ABC):
         self.inputs = InputLayer(schema, id_dropout)
         time = TIME_WIDTH if event_time else 0
         self.align = nn.ModuleDict(
-            {one.name: nn.Linear(width_of(one.fields) + time, event_width) for one in schema.sequences}
+            {sequence.name: nn.Linear(width_of(sequence.fields) + time, event_width) for sequence in schema.sequences}
         )
 
     def aligned_events(self, sequences: tuple[Sequence, ...], timelines: Mapping[str, Timeline]) -> EncodedEvents:
         """Aligned events S of these sequences, [E, event_width], one sequence after the other."""
-        own = [(sequence, timelines[sequence.name]) for sequence in sequences]
-        s = [self.align[one.name](self.inputs.events(one, timeline, self.event_time)) for one, timeline in own]
-        ts = [timeline.ts for _, timeline in own]
-        if not own:  # a model of the request alone
+        pairs = [(sequence, timelines[sequence.name]) for sequence in sequences]
+        s = [
+            self.align[sequence.name](self.inputs.events(sequence, timeline, self.event_time))
+            for sequence, timeline in pairs
+        ]
+        ts = [timeline.ts for _, timeline in pairs]
+        if not pairs:  # the model reads no sequences
             nothing = next(self.parameters()).new_zeros(0, self.event_width)
             return EncodedEvents([(nothing,)], torch.zeros(0, dtype=torch.long), torch.zeros(0, 1, dtype=torch.long))
-        counts = torch.stack([timeline.offsets.diff() for _, timeline in own])
+        counts = torch.stack([timeline.offsets.diff() for _, timeline in pairs])
         return EncodedEvents([(torch.cat(s),)], torch.cat(ts), offsets_of(counts))
 
     def dense_parameters(self) -> list[nn.Parameter]:
@@ -63,11 +66,11 @@ class RankingModel(nn.Module, ABC):
 
     @abstractmethod
     def encode_timelines(self, timelines: Mapping[str, Timeline]) -> TimelineState:
-        """Per event: nothing but the event decides it."""
+        """Computed per event, from the event alone."""
 
     @abstractmethod
     def encode_users(self, users: Users, timeline_state: TimelineState) -> UserState:
-        """Per request: all that no candidate can change."""
+        """Computed per request: all that no candidate can change."""
 
     @abstractmethod
     def score(self, user_state: UserState, items: Items) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the first two calls hand on to the next, and its algebra: ``append``, ``take``, ``concat`` and ``nbytes``.
+"""The states that the first two calls hand on, with ``append``, ``take``, ``concat`` and ``nbytes``.
 
-A state is a dataclass of tensors, so that ``features.batch.move`` takes it to a device. What is taken or concatenated
-is copied: it keeps nothing alive of where it came from.
+A state is a dataclass of tensors, so that ``features.batch.move`` takes it to a device. ``take`` and
+``concat`` copy: their result does not keep the memory of its source alive.
 
 Shape suffixes: U timelines, E events, S sequences, R requests.
 """
@@ -22,7 +22,7 @@ from models.blocks.attention import Seen, positions
 
 
 def compact(x: Tensor) -> Tensor:
-    """What a state is to keep: where x is a view of more memory, a copy, so that the rest is not kept alive.
+    """x for a state to keep: a copy where x is a view of more memory, so that the rest is not kept alive.
 
     In training nothing is kept for later requests, and x stays the view that it is.
     """
@@ -49,14 +49,14 @@ class EncodedEvents:
         return self.offsets.shape[1] - 1
 
     def starts(self, timeline: Tensor) -> Tensor:
-        """Where the events of these timelines begin, [S, len(timeline)]; of timeline U, where all end."""
+        """Where the events of these timelines begin, [S, len(timeline)]; timeline U begins where all events end."""
         return self.offsets[:, timeline] if len(self.offsets) else self.offsets.new_zeros(0, len(timeline))
 
     def append(self, later: EncodedEvents) -> EncodedEvents:
-        """The state of the timelines with later events at their ends; equals computing it whole."""
+        """The state of the timelines with later events at their ends; the same as when it is computed whole."""
         counts = torch.stack([self.offsets.diff(), later.offsets.diff()])  # [2, S, U]
         timeline = torch.arange(counts[0].numel())
-        of_event = torch.cat([torch.repeat_interleave(timeline, one.flatten()) for one in counts])
+        of_event = torch.cat([torch.repeat_interleave(timeline, counts_SU.flatten()) for counts_SU in counts])
         order = of_event.argsort(stable=True)
         layers = [
             tuple(torch.cat(pair, -2).index_select(-2, order.to(pair[0].device)) for pair in zip(*both, strict=True))
@@ -68,7 +68,7 @@ class EncodedEvents:
         """The state of these timelines, in this order, with repeats."""
         first, last = self.starts(timelines), self.starts(timelines + 1)
         rows = positions(first.flatten(), (last - first).flatten())
-        layers = [tuple(one.index_select(-2, rows.to(one.device)) for one in layer) for layer in self.layers]
+        layers = [tuple(tensor.index_select(-2, rows.to(tensor.device)) for tensor in layer) for layer in self.layers]
         return EncodedEvents(layers, self.ts[rows], offsets_of(last - first))
 
     @classmethod
@@ -76,7 +76,7 @@ class EncodedEvents:
         """The state of the timelines of all these states, one state after the other."""
         spans = [
             (index, slice(int(ends[0]), int(ends[-1])))
-            for ends_of_sequence in zip(*(one.offsets for one in states), strict=True)
+            for ends_of_sequence in zip(*(state.offsets for state in states), strict=True)
             for index, ends in enumerate(ends_of_sequence)
         ]
 
@@ -85,10 +85,10 @@ class EncodedEvents:
 
         layers = [
             tuple(joined(kind) for kind in zip(*layer, strict=True))
-            for layer in zip(*(one.layers for one in states), strict=True)
+            for layer in zip(*(state.layers for state in states), strict=True)
         ]
-        ts = joined([one.ts[:, None] for one in states])[:, 0]
-        return EncodedEvents(layers, ts, offsets_of(torch.cat([one.offsets.diff() for one in states], 1)))
+        ts = joined([state.ts[:, None] for state in states])[:, 0]
+        return EncodedEvents(layers, ts, offsets_of(torch.cat([state.offsets.diff() for state in states], 1)))
 
     def seen(self, sequences: tuple[Sequence, ...], users: Users) -> SeenEvents:
         """These events with what each request sees of them: ``timeline[max(0, end − L):end]`` of every sequence."""
@@ -119,12 +119,12 @@ class SeenEvents:
     @classmethod
     def concat(cls, states: Several[SeenEvents]) -> SeenEvents:
         """What the requests of all these states see, one state after the other."""
-        events, timelines, parts = EncodedEvents.concat([one.events for one in states]), 0, []
-        for one in states:
-            timeline = one.seen.timeline + timelines
-            shift = events.starts(timeline) - one.events.starts(one.seen.timeline)
-            parts.append((timeline, one.seen.ts, one.seen.first + shift, one.seen.last + shift))
-            timelines += one.events.timelines
+        events, timelines, parts = EncodedEvents.concat([state.events for state in states]), 0, []
+        for state in states:
+            timeline = state.seen.timeline + timelines
+            shift = events.starts(timeline) - state.events.starts(state.seen.timeline)
+            parts.append((timeline, state.seen.ts, state.seen.first + shift, state.seen.last + shift))
+            timelines += state.events.timelines
         timeline, ts, first, last = (torch.cat(kind, -1) for kind in zip(*parts, strict=True))
         return SeenEvents(events, Seen(timeline, ts, first, last, events.ts, events.timelines))
 
@@ -150,13 +150,13 @@ class TimelineState:
 
     def take(self, timelines: Tensor) -> TimelineState:
         """The state of these timelines, in this order, with repeats."""
-        return TimelineState([one.take(timelines) for one in self.events])
+        return TimelineState([events.take(timelines) for events in self.events])
 
     @classmethod
     def concat(cls, states: Several[TimelineState]) -> TimelineState:
         """The state of the timelines of all these states, one state after the other."""
         return TimelineState(
-            [EncodedEvents.concat(parts) for parts in zip(*(one.events for one in states), strict=True)]
+            [EncodedEvents.concat(parts) for parts in zip(*(state.events for state in states), strict=True)]
         )
 
 
@@ -167,8 +167,8 @@ def requests_along(axis: int) -> dict[str, int]:
 
 @dataclass
 class UserState:
-    """What no candidate can change. A model derives its own, each field of it a tensor, or a list or mapping of
-    tensors, with :func:`requests_along` as its metadata.
+    """What no candidate can change. A model derives a class of its own, each field of which is a tensor, or a list or
+    mapping of tensors, and has :func:`requests_along` as its metadata.
 
     Attributes:
         streams: what the queries of each stream attend to.
@@ -183,12 +183,16 @@ class UserState:
 
     def take(self, requests: Tensor) -> Self:
         """The state of these requests, in this order, with repeats; it keeps their timelines alone."""
-        return type(self)(*(_take(getattr(self, one.name), requests, _axis(one)) for one in fields(self)))
+        return type(self)(
+            *(_take(getattr(self, declared.name), requests, _axis(declared)) for declared in fields(self))
+        )
 
     @classmethod
     def concat(cls, states: Several[Self]) -> Self:
         """The state of the requests of all these states, one state after the other."""
-        return cls(*(_concat([getattr(state, one.name) for state in states], _axis(one)) for one in fields(cls)))
+        return cls(
+            *(_concat([getattr(state, declared.name) for state in states], _axis(declared)) for declared in fields(cls))
+        )
 
 
 def _axis(declared: Any) -> int:
@@ -199,9 +203,9 @@ def _take(part: Any, requests: Tensor, axis: int) -> Any:
     if isinstance(part, Tensor):
         return part.index_select(axis, requests.to(part.device))
     if isinstance(part, list):
-        return [_take(one, requests, axis) for one in part]
+        return [_take(inner, requests, axis) for inner in part]
     if isinstance(part, dict):
-        return {name: _take(one, requests, axis) for name, one in part.items()}
+        return {name: _take(inner, requests, axis) for name, inner in part.items()}
     return None if part is None else part.take(requests)
 
 
@@ -212,7 +216,7 @@ def _concat(parts: list[Any], axis: int) -> Any:
     if isinstance(first, list):
         return [_concat(list(same), axis) for same in zip(*parts, strict=True)]
     if isinstance(first, dict):
-        return {name: _concat([one[name] for one in parts], axis) for name in first}
+        return {name: _concat([part[name] for part in parts], axis) for name in first}
     return None if first is None else type(first).concat(parts)
 
 

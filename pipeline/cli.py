@@ -1,4 +1,4 @@
-"""The command ``corank``. What takes long to import comes after the handlers of signals."""
+"""The command ``corank``. Slow imports come after the handlers of signals are set."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def main() -> None:
 
 
 def _in_utf8() -> None:
-    """Under another locale start again in Python's UTF-8 mode: libraries write their files in the locale's encoding."""
+    """Under another locale start again in Python's UTF-8 mode, as libraries write files in the locale's encoding."""
     if sys.flags.utf8_mode or locale.getencoding().lower() in ("utf-8", "utf8"):
         return
-    streams = {"PYTHONIOENCODING": f"{sys.stdout.encoding}:replace"}  # a terminal stays what it is
+    streams = {"PYTHONIOENCODING": f"{sys.stdout.encoding}:replace"}  # the terminal keeps its encoding
     os.execve(sys.executable, sys.orig_argv, streams | dict(os.environ) | {"PYTHONUTF8": "1"})
 
 

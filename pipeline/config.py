@@ -31,7 +31,7 @@ PROFILES: tuple[Literal["users", "items"], ...] = ("users", "items")
 """The roles of profile tables; each is optional, and so is its column ``updated_at``."""
 
 ENVIRONMENT_PREFIX = "CORANK_"
-RESERVED_VARIABLES = {"CORANK_CONFIG"}
+RESERVED_VARIABLES = {"CORANK_CONFIG", "CORANK_TOKEN"}
 
 
 class PartitionConfig(Declaration):
@@ -187,18 +187,18 @@ class Config(Declaration):
     def table(self, role: str) -> Table:
         """One of the user's tables, at its newest version.
 
-        What a log or a profile table may lack is made: an event's id, and when a profile became true.
+        Columns that a log or a profile table may lack are made: an event's id, and since when a profile is true.
         """
-        own = self.tables[role]
+        declared = self.tables[role]
         is_profile = role in PROFILES
         makes = ("updated_at",) if is_profile else () if role in ("impressions", FEEDBACK) else ("event_id",)
         return Table(
             role,
-            _absolute(own.path),
-            own.columns,
-            own.storage_options,
+            _absolute(declared.path),
+            declared.columns,
+            declared.storage_options,
             grain=None if is_profile else self.grain,
-            partition=None if is_profile else own.partition.column,
+            partition=None if is_profile else declared.partition.column,
             makes=makes,
         )
 
@@ -226,20 +226,22 @@ def _absolute(path: str) -> str:
 
 
 class _Scalars(yaml.SafeLoader):
-    """YAML whose scalars are the text that is written: NO, 012 and 2026-01-05 are no boolean, octal number or date.
-    What is a number or a boolean the declaration of the key says."""
+    """YAML whose scalars are read as text: NO, 012 and 2026-01-05 are no boolean, octal number or date. The declaration
+    of a key decides whether its value is a number or a boolean."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
-        first: [one for one in resolvers if one[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")]
+        first: [
+            resolver for resolver in resolvers if resolver[0] in ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def compose_sequence_node(self, anchor: Any) -> yaml.SequenceNode:
-        """Of a list every scalar is text, NULL and ~ too; only a key can be without a value."""
+        """In a list every scalar is text, also NULL and ~; only a key can lack a value."""
         node: yaml.SequenceNode = super().compose_sequence_node(anchor)
-        for one in node.value:
-            if isinstance(one, yaml.ScalarNode) and one.value:
-                one.tag = "tag:yaml.org,2002:str"
+        for child in node.value:
+            if isinstance(child, yaml.ScalarNode) and child.value:
+                child.tag = "tag:yaml.org,2002:str"
         return node
 
 

@@ -34,29 +34,29 @@ class Cost:
 
 @contextmanager
 def measured(parts: int) -> Iterator[Cost]:
-    """Times are known when the block ends."""
+    """A cost whose times are set when the block ends."""
     cost, started, cpu = Cost(parts), time.monotonic(), _cpu_seconds()
     yield cost
     cost.seconds, cost.cpu_seconds = time.monotonic() - started, max(_cpu_seconds() - cpu, 0.0)
 
 
 def keep(records: Records, partition: str, stage: str, cost: Cost) -> None:
-    """Beside the costs of the other stages of runs up to this partition; that of an earlier run is replaced."""
+    """Keep the cost of a stage beside those of the other stages up to this partition; it replaces an earlier run's."""
     records.put(FOLDER, partition, costs(records, partition) | {stage: asdict(cost)})
 
 
 def costs(records: Records, partition: str) -> dict[str, dict[str, Any]]:
-    """Per stage its newest cost in runs up to this partition."""
+    """The newest cost of each stage in runs up to this partition."""
     document = records.get(FOLDER, partition) or {}
     return {stage: cost for stage, cost in document.items() if isinstance(cost, dict)}
 
 
 def _cpu_seconds() -> float:
-    """Of this process and all that it started: those that run, and those that ended and were waited for."""
+    """CPU seconds of this process and all that it started: those that run, and those that ended and were waited for."""
     import psutil
 
-    own, total = psutil.Process(), 0.0
-    for process in (own, *own.children(recursive=True)):
+    command, total = psutil.Process(), 0.0
+    for process in (command, *command.children(recursive=True)):
         try:
             times = process.cpu_times()
         except psutil.NoSuchProcess:

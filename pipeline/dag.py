@@ -69,7 +69,7 @@ def _asset(workspace: Workspace, stage: Stage[Any], definition: dg.PartitionsDef
     )
     def asset(context: dg.AssetExecutionContext) -> Iterator[Any]:
         parts = stage.stale(workspace)
-        if stage.partitioned:  # up to the newest one asked for; what precedes it is never skipped
+        if stage.partitioned:  # all stale ones up to the newest that is asked for: none before it is skipped
             newest = max(context.partition_keys)
             parts = [part for part in parts if part <= newest]
         elif stage.follows:
@@ -110,7 +110,7 @@ def _measured_run(workspace: Workspace, stage: Stage[Any], parts: Sequence[str])
     with measured(len(parts)) as cost:
         records = stage.run(workspace, parts)
         rows = [stage.rows(record) for record in records.values()]
-        cost.rows = sum(one or 0 for one in rows) if any(one is not None for one in rows) else None
+        cost.rows = sum(count or 0 for count in rows) if any(count is not None for count in rows) else None
     keep(workspace.records, workspace.partitions[-1], stage.name, cost)
     return records
 
@@ -135,7 +135,7 @@ def _metadata(record: dict[str, Any]) -> dict[str, Any]:
 def open_instance(config: Config) -> dg.DagsterInstance:
     """The Dagster instance in the local folder (SQLite), or the one that DAGSTER_HOME names.
 
-    Its history is for people to look at; nothing is decided by it. So one that cannot be opened is set aside.
+    Nothing depends on its history, which is only shown, so that an instance that cannot be opened is set aside.
     """
     if named := os.environ.get("DAGSTER_HOME"):
         return _instance(named)
@@ -152,8 +152,8 @@ def open_instance(config: Config) -> dg.DagsterInstance:
 
 
 def _instance(home: str) -> dg.DagsterInstance:
-    """An instance that does not keep what stages print: for that Dagster puts files in the place of stdout and stderr,
-    and starts processes in the group of the command, which answer its signals with stack traces."""
+    """An instance that does not keep what stages print. To keep it Dagster would replace stdout and stderr by files and
+    start processes in the command's group, which answer the command's signals with stack traces."""
     nowhere = {"module": NoOpComputeLogManager.__module__, "class": NoOpComputeLogManager.__name__}
     return dg.DagsterInstance.from_ref(InstanceRef.from_dir(home, overrides={"compute_logs": nowhere}))
 
@@ -168,7 +168,7 @@ FORMER_SETTINGS = "telemetry:\n  enabled: false\n"
 """What an earlier version wrote to dagster.yaml."""
 
 SETTINGS = f"{FORMER_SETTINGS}concurrency:\n  runs:\n    max_concurrent_runs: 1\n"
-"""Runs of the queue go one at a time: two retrainings would meet at the workspace's lock."""
+"""The queue starts one run at a time: of two retrainings one would fail at the workspace's lock."""
 
 
 def _configure(home: Path) -> None:

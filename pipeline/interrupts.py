@@ -1,7 +1,7 @@
 """SIGINT (Ctrl-C) and SIGTERM: whatever a command is doing, it ends within seconds, with one message and 130 or 143.
 
 Both have the same handler, even where a shell started the command with SIGINT ignored: Dagster gives SIGTERM whatever
-handler SIGINT has. Imported first of all, so this module imports nothing that takes long.
+handler SIGINT has. It is imported before all else, so it imports nothing slow itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRACE = 10.0
 REPEAT = 3.0
 """Seconds after which an interrupt that was lost is raised again."""
 SAME = 0.5
-"""Seconds in which a second signal is the first one again: some senders reach a process twice, by its group, too."""
+"""A second signal within so many seconds is the first one again: some senders reach a process also by its group."""
 
 _Handler = Callable[[int, FrameType | None], Any]
 
@@ -47,7 +47,7 @@ class Interrupts:
         self._stderr = os.dup(2)  # a library may put a file in its place
 
     def hold(self) -> None:
-        """From here on a signal interrupts nothing, as what follows puts the work away; a second one still ends it."""
+        """From here on the work is put away and a signal does not interrupt it; a second one still ends the process."""
         self._raising = False
         _handle(self._heed)  # a library may have left its own
 
@@ -55,8 +55,8 @@ class Interrupts:
         """End this process and all that it started, now, without what Python and libraries do at exit."""
         import psutil
 
-        self._leaving.acquire()  # for good: the thread that comes second has nothing to add
-        for _ in range(2):  # some are only just being started
+        self._leaving.acquire()  # never released: only the first thread that comes here ends the process
+        for _ in range(2):  # twice, as some may only just be starting
             for child in psutil.Process().children(recursive=True):
                 with suppress(psutil.Error):
                     child.kill()
@@ -68,7 +68,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _watch(self, signals: socket.socket) -> None:
-        """See to it that a signal ends the process.
+        """Make sure that a signal ends the process.
 
         A handler raises its exception wherever the main thread happens to be. Inside a destructor or the callback of a
         weak reference Python prints the exception and drops it; in code that is not Python's it waits; and what
@@ -102,10 +102,10 @@ class Interrupts:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupts]:
-    """For as long as the block lasts both signals raise KeyboardInterrupt in the main thread, again after a while if
-    that does not end the block; ``GRACE`` seconds after the first, or when a second one comes, the process is killed.
+    """While the block lasts both signals raise KeyboardInterrupt in the main thread, and again after a while if the
+    block goes on. ``GRACE`` seconds after the first signal, or at a second one, the process is killed.
     """
-    import psutil  # noqa: F401  # so that nothing is to be imported when it is needed
+    import psutil  # noqa: F401  # imported now, as an interrupt leaves no time for it
 
     interrupts = Interrupts()
     reader, writer = socket.socketpair()
@@ -128,7 +128,7 @@ def interruptible() -> Iterator[Interrupts]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A signal waits for the end of the block, and meets the handlers that were there before it."""
+    """Let signals wait for the end of the block; then the handlers from before it get them."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals come to the main thread
         return
@@ -148,17 +148,17 @@ def deferred() -> Iterator[None]:
 
 
 def reinstate() -> None:
-    """Set the handlers of both signals again: Ray, connecting, puts others below them that Python does not know of."""
+    """Set the handlers of both signals again: connecting, Ray installs native ones that Python does not know of."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, signal.getsignal(number))
 
 
 def _handle(handler: _Handler) -> dict[int, Any]:
-    """Give both signals this handler; those that they had."""
+    """Give both signals this handler; returns those that they had."""
     before = {number: signal.signal(number, handler) for number in SIGNALS}
-    # None: not set by Python
-    return {number: signal.SIG_DFL if one is None else one for number, one in before.items()}
+    # None: the handler was not set by Python
+    return {number: signal.SIG_DFL if former is None else former for number, former in before.items()}
 
 
 def _end(number: int, stderr: int = 2) -> NoReturn:

@@ -1,4 +1,4 @@
-"""One command at a time works in a workspace, and clears what one that was killed left."""
+"""One command at a time works in a workspace, and clears what a killed one left."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.workspace import exclusive as alone
 from pipeline.workspace.creation import remove
 
 DERIVED = (*(f"tables/{name}" for name in (SAMPLES, STATE, USER_AGGREGATES, ITEM_AGGREGATES)), "quarantine")
-"""Where corank's own tables lie; whatever else is beside them may be the user's."""
+"""Where corank's own tables lie; anything else beside them may be the user's."""
 
 SCRATCH = ("records/*/*.json.tmp", "reports/*.tmp", "models/.*.tmp", "feast/.registry.db.*.tmp", "skew/*")
-"""Below the workspace: what is being written, before it gets its name."""
+"""Patterns below the workspace of what is still being written, before it gets its final name."""
 
 
 @contextmanager
 def exclusive(config: Config) -> Iterator[None]:
-    """Have a workspace alone, in good order.
+    """Hold a workspace alone while the block lasts, cleared of what killed commands left.
 
     Raises:
         CorankError: another run is working in it.
@@ -47,6 +47,6 @@ def clear(config: Config) -> None:
         remove_uncommitted(Table(folder, config.path(folder)))
     for pattern in SCRATCH:
         for path in config.local_path().glob(pattern):
-            if path.parent.name != "serving":  # written by `corank serve`, which has the workspace not alone
+            if path.parent.name != "serving":  # `corank serve` writes there without holding the workspace alone
                 remove(path)
     clear_sessions()

@@ -1,7 +1,7 @@
 """Upkeep of a workspace: compaction of its derived tables, forgetting users, retention of samples.
 
-Records lead, tables follow: a record is changed before the commit that makes it true. Killed in between, a record
-names fewer requests than there are, which harms no reader, and the same command again finishes.
+A record is changed before the commit to a table that makes it true. After a kill in between, a record names fewer
+requests than there are, which harms no reader, and the same command finishes when it is called again.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Forgotten:
 def forgotten_key(user: str) -> str:
     """Name of a user's record: the 64-bit id hash as 16 hex digits.
 
-    It is a pseudonym: whoever has the id can find the record; where ids can be guessed, so can this.
+    It is a pseudonym: who has the id can find the record, and where ids can be guessed, records can be found, too.
     """
     return f"{hash_id(user) & (1 << 64) - 1:016x}"
 
@@ -102,7 +102,7 @@ def forgotten_key(user: str) -> str:
 def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
     """Erase users from the derived tables, the online store, self-checks and the deployment's example.
 
-    The endpoint keeps nothing per user in memory (it caches items only), so it needs no word. What was erased
+    The endpoint keeps nothing per user in memory (it caches items only), so it need not be told. What was erased
     is recorded under ``records/forgotten`` without the id. Model weights are not changed.
 
     Raises:
@@ -121,19 +121,19 @@ def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
 
             found.append(find_users(table, users, looked))
         earlier = {user: records.get("forgotten", forgotten_key(user)) or {} for user in users}
-        for user in users:  # a killed run is found unfinished
-            if any(user in one.rows for one in found):
+        for user in users:  # if this run is killed, its records say that it did not finish
+            if any(user in affected.rows for affected in found):
                 records.put("forgotten", forgotten_key(user), {**earlier[user], "finished": False})
         stage.say("online store")
         online = erase_online_users(store_settings(workspace), users)
-        for one in found:
-            if one.rows:
-                stage.say(f"erasing from {one.table.name}")
-                if one.table.name == SAMPLES.name:
-                    update_sample_records(workspace, one)
-                erase_users(one)
-            stage.say(f"removing old files of {one.table.name}")  # of versions before: rebuilt, retired, compacted
-            vacuum(one.table, keep_hours=0)
+        for affected in found:
+            if affected.rows:
+                stage.say(f"erasing from {affected.table.name}")
+                if affected.table.name == SAMPLES.name:
+                    update_sample_records(workspace, affected)
+                erase_users(affected)
+            stage.say(f"removing old files of {affected.table.name}")  # of versions before: rebuilt, retired, compacted
+            vacuum(affected.table, keep_hours=0)
         stage.say("self-checks of models")
         selfchecks = _erase_from_models(workspace, users)
         _erase_example(workspace, users)
@@ -142,7 +142,7 @@ def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
         results = [
             Forgotten(
                 user,
-                {one.table.name: one.rows[user] for one in found if user in one.rows},
+                {affected.table.name: affected.rows[user] for affected in found if user in affected.rows},
                 online.get(user, 0),
                 selfchecks.get(user, 0),
                 remains[user],
@@ -159,7 +159,7 @@ def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
 
 
 def update_sample_records(workspace: Workspace, found: FoundUsers) -> None:
-    """The counts that the split is cut by, as they are once the users are gone.
+    """Set the counts, by which the split is cut, to what they are without the users.
 
     ``impressions`` stays what came in, and ``forgotten`` closes the count: candidates + quarantined + forgotten.
     """
@@ -235,7 +235,7 @@ def plan_retention(workspace: Workspace) -> Retention:
     if keep is None or not samples.exists():
         return Retention([], {})
     named: dict[str, int] = {}
-    for alias in (PREVIOUS, CHAMPION):  # where both name a partition, the champion is the reason shown
+    for alias in (PREVIOUS, CHAMPION):  # champion last: its name replaces the other's where both need a partition
         version = workspace.registry.champion(alias)
         if version is not None:
             named |= dict.fromkeys(version.lineage()["partitions"], version.number)

@@ -26,18 +26,18 @@ class Line:
     live: Live | None
     started: float = field(default_factory=time.monotonic)
     text: str = ""
-    said: float = 0.0
+    printed: float = 0.0
 
     def say(self, text: str) -> None:
         self.text = text
         if self.live is not None:
             self.live.update(self)
-        elif time.monotonic() - self.said >= PLAIN_INTERVAL:
-            self.said = time.monotonic()
+        elif time.monotonic() - self.printed >= PLAIN_INTERVAL:
+            self.printed = time.monotonic()
             self.console.print(f"… {self.name:<14} {text}", highlight=False, markup=False)
 
     def __rich__(self) -> Text:
-        """Drawn anew at every refresh, so that the seconds run."""
+        """The line, drawn at every refresh, so that its seconds go on."""
         return Text(
             f"{SPINNER[int(self.seconds * 8) % len(SPINNER)]} {self.name:<14} {self.text}  ({self.seconds:.0f} s)"
         )
@@ -48,7 +48,7 @@ class Line:
 
 
 class Eta:
-    """How fast something goes, smoothed over about five tellings, and how long the rest of it takes."""
+    """The speed of some work, smoothed over about five calls of ``tell``, and the time that the rest of it takes."""
 
     def __init__(self) -> None:
         self.done, self.at, self.rate = 0, 0.0, 0.0

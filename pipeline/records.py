@@ -1,4 +1,4 @@
-"""Records: what a stage made, from what. A record is the commit point of a stage; readers follow it.
+"""Records: what a stage made, and from what. Writing the record completes a stage; readers go by records.
 
 One small JSON document per stage and key below ``<workspace>/records``, written atomically. A stage is
 up to date when its record carries the digest of what it would be made from now. Of each stage the documents are read
@@ -28,7 +28,7 @@ FORMER_NAMES = {"challenger": "candidate"}
 
 
 class DamagedRecordError(CorankError):
-    """A record is not what was written.
+    """A record that is not as it was written.
 
     Attributes:
         why: what is wrong with it.
@@ -43,7 +43,7 @@ class DamagedRecordError(CorankError):
 
 @dataclass(frozen=True)
 class Record:
-    """What every record says.
+    """The fields of every record.
 
     Attributes:
         inputs: digest of what it was made from; the record's key where that is this digest.
@@ -56,7 +56,7 @@ class Record:
 
 @dataclass(frozen=True)
 class LogRecord(Record):
-    """A record of something made of the whole log: the log and the config as they were.
+    """A record of something made from the whole log, with the log and the config as they were.
 
     Attributes:
         fingerprints: per partition and table.
@@ -72,14 +72,14 @@ class LogRecord(Record):
 
 
 CHECKSUM = "checksum"
-"""Of everything else in a document; one of an earlier version has none."""
+"""Key of the checksum of everything else in a document; documents of earlier versions have none."""
 
 R = TypeVar("R", bound=Record)
 R_co = TypeVar("R_co", bound=Record, covariant=True)
 
 
 class Recorded(Protocol[R_co]):
-    """What has typed records: a stage. They lie in a folder of its name."""
+    """A stage, as far as its typed records go; they lie in a folder of its name."""
 
     @property
     def name(self) -> str: ...
@@ -117,7 +117,7 @@ class Records:
             kind: Any = stage.record
             record: R = _adapter(kind).validate_python({"inputs": key, **document})
         except ValidationError as error:
-            wrong = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+            wrong = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
             raise DamagedRecordError(self.path(stage.name, key), "; ".join(wrong)) from None
         return record
 
@@ -148,7 +148,7 @@ class Records:
         return record
 
     def write(self, stage: Recorded[R], key: str, record: R) -> None:
-        """Write a record; it is seen whole or not at all, and stays, whatever happens to the machine then."""
+        """Write a record, whole or not at all; from then on it survives a crash of the machine."""
         self.put(stage.name, key, asdict(record))
 
     def get(self, folder: str, key: str) -> dict[str, Any] | None:
@@ -173,7 +173,7 @@ class Records:
     def documents(self) -> Iterator[tuple[str, str]]:
         """Folder and key of every document, in order."""
         found = self.fs.get_file_info(fs.FileSelector(self.root, allow_not_found=True, recursive=True))
-        for path in sorted(one.path for one in found if one.path.endswith(".json")):
+        for path in sorted(entry.path for entry in found if entry.path.endswith(".json")):
             folder, _, name = path.removeprefix(f"{self.root}/").rpartition("/")
             yield folder, name.removesuffix(".json")
 
@@ -181,14 +181,14 @@ class Records:
         return f"{self.root}/{folder}/{key}.json"
 
     def remove(self, folder: str, key: str) -> None:
-        """Remove a document: what it stands for counts as never made."""
+        """Remove a document, so that what it records counts as never made."""
         self.fs.delete_file(self.path(folder, key))
 
     def put(self, folder: str, key: str, content: Mapping[str, Any]) -> None:
         """Write a plain document as :meth:`write` does a record."""
         path = self.path(folder, key)
         document = {**content, "recorded_at": datetime.now(UTC).isoformat(timespec="seconds")}
-        document = json.loads(json.dumps(document, default=str))  # as it will be read
+        document = json.loads(json.dumps(document, default=str))  # as readers will get it
         text = json.dumps({**document, CHECKSUM: digest(document)}, indent=1, sort_keys=True).encode()
         with writing(path, len(text)):
             self.fs.create_dir(path.rsplit("/", 1)[0], recursive=True)
@@ -200,7 +200,7 @@ class Records:
 
 
 def _write_durably(path: Path, content: bytes) -> None:
-    """Write a file beside, then give it its name; both are on the disk when this returns."""
+    """Write a file under another name, then rename it; content and name are on the disk when this returns."""
     scratch = path.with_name(f"{path.name}.tmp")
     with scratch.open("wb") as stream:
         stream.write(content)

@@ -1,7 +1,7 @@
 """Checking every piece of a workspace, and mending what is damaged.
 
-Each check names what it finds: the file, what it holds, what is wrong, what is lost with it, and how it is mended. What
-corank derived is taken away in such a way that the stages make it again; nothing of the user's own is ever changed.
+Each check names what it finds: the file, what it holds, what is wrong, what is lost with it, and how it is mended. A
+damaged piece that corank derived is removed so that the stages make it again; the user's own data are never changed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pyarrow import fs
 
 from features.builder.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
 from features.damage import problem_of_database, remove_database
+from features.delta.damage import damaged_files, lost_files
 from features.delta.maintenance import derived_tables
 from features.delta.paths import file_system
 from features.delta.table import Table
@@ -63,7 +64,7 @@ class Damage:
         problem: as the end of a sentence about the file.
         lost: what is lost with it, for good.
         remedy: what mending does; or, where there is no ``mend``, what the user can do.
-        mend: None: corank cannot mend it.
+        mend: mends it; None where corank cannot.
     """
 
     file: str
@@ -75,10 +76,10 @@ class Damage:
 
 
 def repair(workspace: Workspace, only_check: bool = False) -> list[Damage]:
-    """Check every piece, reading all files, and mend what can be; what was found, in order.
+    """Check every piece, reading all files, and mend what can be mended; returns what was found, in order.
 
-    The caller holds the workspace's lock. Killed in between, the same call goes on: whatever is made from a piece is
-    marked as not made before the piece is taken away.
+    The caller holds the workspace's lock. After a kill the same call goes on: all that is made from a piece is marked
+    as not made before the piece is removed.
     """
     every: list[Damage] = []
     with workspace.progress.stage("repair") as stage:
@@ -86,7 +87,7 @@ def repair(workspace: Workspace, only_check: bool = False) -> list[Damage]:
             stage.say(f"checking {what}")
             try:
                 found = list(check(workspace))
-            except CorankError as error:  # of something found before, or of the user's own
+            except CorankError as error:  # caused by a piece found before, or by the user's own data
                 found = [Damage(what, "–", f"could not be checked: {error}", "not known", "mend what is named first")]
             for damage in found if not only_check else ():
                 if damage.mend is not None:
@@ -130,16 +131,16 @@ def _own_tables(workspace: Workspace) -> Iterator[Damage]:
     for role in workspace.config.tables:
         table = workspace.config.table(role)
         try:
-            damaged = table.damaged_files(whole=True) if table.exists() else []
+            damaged = damaged_files(table, whole=True) if table.exists() else []
         except UnreadableError as error:  # what is only out of reach now is no damage
             yield Damage(table.uri, f"your table {role}", str(error), "its rows", "restore it from where you wrote it")
             continue
-        for one in damaged:
-            where = f", partition {one.partition}" if one.partition else ""
+        for file in damaged:
+            where = f", partition {file.partition}" if file.partition else ""
             yield Damage(
-                f"{table.uri}/{one.path}",
+                f"{table.uri}/{file.path}",
                 f"your table {role}{where}",
-                one.problem,
+                file.problem,
                 "its rows",
                 "restore the file, or write its partition again",
             )
@@ -153,8 +154,8 @@ def _derived_tables(workspace: Workspace) -> Iterator[Damage]:
         stage: Any = VALIDATED if table.name == "quarantine" else SAMPLES
         again = f"{stage.name} of this partition is made again by the next run"
         try:
-            table.lost_files()
-            damaged = table.damaged_files(whole=True)
+            lost_files(table)
+            damaged = damaged_files(table, whole=True)
         except UnreadableError as error:  # the Delta log: which files belong to the table is not known
             yield Damage(
                 f"{table.uri}/_delta_log",
@@ -165,14 +166,14 @@ def _derived_tables(workspace: Workspace) -> Iterator[Damage]:
                 partial(_remove_table, workspace, table, stage),
             )
             continue
-        for one in damaged:
+        for file in damaged:
             yield Damage(
-                f"{table.uri}/{one.path}",
-                f"table {table.name}, partition {one.partition}",
-                one.problem,
+                f"{table.uri}/{file.path}",
+                f"table {table.name}, partition {file.partition}",
+                file.problem,
                 NOTHING,
                 again,
-                partial(_make_again, workspace, stage, str(one.partition)),
+                partial(_make_again, workspace, stage, str(file.partition)),
             )
 
 
@@ -211,7 +212,7 @@ def _registry(workspace: Workspace) -> Iterator[Damage]:
 
 
 def _contradiction(workspace: Workspace) -> str | None:
-    """What the registry says otherwise than the records do."""
+    """Where the registry contradicts the records."""
     versions = {version.number: version for version in workspace.registry.versions()}
     if not versions:
         return "has no versions, though records name some"
@@ -238,7 +239,7 @@ def _make_registry(workspace: Workspace, path: Path) -> None:
         run, known = copy.parent.parent, {version.tags.get("content") for version in versions}
         is_former = run.name not in {version.run for version in versions}
         if is_former and problem_of_artifact(copy) is None and version_of(copy) in known:
-            remove(run)  # the version has a new run with a copy of its own
+            remove(run)  # the version has a new run with another copy
 
 
 def _models(workspace: Workspace) -> Iterator[Damage]:
@@ -263,7 +264,7 @@ def _models(workspace: Workspace) -> Iterator[Damage]:
         if version and CHAMPION_ALIAS in version.aliases:
             instead = _instead_of(workspace, version.number)
             remedy += f"; version {instead} is champion again" if instead else "; there is no other to be champion"
-        if any(one is not None and Path(one.artifact) == directory for one in current):
+        if any(record is not None and Path(record.artifact) == directory for record in current):
             lost, remedy = NOTHING, f"{remedy}; `corank run` trains it again"
         else:
             lost = "the model; its data or settings were others"
@@ -282,7 +283,7 @@ def _models(workspace: Workspace) -> Iterator[Damage]:
 
 
 def _name_of(artifact: Path) -> str | None:
-    """Name of the training that an artifact came from, which its folder is called by; None if it does not say."""
+    """Name of the training that an artifact came from, which is also its folder's name; None if it does not say."""
     try:
         return str(read_document(artifact, "lineage")["checkpoint"]).rsplit("/", 1)[-1]
     except (CorankError, KeyError):
@@ -290,12 +291,12 @@ def _name_of(artifact: Path) -> str | None:
 
 
 def _copy_of(workspace: Workspace, directory: Path) -> Path | None:
-    """A whole copy of a model that MLflow keeps with its run: of the version that its record names, if there is one."""
+    """An undamaged copy of a model that MLflow keeps with its run, of the version in the model's record, if any."""
     models = published_models(workspace).items()
     known = {version for version, model in models if model.artifact == str(directory)}
     copies = workspace.config.local_path("mlflow", "artifacts").glob("*/artifacts/model")
-    whole = (one for one in copies if problem_of_artifact(one) is None and _name_of(one) == directory.name)
-    return next((one for one in whole if not known or version_of(one) in known), None)
+    whole = (copy for copy in copies if problem_of_artifact(copy) is None and _name_of(copy) == directory.name)
+    return next((copy for copy in whole if not known or version_of(copy) in known), None)
 
 
 def _restore(workspace: Workspace, directory: Path) -> None:
@@ -305,7 +306,7 @@ def _restore(workspace: Workspace, directory: Path) -> None:
 
 def _copy_again(workspace: Workspace, copy: Path) -> None:
     sources = {version.artifact for version in workspace.registry.versions() if version.run in copy.parts}
-    source = next((Path(one) for one in sources if problem_of_artifact(one) is None), None)
+    source = next((Path(candidate) for candidate in sources if problem_of_artifact(candidate) is None), None)
     if source is None:
         remove(copy)
     else:
@@ -330,20 +331,22 @@ def _drop(workspace: Workspace, directory: Path) -> None:
         if CHAMPION_ALIAS in version.aliases and (instead := _instead_of(workspace, version.number)):
             registry.promote(instead)
         registry.drop(version.number)
-    gone = {version for version, model in published_models(workspace).items() if Path(model.artifact) == directory}
+    dropped = {version for version, model in published_models(workspace).items() if Path(model.artifact) == directory}
     refits = records.all(REFIT)
     for key, trained in records.all(CHALLENGER).items():
-        if trained.version in gone:
+        if trained.version in dropped:
             records.discard(CHALLENGER, key)
-            lives_on = any(one.judged == trained.version and one.version not in gone for one in refits.values())
+            lives_on = any(
+                refit.judged == trained.version and refit.version not in dropped for refit in refits.values()
+            )
             for other, judged in records.all(EVALUATION).items():
                 if judged.model == trained.version and not lives_on:
                     records.discard(EVALUATION, other)
     for key, refit in refits.items():
-        if refit.version in gone:
+        if refit.version in dropped:
             records.discard(REFIT, key)
     for key, verdict in records.all(CHAMPION).items():
-        if verdict.model in gone:
+        if verdict.model in dropped:
             records.discard(CHAMPION, key)
     if directory.exists():
         remove(directory)
@@ -354,10 +357,14 @@ def _instead_of(workspace: Workspace, number: int) -> int | None:
     gate, whose files are whole."""
     passed = {verdict.number for verdict in workspace.records.all(CHAMPION).values() if verdict.promoted}
     versions = sorted(
-        workspace.registry.versions(), key=lambda one: (PREVIOUS in one.aliases, one.number), reverse=True
+        workspace.registry.versions(), key=lambda version: (PREVIOUS in version.aliases, version.number), reverse=True
     )
-    others = (one for one in versions if one.number != number and (PREVIOUS in one.aliases or one.number in passed))
-    return next((one.number for one in others if problem_of_artifact(one.artifact) is None), None)
+    others = (
+        version
+        for version in versions
+        if version.number != number and (PREVIOUS in version.aliases or version.number in passed)
+    )
+    return next((version.number for version in others if problem_of_artifact(version.artifact) is None), None)
 
 
 def _checkpoints(workspace: Workspace) -> Iterator[Damage]:
@@ -437,7 +444,7 @@ def _dagster(workspace: Workspace) -> Iterator[Damage]:
                 f"set aside as {aside.name}; the next run begins another",
                 set_aside,
             )
-            return  # it goes as a whole
+            return  # the whole folder is removed
 
 
 def _great_expectations(workspace: Workspace) -> Iterator[Damage]:
@@ -457,4 +464,4 @@ CHECKS: dict[str, Callable[[Workspace], Iterator[Damage]]] = {
     "Dagster": _dagster,
     "Great Expectations": _great_expectations,
 }
-"""In order: a check may rely on what those before it have mended."""
+"""In order: a check may rely on what earlier ones have mended."""

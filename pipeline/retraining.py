@@ -1,4 +1,4 @@
-"""What a retraining does next: which partitions it takes, from where it starts, and whether anything new is there."""
+"""The next step of a retraining: its partitions, what it starts from, and whether there is anything new."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipeline.workspace.registry import ModelVersion
 
 @dataclass(frozen=True)
 class Retraining:
-    """The stages of ``workspace`` that have work are run, those that train only if ``training``.
+    """A step: all stages of ``workspace`` that have work run, those that train only if ``training``.
 
     Attributes:
-        says: what it is, for a user.
+        says: what the step is, for the user.
     """
 
     workspace: Workspace
@@ -33,7 +33,7 @@ def next_retraining(
     full: bool = False,
     passed_over: str | None = None,
 ) -> Retraining | None:
-    """The next step after what the model's versions cover; None when all after ``passed_over`` is passed over, too.
+    """The next step after the partitions that versions cover; None when nothing is left after ``passed_over``.
 
     One partition is taken at a time; of one whose labels are not known yet, samples and features are brought up to
     date, and the next one follows. Labels that have become known are trained on. Rows that came late to partitions
@@ -61,7 +61,7 @@ def next_retraining(
     versions = whole.registry.versions()
     # a rejected challenger covers its partition too, else it would be trained for ever
     covered = max(version.tags["partition"] for version in versions)
-    newer = [one for one in whole.log.shown if one > max(covered, passed_over or "")]
+    newer = [name for name in whole.log.shown if name > max(covered, passed_over or "")]
     if passed_over is not None and not newer:
         return None
     until = covered if newer else partition
@@ -72,7 +72,7 @@ def next_retraining(
     trained = max(version.tags.get("trained", covered) for version in versions)
 
     def has_labels(workspace: Workspace) -> bool:
-        return any(workspace.log.is_attributed(one) for one in workspace.partitions if one > trained)
+        return any(workspace.log.is_attributed(name) for name in workspace.partitions if name > trained)
 
     for following in newer[-1:] if together else newer:
         scratch = _is_due(config, versions, whole.log.shown, following)
@@ -100,5 +100,7 @@ def _is_due(config: Config, versions: list[ModelVersion], known: list[str], foll
     every = config.retraining.full_every
     if every is None:
         return False
-    scratch = [one.tags["partition"] for one in versions if one.tags.get("started from", "scratch") == "scratch"]
-    return sum(max(scratch, default="") < one <= following for one in known) >= every
+    scratch = [
+        version.tags["partition"] for version in versions if version.tags.get("started from", "scratch") == "scratch"
+    ]
+    return sum(max(scratch, default="") < partition <= following for partition in known) >= every

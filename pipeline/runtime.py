@@ -21,13 +21,14 @@ from typing import Any, TextIO
 from pydantic import Field
 
 from features.schema import Declaration
+from features.tasks import ray_runs
 from pipeline.interrupts import deferred, reinstate
 
 SESSIONS, OWNER = "corank-", "owner"
-"""Start of the name of a folder for Ray's sessions, and the file in it that the process they belong to has locked."""
+"""Prefix of the name of a folder for Ray's sessions, and the file in it that the owner of the sessions has locked."""
 
 LONGEST_FOLDER = 27
-"""Letters; 80 more follow up to the end of a socket's name, which may have 107."""
+"""Most letters of the folder; a socket's path adds up to 80, and may have 107 in all."""
 
 MOMENT = 0.05
 """Seconds between two looks at a Ray that is being started."""
@@ -49,7 +50,7 @@ class RayConfig(Declaration):
     )
 
 
-_cluster: str | None = None  # address of the cluster this process is connected to; None: a Ray of its own
+_cluster: str | None = None  # address of the cluster this process is connected to; None: a local Ray
 CHATTY = ("ray", "ray.data", "ray.train", "ray.serve", "mlflow", "alembic", "feast", "great_expectations", "dagster")
 
 
@@ -63,15 +64,15 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # prints the trace of what it raises
+    logging.getLogger("mlflow.store.db").setLevel(logging.CRITICAL)  # it prints a trace of each error that it raises
 
 
 _owner: TextIO | None = None  # its lock says that the owner of a folder of sessions lives
 
 
 def _own_folder() -> Path:
-    """A new folder in Ray's temporary folder for the sessions of a Ray of this process, instead of the one that all
-    share; those of processes that have ended, whose logs nobody has looked at until now, are deleted."""
+    """A new folder for the sessions of this process's Ray, inside Ray's temporary folder, instead of the one that all
+    share. The folders of processes that have ended are deleted; their logs could be looked at until now."""
     global _owner
     clear_sessions()
     folder = Path(tempfile.mkdtemp(prefix=SESSIONS, dir=_temporary_folder()))
@@ -97,15 +98,15 @@ def clear_sessions() -> None:
                 continue
             with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(owner.parent, ignore_errors=True)  # its last processes may be writing still
+                shutil.rmtree(owner.parent, ignore_errors=True)  # its last processes may still be writing
 
 
 def _listen_on_loopback() -> None:
-    """Let a Ray that starts later answer on 127.0.0.1 alone, as it does on laptops that are no Linux; elsewhere its
-    processes answer on every interface, whatever address they are given."""
+    """Let a Ray that starts later listen on 127.0.0.1 alone, as it does by default except on Linux. There its processes
+    would listen on every interface, whatever address they are given."""
     from ray._private import ray_constants
 
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for its processes
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for Ray's processes
     ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read the variable already
 
 
@@ -121,7 +122,7 @@ def _in_sessions_of_their_own() -> None:
 def ensure_ray(config: RayConfig) -> None:
     """Connect to the configured cluster or start a local Ray, once per process."""
     import ray
-    import ray.data  # sets its log level when imported; quiet() comes after
+    import ray.data  # before quiet(), as importing it sets its log level
 
     from serving.proxy import announce
 
@@ -131,18 +132,18 @@ def ensure_ray(config: RayConfig) -> None:
     announce()
     local: dict[str, Any] = {}
     if not config.address:
-        # a local controller may look at its few workers more often: it ends four seconds earlier
+        # the controller of a local Ray looks at its few workers more often and so ends four seconds earlier
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         local = {"num_cpus": config.num_cpus, "include_dashboard": False}
         local["object_store_memory"] = config.object_store_memory
         local["_temp_dir"] = str(_own_folder())
         _listen_on_loopback()
         _in_sessions_of_their_own()
-        if shlex.quote(sys.executable) != sys.executable:  # Ray hands it to a shell as it is
+        if shlex.quote(sys.executable) != sys.executable:  # Ray passes it to a shell unquoted
             local["runtime_env"] = {"py_executable": shlex.quote(sys.executable)}
     global _cluster
     _cluster = config.address
-    # half started, Ray can only be killed; connecting may last, and leaves nothing behind
+    # a half-started Ray can only be killed; connecting may take long, but leaves nothing behind
     with nullcontext() if config.address else deferred():
         _in_a_thread(
             lambda: ray.init(
@@ -153,10 +154,10 @@ def ensure_ray(config: RayConfig) -> None:
 
 
 def _in_a_thread(work: Callable[[], object]) -> None:
-    """Run something in a thread of its own, where it cannot replace the handlers of signals, and wait for it.
+    """Run something in another thread, where it cannot replace the handlers of signals, and wait for it.
 
-    First of all Ray would set a handler of SIGTERM that exits at once. Those that it puts below Python's, which print
-    a trace, stay no longer than a moment. The thread then stays as long as this process: the kernel ends the
+    In the main thread Ray would first set a handler of SIGTERM that exits at once. The native handlers that it sets,
+    which print a trace, stay only for a moment. The thread then stays as long as this process: the kernel ends the
     processes that Ray has started with the thread that started them.
     """
     failures: list[BaseException] = []
@@ -180,9 +181,10 @@ def _in_a_thread(work: Callable[[], object]) -> None:
 def stop_ray() -> None:
     """Stop the local Ray of this process with all that runs on it; on a cluster, stop the service that this process
     started, and disconnect."""
-    ray = sys.modules.get("ray")
-    if ray is None or not hasattr(ray, "is_initialized") or not ray.is_initialized():  # an import may be interrupted
+    if not ray_runs():
         return
+    import ray
+
     if _cluster and "serving.deploy" in sys.modules:
         from serving.deploy import stop
 

@@ -1,4 +1,4 @@
-"""How a pipeline stands: how far its partitions are, who works on it now, and what is in the way."""
+"""The state of a pipeline: how far its partitions are, what works on it now, and what blocks it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def reached(workspace: Workspace, waiting: Sequence[Readiness]) -> dict[str, lis
         waiting: the newest partitions (:func:`pipeline.watch.readiness`).
     """
     log, registry = workspace.log, workspace.registry
-    waits = {one.partition for one in waiting if one.waits_for}
+    waits = {state.partition for state in waiting if state.waits_for}
     invalid, unbuilt = set(VALIDATED.stale(workspace)), set(SAMPLES.stale(workspace))
     deployed = workspace.records.read(DEPLOYMENT, CURRENT)
-    live = next((one for one in registry.versions() if deployed and one.number == deployed.number), None)
+    live = next((version for version in registry.versions() if deployed and version.number == deployed.number), None)
     return {
-        "ready": [one for one in log.shown if one not in waits],
-        "validated": [one for one in log.partitions if one not in invalid],
-        "built": [one for one in log.partitions if one not in unbuilt],
+        "ready": [partition for partition in log.shown if partition not in waits],
+        "validated": [partition for partition in log.partitions if partition not in invalid],
+        "built": [partition for partition in log.partitions if partition not in unbuilt],
         "trained": _trained(workspace, registry.champion()),
         "live": _trained(workspace, live),
     }
@@ -40,21 +40,21 @@ def reached(workspace: Workspace, waiting: Sequence[Readiness]) -> dict[str, lis
 
 def _trained(workspace: Workspace, version: ModelVersion | None) -> list[str]:
     newest = version.tags.get("trained", version.tags.get("partition", "")) if version else ""
-    return [one for one in workspace.log.partitions if one <= newest]
+    return [partition for partition in workspace.log.partitions if partition <= newest]
 
 
 def runs_now(config: Config) -> list[str]:
-    """The command that has the workspace, its stage, and what Dagster runs or has in its queue."""
+    """The command that holds the workspace, its stage, and what Dagster runs or has in its queue."""
     import psutil
     from dagster import DagsterRunStatus, RunsFilter
 
     from pipeline.dag import WORKSPACE, has_history, open_instance
 
-    lines, held = [], holder(config)
-    if held is not None and held[1]:
-        line = f"process {held[0]}"
+    lines, owner = [], holder(config)
+    if owner is not None and owner[1]:
+        line = f"process {owner[0]}"
         try:
-            process = psutil.Process(held[0])
+            process = psutil.Process(owner[0])
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(process.create_time()))
             line += f" since {since}: {typed_command(process.cmdline())}"
         except psutil.Error:
@@ -69,12 +69,14 @@ def runs_now(config: Config) -> list[str]:
                 lines.append(retraining_text(instance, run))
             elif lines and run.tags[WORKSPACE] == str(config.local_path()):  # else its command was killed
                 steps = instance.get_run_step_stats(run.run_id)
-                lines += [f"stage {one.step_key}" for one in steps if one.status and one.status.value == "IN_PROGRESS"]
+                lines += [
+                    f"stage {step.step_key}" for step in steps if step.status and step.status.value == "IN_PROGRESS"
+                ]
     return lines
 
 
 def blocked(workspace: Workspace, waiting: Sequence[Readiness], served: Mapping[str, Any] | None) -> list[str]:
-    """What is in the way, and why.
+    """What blocks the pipeline, and why.
 
     Args:
         waiting: the newest partitions (:func:`pipeline.watch.readiness`).
@@ -83,8 +85,8 @@ def blocked(workspace: Workspace, waiting: Sequence[Readiness], served: Mapping[
     from pipeline.dag import has_history, open_instance
 
     registry, records = workspace.registry, workspace.records
-    lines = [f"partition {one.partition} waits for {one.waits_for}" for one in waiting if one.waits_for]
-    lines += [f"partition {one} has no impressions (validation.allow_gaps)" for one in _gaps(workspace)]
+    lines = [f"partition {state.partition} waits for {state.waits_for}" for state in waiting if state.waits_for]
+    lines += [f"partition {partition} has no impressions (validation.allow_gaps)" for partition in _gaps(workspace)]
     for partition in VALIDATED.stale(workspace):
         record = records.read(VALIDATED, partition)
         if record is not None and not record.passed:
@@ -105,9 +107,9 @@ def blocked(workspace: Workspace, waiting: Sequence[Readiness], served: Mapping[
         with open_instance(workspace.config) as instance:
             newest = retrainings(instance, 1)
             lines += [retraining_text(instance, run) for run in newest if run.status.value == "FAILURE"]
-    held = holder(workspace.config)
-    if held is not None and not held[1]:
-        lines.append(f"the last command (process {held[0]}) was killed; the same command goes on from where it was")
+    owner = holder(workspace.config)
+    if owner is not None and not owner[1]:
+        lines.append(f"the last command (process {owner[0]}) was killed; the same command goes on from where it was")
     return lines
 
 

@@ -1,7 +1,8 @@
 """Retrainings that start by themselves: which new partitions are ready, and the Dagster job, sensor and schedule.
 
-A run is asked for under a key made of the fingerprints of all partitions that it would take, so that neither reading
-the tables again nor a compaction nor a restart of the daemon asks twice. Dagster's queue runs one at a time.
+The key of a requested run is made of the fingerprints of all partitions that it would take. So the same run is
+requested only once, however often the tables are read or compacted and the daemon restarts. Dagster's queue runs one
+at a time.
 """
 
 # no postponed annotations here: Dagster reads them
@@ -44,7 +45,7 @@ class Due:
 
     Attributes:
         partition: the newest one that is ready, as all before it are.
-        key: of all that it would be made from.
+        key: digest of all that it would be made from.
     """
 
     partition: str
@@ -56,7 +57,7 @@ def readiness(workspace: Workspace) -> list[Readiness]:
     log = workspace.log
     covered = max((version.tags["partition"] for version in workspace.registry.versions()), default="")
     rule, found = _Rule(workspace), []
-    for partition in sorted(one for one in log.held if one > covered):
+    for partition in sorted(name for name in log.present if name > covered):
         found.append(Readiness(partition, rule.waits_for(partition)))
     return found
 
@@ -66,7 +67,7 @@ def due(workspace: Workspace) -> Due | None:
     if workspace.registry.champion() is None:
         return None
     log = workspace.log
-    states = {one.partition: one.waits_for for one in readiness(workspace)}
+    states = {state.partition: state.waits_for for state in readiness(workspace)}
     taken = []
     for partition in log.shown:
         if states.get(partition):
@@ -74,7 +75,7 @@ def due(workspace: Workspace) -> Due | None:
         taken.append(partition)
     if not taken:
         return None
-    made_from = [[one, log.fingerprint(one), log.labels(one), log.is_attributed(one)] for one in taken]
+    made_from = [[name, log.fingerprint(name), log.labels(name), log.is_attributed(name)] for name in taken]
     return Due(taken[-1], digest(made_from))
 
 
@@ -87,11 +88,11 @@ class _Rule:
         chosen = self.config.wait_for
         awaited = logs if chosen is None else [role for role in logs if role in ("impressions", *chosen)]
         self.reaches = {role: max(self.log.tables[role].partitions(), default="") for role in awaited}
-        # reading all commits costs, and only these rules need them
+        # only these rules need the commits, and reading all of them takes long
         needed = {"marker": ["impressions"], "quiet": logs}.get(self.config.closed, [])
         self.histories = {role: self.log.tables[role].delta().history() for role in needed}
         commits = self.histories.get("impressions", [])
-        self.marked = {one for commit in commits for one in re.split(r"[,\s]+", str(commit.get(MARKER, "")))}
+        self.marked = {name for commit in commits for name in re.split(r"[,\s]+", str(commit.get(MARKER, "")))}
 
     def waits_for(self, partition: str) -> str:
         close = self.log.bounds(partition)[1]
@@ -114,7 +115,7 @@ class _Rule:
         return ""
 
     def _last_touched(self, partition: str) -> int:
-        """When a table had its last commit to a partition, microseconds UTC; of a doubtful one its newest commit."""
+        """Time of the last commit to a partition, microseconds UTC; of the table's newest commit if in doubt."""
         last = 0
         for role, mark in self.log.fingerprint(partition).items():
             times = {commit["version"]: int(commit["timestamp"]) * 1_000 for commit in self.histories.get(role, [])}
@@ -155,7 +156,9 @@ def retraining_definitions(config: Config, path: Path) -> dg.Definitions:
     def new_partitions() -> Iterator[dg.RunRequest | dg.SkipReason]:
         """New partitions that are ready, labels that became known, rows that came late."""
         workspace = Workspace(config, Progress())
-        waiting = [f"{one.partition} waits for {one.waits_for}" for one in readiness(workspace) if one.waits_for]
+        waiting = [
+            f"{state.partition} waits for {state.waits_for}" for state in readiness(workspace) if state.waits_for
+        ]
         asked = due(workspace)
         if asked is None:
             yield dg.SkipReason("; ".join(waiting) or "there is no champion yet: `corank run` trains the first")
@@ -174,16 +177,16 @@ def retraining_definitions(config: Config, path: Path) -> dg.Definitions:
 
 
 def retrainings(instance: dg.DagsterInstance, count: int) -> list[dg.DagsterRun]:
-    """The newest ones that were started by the sensor or the schedule, newest first."""
+    """The newest retrainings that the sensor or the schedule started, newest first."""
     return list(instance.get_runs(dg.RunsFilter(job_name="retrain"), limit=count))
 
 
 def retraining_text(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
-    """How a retraining stands, and what it failed by."""
+    """The state of a retraining, and why it failed."""
     line = f"retraining {run.run_id[:8]} on {run.tags.get(PARTITION, 'schedule')}: {run.status.value.lower()}"
     if run.status == dg.DagsterRunStatus.FAILURE:
         failures = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
-        causes = [one.dagster_event.step_failure_data.error for one in failures if one.dagster_event]
+        causes = [failure.dagster_event.step_failure_data.error for failure in failures if failure.dagster_event]
         while causes and causes[-1] is not None and causes[-1].cause is not None:
             causes.append(causes[-1].cause)
         if causes and causes[-1] is not None:
@@ -195,7 +198,7 @@ def _run(command: list[str], say: Any) -> None:
     """Run a command to its end; its lines are logged.
 
     Raises:
-        CorankError: it failed; what it said last.
+        CorankError: the command failed; with its last lines.
     """
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
     process = subprocess.Popen(
@@ -219,7 +222,7 @@ def _run(command: list[str], say: Any) -> None:
 
 
 def raise_alert(config: Config, message: str) -> None:
-    """Tell those who wait for it, by the config's command and webhook.
+    """Send a message by the config's command and webhook.
 
     Raises:
         CorankError: the command or the webhook failed.

@@ -10,14 +10,16 @@ from types import NoneType
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, PlainValidator, StrictInt
 from starlette.exceptions import HTTPException
 
 from features.errors import CorankError, message_of
 from features.schema import OTHER_UNITS, Schema
+from serving.auth import Tokens, UnauthorizedError
 from serving.bodies import BodyError, bounded_route
 from serving.memo import Ranked
 from serving.proxy import ADMITTED
@@ -133,15 +135,21 @@ class Service(Protocol):
 
 
 def build_api(
-    service: Service, max_body_bytes: int = MOST_BODY_BYTES, admitted: int = ServingConfig().admitted
+    service: Service,
+    max_body_bytes: int = MOST_BODY_BYTES,
+    admitted: int = ServingConfig().admitted,
+    tokens: Tokens | None = None,
 ) -> FastAPI:
     """The HTTP interface; every error is JSON: ``{"error": {"type", "field", "message"}}``.
 
     Args:
         admitted: requests to rank, and pushes, that all replicas hold together; the proxy turns away what is more.
+        tokens: one of them must come with every request but those for health and documentation; None: none is asked.
     """
-    api = FastAPI(title="corank")
-    api.router.route_class = bounded_route(max_body_bytes)
+    # shown in the documentation; the route checks it
+    scheme = [Depends(HTTPBearer(auto_error=False))] if tokens is not None else []
+    api = FastAPI(title="corank", dependencies=scheme)
+    api.router.route_class = bounded_route(max_body_bytes, tokens.holder if tokens is not None else lambda _: None)
     limits = {ADMITTED: str(admitted)}
 
     @api.post("/v1/rank")
@@ -183,6 +191,10 @@ def build_api(
     @api.exception_handler(InvalidRequestError)
     async def invalid(_: Request, error: InvalidRequestError) -> JSONResponse:
         return _error(422, "invalid_request", error.field, str(error))
+
+    @api.exception_handler(UnauthorizedError)
+    async def unauthorized(_: Request, error: UnauthorizedError) -> JSONResponse:
+        return _error(401, "unauthorized", None, str(error), {"WWW-Authenticate": "Bearer"})
 
     @api.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
@@ -227,15 +239,15 @@ def _summary(model: ModelDescription) -> dict[str, Any]:
         "schema": {
             "features": {
                 side: [
-                    {"name": one.name, "column": one.source, "kind": one.kind, "multi": one.multi}
-                    for one in schema.features
-                    if one.side == side
+                    {"name": feature.name, "column": feature.source, "kind": feature.kind, "multi": feature.multi}
+                    for feature in schema.features
+                    if feature.side == side
                 ]
                 for side in ("user", "item", "context")
             },
             "sequences": [
-                {"name": one.name, "length": one.length, "fields": [field.name for field in one.fields]}
-                for one in schema.sequences
+                {"name": sequence.name, "length": sequence.length, "fields": [field.name for field in sequence.fields]}
+                for sequence in schema.sequences
             ],
         },
         "metadata": json.loads(json.dumps(metadata), parse_constant=lambda _: None),

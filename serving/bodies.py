@@ -1,7 +1,8 @@
-"""The body of an HTTP request: bounded while it streams in, and JSON that every later step can hold.
+"""The body of an HTTP request: its size is limited while it streams in, and its values are such that all later steps
+can hold them.
 
-Python's parser takes more than JSON is: NaN, numbers beyond all floats, halves of surrogate pairs. They are refused
-here, by the field that has them, so that nothing behind has to think of them.
+Python's parser accepts more than JSON allows or a later step can hold: NaN, numbers beyond all floats, halves of
+surrogate pairs. They are refused here, with the name of their field, so that no later step has to check for them.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ class BodyError(HTTPException):
         self.field = field
 
 
-def bounded_route(most_bytes: int) -> type[APIRoute]:
-    """A kind of route whose requests have a body of at most so many bytes, read by :func:`parse`."""
+def bounded_route(most_bytes: int, authorize: Callable[[str | None], object]) -> type[APIRoute]:
+    """A kind of route whose requests have a body of at most so many bytes, read by :func:`parse`.
+
+    Args:
+        authorize: raises what a request of ``/v1`` is refused with by its header ``authorization``, before its body is
+            read.
+    """
 
     class BoundedRequest(Request):
         async def body(self) -> bytes:
@@ -47,9 +53,11 @@ def bounded_route(most_bytes: int) -> type[APIRoute]:
 
     class BoundedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle = super().get_route_handler()
+            handle, guarded = super().get_route_handler(), self.path.startswith("/v1/")
 
             async def bounded(request: Request) -> Response:
+                if guarded:
+                    authorize(request.headers.get("authorization"))
                 return await handle(BoundedRequest(request.scope, request.receive))
 
             return bounded
@@ -61,7 +69,7 @@ def parse(body: bytes) -> Any:
     """JSON as Python values: every text is Unicode, every fractional number finite.
 
     Raises:
-        BodyError: it is none; the field, or else the body, is named.
+        BodyError: the body is no such JSON; the field, or else the body, is named.
     """
     strange = False
 
@@ -94,9 +102,9 @@ def _refuse_strange(content: Any) -> None:
         if isinstance(value, dict):
             for key in value:
                 _check_text(key, f"{field}.{key}")
-            waiting += [(f"{field}.{key}", one) for key, one in value.items()]
+            waiting += [(f"{field}.{key}", inner) for key, inner in value.items()]
         elif isinstance(value, list):
-            waiting += [(f"{field}.{index}", one) for index, one in enumerate(value)]
+            waiting += [(f"{field}.{index}", inner) for index, inner in enumerate(value)]
         elif isinstance(value, str):
             _check_text(value, field)
         elif isinstance(value, float) and not math.isfinite(value):

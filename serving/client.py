@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
@@ -10,6 +11,8 @@ import httpx
 
 from features.errors import CorankError
 from serving.ports import is_own
+
+TOKEN = "CORANK_TOKEN"
 
 
 class NoEndpointError(CorankError):
@@ -23,18 +26,25 @@ class RankingClient:
     in time, or the endpoint's own message (with the wrong field named).
     """
 
-    def __init__(self, url: str, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, timeout: float = 30.0, token: str | None = None) -> None:
         """
         Args:
             url: e.g. ``http://127.0.0.1:8000``.
             timeout: seconds.
+            token: one of the endpoint's, where it asks for them; default: the environment's ``CORANK_TOKEN``.
         """
         self.url = url.rstrip("/")
         self._timeout = timeout
-        # the variables http_proxy, all_proxy, … name proxies; this machine's own addresses need none
+        token = token or os.environ.get(TOKEN)
+        # http_proxy, all_proxy, … in the environment name proxies; this machine's own addresses need none
         try:
-            self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not is_own(self.url))
-        except (httpx.InvalidURL, ValueError, ImportError) as error:  # a proxy of socks needs a package of its own
+            self._http = httpx.Client(
+                base_url=self.url,
+                timeout=timeout,
+                trust_env=not is_own(self.url),
+                headers={"authorization": f"Bearer {token}"} if token else {},
+            )
+        except (httpx.InvalidURL, ValueError, ImportError) as error:  # a SOCKS proxy needs a further package
             raise CorankError(
                 f"no endpoint can be asked at {url}: {error}. Correct the address, or the variables that name a proxy "
                 "(no_proxy exempts a host)."
@@ -114,7 +124,7 @@ class RankingClient:
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of an answer; empty when it is none."""
+    """The JSON object of an answer; empty when the answer is no JSON object."""
     try:
         content = response.json()
     except ValueError:

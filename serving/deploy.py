@@ -37,7 +37,7 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
     global _started
     if not runs():
         require_free(host, port)
-    _started = True  # or taken over
+    _started = True  # or took over the one that ran
     announce()
     serve.start(http_options={"host": host, "port": port})
     _run(settings, APPLICATION, "/")
@@ -48,8 +48,10 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
 
 @contextmanager
 def beside(settings: ServingSettings, host: str, port: int, timeout: float = 120.0) -> Iterator[str]:
-    """The address of an endpoint of its own for as long as the block lasts, while another process serves at this host
-    and port: a second application where that one runs on the Ray of this process, else at a free port of loopback."""
+    """The address of a second endpoint, which lives as long as the block, beside the one at this host and port.
+
+    Where Serve runs on the Ray of this process it is a second application there, else it has a free port of loopback.
+    """
     if not runs():
         try:
             yield start(settings, port=free_port(), timeout=timeout)
@@ -72,7 +74,7 @@ def runs() -> bool:
 
 
 def serves_another() -> bool:
-    """Whether a service runs on this Ray that this process did not start, so that it is not to be touched."""
+    """Whether a service runs on this Ray that this process did not start and therefore must not touch."""
     return runs() and not _started
 
 
@@ -105,7 +107,7 @@ def _wait(url: str, timeout: float) -> None:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What the replicas that did not start raised, from the status of the application; the log has all of it."""
+    """Why replicas did not start, from the status of the application; the log has the whole trace."""
     application = serve.status().applications.get(name)
-    messages = [one.message for one in application.deployments.values() if one.message] if application else []
+    messages = [status.message for status in application.deployments.values() if status.message] if application else []
     return "; ".join(dict.fromkeys(without_trace(message) for message in messages)) or str(error)

@@ -1,4 +1,4 @@
-"""The user side of requests, remembered: what no candidate changes is computed once, and kept for later requests.
+"""Remembers the user side of requests: what no candidate changes is computed once and kept for later requests.
 
 Two levels (docs/design.md#serving): a ``TimelineState`` under the digest of its events, a ``UserState`` under that of
 the events, the user's features, the context and the time of the request. A digest has 128 bits, so a hit is exact.
@@ -26,13 +26,13 @@ from models.state import TimelineState, UserState
 
 S = TypeVar("S", TimelineState, UserState)
 Level = Literal["user", "timeline", "none"]
-"""What of a request was remembered: all of its user side, its timeline, or nothing."""
+"""The part of a request that was remembered: all of its user side, its timeline, or nothing."""
 
 DIGEST_BYTES = 16
 
 
 class Memo(Generic[S]):
-    """The states used last, within a bound of true bytes: memory that a state keeps alive counts whole."""
+    """The most recently used states, in at most so many bytes; all memory that a state keeps alive counts."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.nbytes = most_bytes, 0
@@ -54,8 +54,8 @@ class Memo(Generic[S]):
         self._states[key] = state, size
         self.nbytes += size
         while self.nbytes > self.most_bytes:
-            _, (_, gone) = self._states.popitem(last=False)
-            self.nbytes -= gone
+            _, (_, size_of_oldest) = self._states.popitem(last=False)
+            self.nbytes -= size_of_oldest
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Ranked:
 
     Attributes:
         scores: probabilities [C, K].
-        remembered: what was not computed anew.
-        user_seconds, item_seconds: of the batch that it was scored in.
+        remembered: the part that was not computed anew.
+        user_seconds, item_seconds: what the two sides of its whole batch took.
     """
 
     scores: np.ndarray
@@ -78,7 +78,7 @@ class MemoisedModel:
     """A model that remembers the user sides that it computed.
 
     Args:
-        most_bytes: of both levels together; half for each. 0: nothing is remembered.
+        most_bytes: for both levels together, half for each. 0: nothing is remembered.
     """
 
     def __init__(self, model: RankingModel, most_bytes: int) -> None:
@@ -97,11 +97,11 @@ class MemoisedModel:
             logits = self.model.score(_joined(states), batch.items)
             scores = logits.float().sigmoid().cpu().numpy()
             ended = time.perf_counter()
-            for own, level in zip(np.split(scores, batch.items.offsets[1:-1].numpy()), levels, strict=True):
-                yield Ranked(own, level, encoded - started, ended - encoded)
+            for request_scores, level in zip(np.split(scores, batch.items.offsets[1:-1].numpy()), levels, strict=True):
+                yield Ranked(request_scores, level, encoded - started, ended - encoded)
 
     def _user_side(self, rows: pa.Table, batch: RequestBatch) -> tuple[list[UserState], list[Level]]:
-        """The state of every request, computed or remembered, and which of it was."""
+        """The state of every request, and which part of it was remembered."""
         events = [_digest_of_timeline(batch, place) for place in range(rows.num_rows)]
         whole = [_digest_of_user(batch, place, events[place]) for place in range(rows.num_rows)]
         states = {key: state for key in dict.fromkeys(whole) if (state := self.users.get(key)) is not None}
@@ -114,9 +114,9 @@ class MemoisedModel:
                     levels[whole[place]] = "timeline"
             users = batch.users if len(missing) == rows.num_rows else self._part(rows, missing).users
             state = self.model.encode_users(users, encoded)
-            for place, own in zip(missing, _apart(state, len(missing)), strict=True):
-                states[whole[place]] = own
-                self.users.put(whole[place], own)
+            for place, state_of_user in zip(missing, _apart(state, len(missing)), strict=True):
+                states[whole[place]] = state_of_user
+                self.users.put(whole[place], state_of_user)
         return [states[key] for key in whole], [levels[key] for key in whole]
 
     def _timelines(
@@ -125,14 +125,14 @@ class MemoisedModel:
         """The state of these rows' timelines, in order, and the digests of those that were remembered."""
         states = {key: state for key in events if (state := self.timelines.get(key)) is not None}
         known = set(states)
-        missing = {key: places[own] for key, own in _first_places(events).items() if key not in known}
+        missing = {key: places[digest] for key, digest in _first_places(events).items() if key not in known}
         if missing:
             new = list(missing.values())
             part = batch if len(new) == rows.num_rows else self._part(rows, new)
             state = self.model.encode_timelines(part.timelines)
-            for key, own in zip(missing, _apart(state, len(new)), strict=True):
-                states[key] = own
-                self.timelines.put(key, own)
+            for key, timeline_state in zip(missing, _apart(state, len(new)), strict=True):
+                states[key] = timeline_state
+                self.timelines.put(key, timeline_state)
         return _joined([states[key] for key in events]), known
 
     def _part(self, rows: pa.Table, places: Sequence[int]) -> RequestBatch:

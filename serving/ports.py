@@ -1,4 +1,4 @@
-"""Addresses of endpoints. Asked before hours of work, too, so this module imports nothing heavy."""
+"""Addresses of endpoints. They are checked before long work starts, so this module imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from features.errors import CorankError
 
 EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Who listens at all addresses is asked on loopback."""
+"""Hosts that mean all addresses, and the loopback address at which to ask their endpoint."""
 
 
 def endpoint_url(host: str, port: int) -> str:
@@ -26,6 +26,14 @@ def is_own(url: str) -> bool:
     except ValueError:
         return host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost")
     return address.is_loopback or is_free(host, 0)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on this host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def require_free(host: str, port: int) -> None:

@@ -1,7 +1,7 @@
-"""What Ray's HTTP proxy does before and after a replica of the service: it turns away what is too much, at once, and
-answers in JSON in place of a replica that is gone.
+"""Additions to Ray's HTTP proxy: it refuses requests beyond the limit at once, and answers in JSON in place of a
+replica that is gone.
 
-Ray gives the proxy no options for it but an environment variable, which has to be set before Ray starts.
+Ray offers only an environment variable for this, which must be set before Ray starts.
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ HEALTH, LIMITED = "/healthz", ("/v1/rank", "/v1/events")
 
 
 def announce() -> None:
-    """Let the proxies of a Ray that starts later answer so, and one that was killed be replaced soon."""
+    """Give proxies that Ray starts later these additions, and have a killed proxy replaced soon."""
     os.environ.setdefault(VARIABLE, f"{middlewares.__module__}:{middlewares.__qualname__}")
-    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")  # three in a row fail before; by default 30 s
+    # a proxy is replaced after three failed checks; they come every 30 s by default
+    os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1")
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray's proxy calls when it starts."""
+    """The additions; Ray's proxy calls this when it starts."""
     return [Middleware(JsonErrors), Middleware(Admission)]  # the last one sees a request first
 
 
 class Admission:
     """Answers 503 where a path has as many requests as the service admits, before they cost it anything.
 
-    Each of them would else wait in the proxy and in a replica for what came before it, only to be turned away there.
-    After a replica was gone, one request alone waits for the next one, until it is answered.
+    Otherwise each of them would wait in the proxy and in a replica for those before it, only to be refused there.
+    After a replica was gone, only one request at a time waits for the next replica, until a replica answers.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self._admitted: dict[str, int] = {}
         self._ongoing: Counter[str] = Counter()
-        self._lost: set[str] = set()  # paths whose last answer was none of a replica
+        self._lost: set[str] = set()  # paths whose last answer came from no replica
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["type"] == "http" else ""
@@ -71,7 +72,7 @@ class Admission:
         async def forward(message: Message) -> None:
             for name, value in message.get("headers", []):
                 if name == ADMITTED.encode():
-                    root = next(path.removesuffix(own) for own in (HEALTH, *LIMITED) if path.endswith(own))
+                    root = next(path.removesuffix(suffix) for suffix in (HEALTH, *LIMITED) if path.endswith(suffix))
                     self._admitted |= {root + limited: int(value) for limited in LIMITED}
             await send(message)
 

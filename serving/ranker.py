@@ -32,7 +32,7 @@ MOST_MODELS = 2
 
 
 class Ranker:
-    """The models that are asked for, on merged batches of requests."""
+    """Runs the models that requests ask for, on merged batches of requests."""
 
     def __init__(self, settings: ServingSettings) -> None:
         keep_freed_memory()
@@ -48,7 +48,7 @@ class Ranker:
         self._model(settings.artifact)
 
     def _model(self, artifact: str) -> tuple[Artifact, MemoisedModel]:
-        """A model, loaded and checked when it is first asked for; the one longest not asked for goes then.
+        """A model, loaded and checked when it is first asked for; the least recently used one may go for it.
 
         Raises:
             CorankError: it cannot be read, or gives other scores than those stored beside it.
@@ -77,7 +77,7 @@ class Ranker:
 
     @serve.batch
     async def rank(self, requests: list[BoundRow]) -> list[Ranked]:
-        """What every request gets by the model that it is bound to."""
+        """The result of every request by the model that it is bound to."""
         return await asyncio.to_thread(self.score, requests)
 
     def score(self, requests: Sequence[BoundRow]) -> list[Ranked]:

@@ -1,6 +1,6 @@
 """A request as one row of the sample table, so that serving and training read the same batch.
 
-Whatever is unknown by the time of the request reads as unknown, as in the sample builder.
+What is not yet known at the time of the request is coded as unknown, as in the sample builder.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def build_row(
 
 
 def serving_schema(schema: Schema) -> pa.Schema:
-    """Layout of the sample table without what only training has: labels, weight and partition columns."""
+    """Layout of the sample table without the columns of training only: labels, weight and partition columns."""
     full = sample_schema(schema)
     request = full.field("requests").type.value_type
     candidate = request.field("candidates").type.value_type
@@ -144,7 +144,7 @@ def encode_context(schema: Schema, context: Mapping[str, Any], missing: MissingC
         if key not in sources:
             raise InvalidRequestError(f"context.{key}", f"the model reads no such context; it reads {sources}")
     columns = []
-    for feature in features:  # a column of its own, as a source may be a number and a category at once
+    for feature in features:  # one column per feature, as a source may be read as a number and as a category
         if feature.source not in context and missing == "error":
             raise InvalidRequestError(f"context.{feature.source}", "is missing; send null if it is not known")
         columns.append(pl.Series(feature.name, [_raw(feature, context.get(feature.source))], dtype=_type(feature)))
@@ -172,18 +172,18 @@ def _raw(feature: Feature, value: Any) -> Any:
         return _text(field, value)
     if not isinstance(value, list):
         raise InvalidRequestError(field, "must be a list or null")
-    return [_text(f"{field}.{index}", one) for index, one in enumerate(value) if one is not None]
+    return [_text(f"{field}.{index}", element) for index, element in enumerate(value) if element is not None]
 
 
 def _text(field: str, value: Any) -> str:
-    """The text that an id or a category is coded by, the same as that of a table's column."""
+    """The text by which an id or a category is coded, as for a table's column."""
     if not isinstance(value, (str, int, float)):
         raise InvalidRequestError(field, "must be a text, a number or a boolean")
     return as_text(value)
 
 
 def as_text(value: str | int | float) -> str:
-    """A value as a table's column of it is when cast to text."""
+    """A value as the text that a table's column gives when it is cast."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,8 +1,8 @@
 """The deployment that answers: it validates requests, reads their features, asks the ranker, and stores new events.
 
-A request is bound to one model when it is admitted. When another is to be served (``ServingSettings.follow``), it is
-loaded and checked beside the old one, and a reader of its features opened; then requests are bound to it. No request
-waits for that, and none meets two models.
+A request is bound to one model when it is admitted. When another model is to be served (``ServingSettings.follow``), it
+is loaded and checked beside the old one and a reader of its features is opened; only then are requests bound to it. No
+request waits for that, and none is answered by two models.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -38,12 +39,13 @@ from serving.api import (
     told,
     weights_of,
 )
+from serving.auth import Tokens
 from serving.memo import Ranked
 from serving.rows import InvalidRequestError, as_text, build_row
 from serving.settings import ServingSettings
 
 FOLLOW_SECONDS = 1.0
-"""Between two looks at which model is to be served."""
+"""Seconds between two looks at which model is to be served."""
 
 NO_RANKER = "the model does not answer, its process has ended; try again"
 
@@ -66,8 +68,8 @@ class LiveModel:
 class RankingService:
     """Validates requests, reads their features from the online store and asks the ranker; stores new events.
 
-    The store is read in one thread of its own and written in another, so that health and overload are answered
-    meanwhile, and no ranking waits for a push that waits for another writer.
+    One thread reads the store and another writes it, so that health and overload are answered meanwhile, and no ranking
+    waits for a push that waits for another writer.
     """
 
     def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
@@ -78,8 +80,8 @@ class RankingService:
         self._opening = asyncio.Lock()
         self._live: LiveModel | None = None
         self._following: asyncio.Task[None] | None = None
-        self.refused: dict[str, str] | None = None  # the artifact that was to be served last, and why it is not
-        # of the newest config, whose views the store has; a model may read fewer of them
+        self.refused: dict[str, str] | None = None  # the last artifact that is not fit to be served, and why
+        # the store by the newest config, whose views it has; a model may read fewer of them
         self._writes_to = settings.store
         self._writer: OnlineWriter | None = None
         self._admitted = {"rank": 0, "push": 0}
@@ -87,10 +89,11 @@ class RankingService:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._settings.options
-        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas)
+        tokens = Tokens(Path(options.tokens)) if options.tokens is not None else None
+        return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas, tokens)
 
     async def describe(self) -> ModelDescription:
-        """What the ranker serves, asked anew each time; also proves that the store can be read.
+        """What the ranker serves, asked anew each time; it also shows that the store can be read.
 
         Raises:
             CorankError: the store lacks what the model reads, or does not answer.
@@ -174,7 +177,7 @@ class RankingService:
 
     @contextmanager
     def _admission(self, kind: Literal["rank", "push"]) -> Iterator[None]:
-        """One of the requests of its kind that are worked on at a time.
+        """Count a request among those of its kind that are worked on while the block lasts.
 
         Raises:
             OverloadedError: there are too many.
@@ -201,7 +204,7 @@ class RankingService:
         return self._live
 
     async def _begin(self) -> None:
-        """Bind requests to what is to be served now; where that is not fit, to what the service was started with."""
+        """Bind requests to the model that is to be served now or, if it is not fit, to the one of the start."""
         wanted = await self._wanted()
         if wanted is None or not await self._switch(wanted):
             self._live = await self._prepared(self._settings.artifact)
@@ -210,7 +213,8 @@ class RankingService:
         model = await self._described(artifact)
         store = replace(self._settings.store, schema=model.schema)
         reader = await _in_thread(self._reading, lambda: OnlineReader(store))
-        await _in_thread(self._reading, lambda: reader.user(""))  # a lost store has its views, but no tables
+        # a store that was lost has its views, but no tables: then this fails
+        await _in_thread(self._reading, lambda: reader.user(""))
         return LiveModel(artifact, model, reader)
 
     async def _wanted(self) -> str | None:
@@ -220,18 +224,18 @@ class RankingService:
         return await asyncio.to_thread(followed, self._settings.follow)
 
     async def _follow(self) -> None:
-        """Bind requests to what is to be served, once it is ready; what is not fit stays out, and says why."""
+        """Bind requests to each model that is to be served, once it is ready; ``refused`` says why one is not fit."""
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             wanted = await self._wanted()
             if wanted is None or self._live is None or wanted == self._live.artifact:
                 continue
             if self.refused is None or wanted != self.refused["artifact"]:
-                with suppress(UnavailableError):  # the ranker or the store is away; later
+                with suppress(UnavailableError):  # the ranker or the store does not answer; tried again
                     await self._switch(wanted)
 
     async def _switch(self, artifact: str) -> bool:
-        """Bind requests to a model from now on, once it is ready; whether it was fit.
+        """Bind requests to a model from now on, once it is ready; returns whether it was fit.
 
         Raises:
             UnavailableError: the ranker or the store does not answer.
@@ -240,12 +244,12 @@ class RankingService:
             live = await self._prepared(artifact)
         except UnavailableError:
             raise
-        except Exception as error:  # whatever it is, requests go on with the model before
+        except Exception as error:  # whatever it is, requests stay bound to the model before
             LOG.exception("model %s is not served", artifact)
             self.refused = {"artifact": artifact, "why": told(error)}
             return False
         if artifact != self._settings.artifact and live.model.schema != self._writes_to.schema:
-            # the config has gone on: pushes fill the views that its models read
+            # the config has changed: pushes fill the views that its models read
             self._writes_to, self._writer = replace(self._writes_to, schema=live.model.schema), None
         self._live, self.refused = live, None
         return True
@@ -255,7 +259,7 @@ class RankingService:
         return description
 
     async def _ask(self, method: Any, *arguments: Any) -> Any:
-        """What a ranker answers. When one has ended, until another is there, nobody waits for it.
+        """What a ranker answers. After one has ended nobody waits for it, until another is there.
 
         Raises:
             UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
@@ -312,7 +316,7 @@ def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
 def _first_refused(
     events: list[dict[str, Any]], check: Callable[[list[dict[str, Any]]], None], together: EventsError
 ) -> tuple[int | None, EventsError]:
-    """Of events that are refused together, the place of the first that is refused alone, and why."""
+    """The place of the first event that is refused alone, and why; (None, ``together``) when none is."""
     first, last, why = 0, len(events), together
     while last - first > 1:
         middle = (first + last) // 2

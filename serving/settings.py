@@ -1,13 +1,16 @@
-"""How the application is run: the config's section ``serving``, and what beside it travels to the replicas."""
+"""How the application is run: the config's section ``serving``, and all else that the replicas are given."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from features.schema import Declaration
+from serving.auth import Tokens
+from serving.ports import is_loopback
 
 if TYPE_CHECKING:
     from features.store.online import FeatureStoreSettings
@@ -25,8 +28,15 @@ class ServingConfig(Declaration):
         max_ongoing_requests, max_queued_requests: of one service replica. As many pushes again.
     """
 
-    host: str = "127.0.0.1"
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; one that other machines reach is refused without tokens"
+    )
     port: int = Field(8000, ge=1, le=65_535)
+    tokens: str | None = Field(
+        None,
+        description="file of bearer tokens, a line `name token` each, that only its owner can read; requests without "
+        "one of them are answered 401. It is read again when it changes",
+    )
     ranker_replicas: int = Field(1, ge=1)
     service_replicas: int = Field(1, ge=1)
     max_candidates: int = Field(5_000, ge=1, description="most candidates of one request, and of one merged batch")
@@ -49,6 +59,29 @@ class ServingConfig(Declaration):
         """An address of IPv6 may be written as in a URL."""
         return host.removeprefix("[").removesuffix("]")
 
+    @field_validator("tokens")
+    @classmethod
+    def _path_holds_for_all_processes(cls, tokens: str | None) -> str | None:
+        return None if tokens is None else str(Path(tokens).expanduser().resolve())
+
+    @model_validator(mode="after")
+    def _others_need_a_token(self) -> ServingConfig:
+        if self.tokens is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host: {self.host!r} can be reached from other machines, and anyone there could ask and push; name a "
+                "file of tokens in serving.tokens"
+            )
+        return self
+
+    @property
+    def own_token(self) -> str | None:
+        """A token for requests of the pipeline itself.
+
+        Raises:
+            CorankError: the file of tokens cannot be read.
+        """
+        return None if self.tokens is None else Tokens(Path(self.tokens)).first()
+
     @property
     def admitted(self) -> int:
         """Requests to rank, and pushes, that one service replica holds at a time."""
@@ -57,7 +90,7 @@ class ServingConfig(Declaration):
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """What the application needs to know. Plain values: it travels to the replicas.
+    """What the application needs to know; plain values, as they are sent to the replicas.
 
     Attributes:
         artifact: directory of the published model.

@@ -1,16 +1,16 @@
 """Windowed aggregates: counts and sums per user, per item, and per user and key of the item.
 
-Kept per partition, so that a new partition costs in proportion to itself; several are folded in one go. A feature
-without a window is a running total. One with a window of w partitions is what each partition added, with the time
-*until* which it counts:
+They are kept per partition, so that the cost of a new partition depends on its own size; several are folded at once. A
+feature without a window is a running total. For one with a window of w partitions, what each partition added is kept
+with the time *until* which it counts:
 
     added by partition d:   count, sum,   known from ts(d) = close(d) + aggregates_delay,   until ts(d) + w partitions
     as of a moment:         the sum, oldest first, of what is known by then and whose until lies after it
 
-So a window moves with the calendar, whatever partitions exist, and a stored state needs nobody to expire it: builder
-and online reader add up the same numbers in the same order (:func:`within`). A :class:`Tally` holds them in memory, in
-Polars; the state tables, per owner and partition with a change, as columns and lists (:func:`state_fields`). The
-feature's value is made of count and sum when it is read, by :func:`aggregate_value`, in builder and service alike.
+So a window moves with the calendar, whatever partitions exist, and a stored state never has to be expired: builder and
+online reader add up the same numbers in the same order (:func:`within`). In memory a :class:`Tally` holds them, in
+Polars. The state tables hold a row per owner and partition with a change, of columns and lists (:func:`state_fields`).
+Builder and service alike make a feature's value from count and sum when they read it (:func:`aggregate_value`).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ FOREVER = 2**63 - 1
 """Later than any time, microseconds UTC."""
 
 KEY = "__key"
-"""What is crossed with the user, as text; no column of the user's own has this name."""
+"""Column of the key that is crossed with the user, as text; no column of a log has this name."""
 
 
 def count_column(feature: Feature) -> str:
-    """Rows that count: of the window, of all time or of one partition."""
+    """Column of the number of rows: of the window, of all time or of one partition."""
     return f"count__{feature.name}"
 
 
 def sum_column(feature: Feature) -> str:
-    """Sum of the aggregate's column over them."""
+    """Column of the sum of the aggregate's column over these rows."""
     return f"sum__{feature.name}"
 
 
 def until_column(feature: Feature) -> str:
-    """Of a windowed feature's state, a list: when what a partition added leaves the window, microseconds UTC."""
+    """List column of a windowed feature's state: when each partition's rows leave the window, microseconds UTC."""
     return f"until__{feature.name}"
 
 
@@ -63,12 +63,12 @@ def sums_column(feature: Feature) -> str:
 
 
 def key_column(feature: Feature) -> str:
-    """The keys that a user has rows of (side cross), a list beside those of counts and sums."""
+    """List column of the keys that a user has rows of (side cross), beside the lists of counts and sums."""
     return f"key__{feature.name}"
 
 
 def cross_column(key: str) -> str:
-    """A column of items that features cross with the user, as text, beside the encoded ones."""
+    """Name for an item's column that features cross with the user, kept as text beside the encoded columns."""
     return f"__cross__{key}"  # no name of a config begins so
 
 
@@ -125,7 +125,7 @@ def state_fields(features: Sequence[Feature], cross: Sequence[Feature] = ()) -> 
 
 
 def within(feature: Feature, entries: Entries, ts: np.ndarray | int, owners: int) -> list[pl.Series]:
-    """What is within a feature's window at a moment: the value columns [owners].
+    """What a feature's window holds at a moment: the value columns [owners].
 
     Sums are added up one after the other in the order of the entries, so equal entries give equal bits.
 
@@ -240,8 +240,10 @@ class Tally:
     entries: pl.DataFrame = field(init=False)
 
     def __post_init__(self) -> None:
-        self.windows = {one: window for one in self.features if (window := aggregate_of(one).window) is not None}
-        self.totals = [one for one in self.features if one not in self.windows]
+        self.windows = {
+            feature: window for feature in self.features if (window := aggregate_of(feature).window) is not None
+        }
+        self.totals = [feature for feature in self.features if feature not in self.windows]
         self.rows = _empty(self.keys, self.totals, ts=pl.Int64())
         self.entries = _empty(self.keys, list(self.windows), ts=pl.Int64())
 
@@ -273,8 +275,8 @@ class Tally:
             totals = value_columns(self.totals)
             # added up one after the other, as if they were folded one by one: equal bits
             added = [
-                pl.when(is_first).then(before[one].fill_null(0) + pl.col(one)).otherwise(one).alias(one)
-                for one in totals
+                pl.when(is_first).then(before[column].fill_null(0) + pl.col(column)).otherwise(column).alias(column)
+                for column in totals
             ]
             after = delta.select(*self.keys, "ts", *added)
             self.rows = pl.concat([self.rows, after.with_columns(pl.col(totals).cum_sum().over(self.keys))])
@@ -305,7 +307,7 @@ class Tally:
                 continue
             stored = [*([KEY] if KEY in self.keys else []), *(["until"] if feature in self.windows else []), *columns]
             names = [*([key_column(feature)] if KEY in self.keys else []), *state_columns(feature)]
-            lists = rows.select(pl.col(one).alias(name) for one, name in zip(stored, names, strict=True))
+            lists = rows.select(pl.col(column).alias(name) for column, name in zip(stored, names, strict=True))
             found.append(Spans.of(rows[self.keys[0]], rows["ts"].to_numpy(), rows["until"].to_numpy(), lists))
         return found
 
@@ -347,7 +349,7 @@ class Tally:
     def as_of(self, moments: pl.DataFrame) -> pl.DataFrame:
         """The states known at ``moments`` (keys and ts), row by row: ``known`` and the value columns."""
         # states become known one partition apart: moments between two of these times read the same
-        phase = next((int(one["ts"][0]) for one in (self.rows, self.entries) if one.height), 0) % self.length
+        phase = next((int(frame["ts"][0]) for frame in (self.rows, self.entries) if frame.height), 0) % self.length
         asked = moments.select(*self.keys, pl.col("ts") - (pl.col("ts") - phase) % self.length)
         distinct = asked.unique(maintain_order=True).sort("ts", maintain_order=True)
         found = distinct.join_asof(
@@ -366,8 +368,8 @@ class Tally:
             owner, opened, ts = (entries[name].to_numpy() for name in ("owner", "since", "ts"))
             for feature, window in self.windows.items():
                 counts, sums = (entries[name].to_numpy() for name in value_columns([feature]))
-                own = owner, opened + window * self.length, counts, sums
-                found = found.with_columns(within(feature, own, ts, distinct.height))
+                added = owner, opened + window * self.length, counts, sums
+                found = found.with_columns(within(feature, added, ts, distinct.height))
         return asked.join(found, on=[*self.keys, "ts"], how="left", maintain_order="left").select(
             pl.col("known").fill_null(False), *value_columns(self.features)
         )
@@ -380,8 +382,8 @@ def _exploded(rows: pl.DataFrame, lists: Sequence[str]) -> pl.DataFrame:
 
 def user_tallies(schema: Schema, grain: Grain) -> tuple[Tally, list[Tally]]:
     """The tally of the user's own aggregates, and one per cross aggregate."""
-    own = Tally(["user_id"], schema.aggregates("user"), _length(grain))
-    return own, [Tally(["user_id", KEY], [feature], _length(grain)) for feature in schema.aggregates("cross")]
+    per_user = Tally(["user_id"], schema.aggregates("user"), _length(grain))
+    return per_user, [Tally(["user_id", KEY], [feature], _length(grain)) for feature in schema.aggregates("cross")]
 
 
 def item_tally(schema: Schema, grain: Grain) -> Tally:

@@ -1,4 +1,4 @@
-"""The sample builder's plan on Ray: which bucket is folded where, and what becomes visible when.
+"""The sample builder on Ray: where each bucket is folded, and when its result becomes visible.
 
     log laid out otherwise ──► a copy by (dt, bucket), for as long as the build takes
     log ──► deltas of items, by bucket of users ──► files by bucket of items ──► fold of items ──► item_aggregates
@@ -40,24 +40,24 @@ from features.sample_table import sample_schema
 from features.tasks import arrow
 
 LAID_OUT = "laid_out"
-"""Folder of what a build writes for itself: copies by (dt, bucket) of tables that their owner laid out otherwise, and
-the deltas of items by bucket of items."""
+"""Folder of a build's scratch tables: copies by (dt, bucket) of the user's tables that have another layout, and the
+deltas of items by bucket of items."""
 
 ITEM_DELTAS = f"{LAID_OUT}/item_deltas"
 
 WHOLE = "all"
-"""The one partition of what is not cut in time: a copied profile table, the deltas of items."""
+"""The only partition of scratch tables that are not cut in time: copied profile tables, and the deltas of items."""
 
 SHARDS = 16
 """Largest number of tasks that fold items; each takes its share of the buckets."""
 
 SPREAD_ROWS = 1_000_000
-"""Rows that are copied at a time; bounds memory."""
+"""Rows that are copied at a time, to bound memory."""
 
 
 @dataclass
 class PartitionCounts:
-    """What went in and out of one partition."""
+    """Counts of what went in and out of one partition."""
 
     impressions: int = 0
     quarantined: int = 0
@@ -75,7 +75,7 @@ class PartitionCounts:
 
 @dataclass(frozen=True)
 class Written:
-    """What a task wrote of one table and partition: the file, None without rows, and counts for the totals."""
+    """What a task wrote of one table and partition: the file, None if there were no rows, and its counts."""
 
     table: str
     partition: str
@@ -136,8 +136,8 @@ def _fold_all_items(
     """Count every bucket of users' items, exchange the counts by bucket of items, and fold them."""
     shards = min(settings.buckets, SHARDS)
     buckets = [(settings, bucket, partitions, shards) for bucket in range(settings.buckets)]
-    counted, _ = _gathered(settings, _count_items, buckets, "buckets counted", [WHOLE], progress)
-    deltas = counted[ITEM_DELTAS, WHOLE]
+    files, _ = _gathered(settings, _count_items, buckets, "buckets counted", [WHOLE], progress)
+    deltas = files[ITEM_DELTAS, WHOLE]
     calls = [
         (
             settings,
@@ -154,7 +154,7 @@ def _fold_all_items(
 
 @contextmanager
 def _scratch(root: str) -> Iterator[None]:
-    """What a build writes for itself goes when it ends; what a killed one left, when the next one begins."""
+    """Delete a build's scratch tables when it ends, and what a killed build left when the next one begins."""
     clear_copies(root)
     try:
         yield
@@ -167,8 +167,8 @@ def _laid_out(
 ) -> BuildSettings:
     """Settings whose tables are all laid out by (dt, bucket).
 
-    A user's own table that is not is read once, hashed by user, and written by bucket; else every bucket would have
-    to read it whole.
+    A table of the user's own with another layout is read once, hashed by user, and written by bucket; otherwise every
+    bucket would have to read all of it.
     """
     roles = []
     for role in (*settings.schema.logs, *(["users"] if "users" in settings.tables else [])):
@@ -192,7 +192,7 @@ def _laid_out(
 
 
 def clear_copies(root: str) -> None:
-    """Delete what a build, or a killed one, wrote for itself below the builder's tables."""
+    """Delete the scratch tables of a build, also a killed one, below the builder's tables."""
     store, path = file_system(root)
     if store.get_file_info(f"{path}/{LAID_OUT}").type != fs.FileType.NotFound:
         store.delete_dir(f"{path}/{LAID_OUT}")
@@ -206,7 +206,7 @@ def _gathered(
     partitions: Sequence[str],
     progress: Callable[[str, int, int], None],
 ) -> tuple[Files, dict[str, PartitionCounts]]:
-    """Run a plan; what its tasks wrote, by (table, partition) in the order of the calls, and what they counted."""
+    """Run a plan; returns what its tasks wrote, by (table, partition) in the order of the calls, and their counts."""
     from features.builder.plan import planned  # Ray Data takes a second to import
 
     results: dict[int, list[Written]] = {}
@@ -216,7 +216,7 @@ def _gathered(
             progress(what, len(results), len(calls))
     files: Files = {}
     counts = {partition: PartitionCounts() for partition in partitions}
-    for written in (one for number in range(len(calls)) for one in results[number]):
+    for written in (record for number in range(len(calls)) for record in results[number]):
         if written.file is not None:
             files.setdefault((written.table, written.partition), []).append(written.file)
         counts[written.partition] += written.counts
@@ -224,7 +224,9 @@ def _gathered(
 
 
 def _commit(settings: BuildSettings, table: str, schema: pa.Schema, partitions: Sequence[str], files: Files) -> None:
-    written = {one: sorted(files.get((table, one), []), key=lambda file: file.path) for one in partitions}
+    written = {
+        partition: sorted(files.get((table, partition), []), key=lambda file: file.path) for partition in partitions
+    }
     replace_partitions(settings.table_root(table), written, schema, settings.storage_options)
 
 
@@ -250,7 +252,7 @@ def _layout(table: Table) -> pa.Schema:
     """Columns of a table as :meth:`Table.scan` gives them, without the partition's."""
     empty = pl.DataFrame(schema=table.scan().collect_schema())
     layout: pa.Schema = empty.to_arrow(compat_level=pl.CompatLevel.oldest()).schema
-    return pa.schema([one for one in layout if one.name not in ("dt", "bucket")])
+    return pa.schema([field for field in layout if field.name not in ("dt", "bucket")])
 
 
 def _spread(settings: BuildSettings, role: str, dt: str) -> list[Written]:
@@ -262,8 +264,8 @@ def _spread(settings: BuildSettings, role: str, dt: str) -> list[Written]:
         marked = portion.with_columns(bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"))
         for (bucket,), part in marked.partition_by("bucket", as_dict=True).items():
             content = arrow(part.select(names))
-            one = _write(settings, f"{LAID_OUT}/{role}", dt, int(bucket), content, {})
-            written.append(replace(one, table=role))
+            record = _write(settings, f"{LAID_OUT}/{role}", dt, int(bucket), content, {})
+            written.append(replace(record, table=role))
     return written
 
 
@@ -272,7 +274,7 @@ def _count_items(settings: BuildSettings, bucket: int, partitions: Sequence[str]
     parts = pl.concat(item_deltas(settings, bucket, partitions))
     shares = [parts.filter(pl.col("bucket") % shards == shard).drop("bucket") for shard in range(shards)]
     return [
-        # a share without rows too: it has the layout of all
+        # also for a share without rows, which then has the layout of the others
         Written(ITEM_DELTAS, WHOLE, _file(settings, ITEM_DELTAS, WHOLE, shard, arrow(share)), {})
         for shard, share in enumerate(shares)
     ]

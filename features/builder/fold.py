@@ -80,18 +80,18 @@ def fold_bucket(
     named = items_named(settings, partitions, bucket)
     users = profiles_of(settings, "users", "user_id", schema.side("user"), bucket)
     items = profiles_of(settings, "items", "item_id", schema.side("item"), named)
-    own, cross = user_tallies(schema, grain)
-    counted = item_tally(schema, grain)
+    per_user, cross = user_tallies(schema, grain)
+    per_item = item_tally(schema, grain)
     opening = partition_bounds(partitions[0], grain)[0]
-    restore_users(settings, [own, *cross], bucket, earlier, opening)
-    restore_items(settings, counted, named, earlier, opening)
+    restore_users(settings, [per_user, *cross], bucket, earlier, opening)
+    restore_items(settings, per_item, named, earlier, opening)
     snapshots = _snapshots(settings, partitions, earlier)
     state: dict[str, pl.DataFrame] = {}
     for group in _together(settings, partitions):
-        closes = {partition_bounds(one, grain)[1]: one for one in group}
+        closes = {partition_bounds(partition, grain)[1]: partition for partition in group}
         rows, counts = log_rows(settings, group, bucket)
         if not state:
-            touched = pl.concat([one.select("user_id") for one in rows.values()]).unique()
+            touched = pl.concat([of_log.select("user_id") for of_log in rows.values()]).unique()
             state = load_state(settings, bucket, earlier, None if snapshots or len(partitions) > 1 else touched)
         new = {
             s.name: _delivered_once(settings, s, new_events(s, rows[s.events], items), state[s.name], list(closes))
@@ -99,11 +99,13 @@ def fold_bucket(
         }
         timelines = {name: in_order(pl.concat([state[name], new[name].drop(CLOSE)])) for name in new}
         shown = with_feedback(settings, rows["impressions"], group)
-        states = _advance_users(settings, own, cross, rows, items, group, snapshots)
+        states = _advance_users(settings, per_user, cross, rows, items, group, snapshots)
         of_items = bucket_rows(item_counts, item_aggregates_schema(schema), None, group, named)
-        counted.load(of_items.sort("ts", maintain_order=True), since=settings.known_at(group[0]))
+        per_item.load(of_items.sort("ts", maintain_order=True), since=settings.known_at(group[0]))
         happened = dict(_owners_of(new).group_by(CLOSE).len().iter_rows())
-        for close, samples in sample_rows(settings, shown, list(closes), timelines, users, items, own, cross, counted):
+        for close, samples in sample_rows(
+            settings, shown, list(closes), timelines, users, items, per_user, cross, per_item
+        ):
             sizes = candidate_counts(samples)
             yield (
                 SAMPLES,
@@ -118,21 +120,22 @@ def fold_bucket(
                     "events": happened.get(close, 0),
                 },
             )
-        owners = _owners(state, new, [close for close, one in closes.items() if one in snapshots])
+        owners = _owners(state, new, [close for close, partition in closes.items() if partition in snapshots])
         for close, part in state_rows(settings, timelines, owners, list(closes)):
             yield STATE, closes[close], part, {}
         for partition, part in states:
             yield USER_AGGREGATES, partition, part, {}
         last = max(closes)
         state = {s.name: newest(timelines[s.name], s.length, last - settings.log_delay) for s in schema.sequences}
-        for tally in (own, *cross, counted):
+        for tally in (per_user, *cross, per_item):
             tally.forget_before(last)
 
 
 def rows_after(settings: BuildSettings, earlier: Sequence[str], impressions: pl.DataFrame) -> pa.Table:
     """Sample rows of requests after the newest partition, from the states and profiles alone.
 
-    What the next partition's samples would hold if nothing else happened: so what the online store should answer.
+    They are what the next partition's samples would hold if nothing else happened, and what the online store should
+    answer.
 
     Args:
         earlier: the partitions built so far.
@@ -143,23 +146,26 @@ def rows_after(settings: BuildSettings, earlier: Sequence[str], impressions: pl.
     moment = int(impressions.select(pl.col("ts").min()).item())
     named = impressions.select(pl.col("item_id").cast(pl.String)).drop_nulls().unique()
     items = profiles_of(settings, "items", "item_id", schema.side("item"), named)
-    counted = item_tally(schema, settings.grain)
-    restore_items(settings, counted, named, earlier, moment)
+    per_item = item_tally(schema, settings.grain)
+    restore_items(settings, per_item, named, earlier, moment)
     marked = impressions.with_columns(
         bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"), pl.lit(0, pl.Int64).alias(CLOSE)
     )
     for (bucket,), part in marked.partition_by("bucket", as_dict=True, include_key=False).items():
-        own, cross = user_tallies(schema, settings.grain)
-        restore_users(settings, [own, *cross], bucket, earlier, moment)
+        per_user, cross = user_tallies(schema, settings.grain)
+        restore_users(settings, [per_user, *cross], bucket, earlier, moment)
         users = profiles_of(settings, "users", "user_id", schema.side("user"), int(bucket))
         state = load_state(settings, bucket, earlier, part.select("user_id").unique())
         timelines = {name: in_order(events) for name, events in state.items()}
-        rows += [one for _, one in sample_rows(settings, part, [0], timelines, users, items, own, cross, counted)]
+        rows += [
+            samples
+            for _, samples in sample_rows(settings, part, [0], timelines, users, items, per_user, cross, per_item)
+        ]
     return pa.concat_tables(rows)
 
 
 def _together(settings: BuildSettings, partitions: Sequence[str]) -> list[list[str]]:
-    """The partitions in groups that are folded together, by what a bucket reads of the logs."""
+    """The partitions in groups that are folded together, by the size of what a bucket reads of the logs."""
     sizes = dict.fromkeys(partitions, 0)
     for role in settings.schema.logs:
         for partition, size in settings.tables[role].sizes(partitions).items():
@@ -168,9 +174,13 @@ def _together(settings: BuildSettings, partitions: Sequence[str]) -> list[list[s
 
 
 def _snapshots(settings: BuildSettings, partitions: Sequence[str], earlier: Sequence[str]) -> set[str]:
-    """Those of the partitions in which the state tables hold everyone."""
+    """Those of the partitions in which the state tables hold all owners."""
     previous = [earlier[-1] if earlier else None, *partitions]
-    return {one for one, before in zip(partitions, previous, strict=False) if is_snapshot(one, before, settings.grain)}
+    return {
+        partition
+        for partition, before in zip(partitions, previous, strict=False)
+        if is_snapshot(partition, before, settings.grain)
+    }
 
 
 def _delivered_once(
@@ -180,12 +190,12 @@ def _delivered_once(
     state: pl.DataFrame,
     closes: Sequence[int],
 ) -> pl.DataFrame:
-    """The events that the state before their partition does not hold: delivered again in a later partition an event
-    counts once, as online.
+    """The events that the state before their partition does not hold: an event that is delivered again in a later
+    partition counts once, as online.
 
     Args:
         new: events of the partitions with these closes, each once in its partition.
-        state: before the first of them.
+        state: the one before the first of them.
     """
     key = ["user_id", EVENT_ID]
     if len(closes) == 1:
@@ -194,20 +204,22 @@ def _delivered_once(
     users = delivered.filter(pl.struct(key).is_duplicated()).select("user_id").unique()
     if users.is_empty():
         return new
-    # what a state holds hangs on what came before it: of these users, partition by partition
-    held, kept = state.join(users, on="user_id", how="semi"), [new.join(users, on="user_id", how="anti")]
+    # a state depends on the partitions before it, so for these users they are taken one by one
+    in_state, kept = state.join(users, on="user_id", how="semi"), [new.join(users, on="user_id", how="anti")]
     again = new.join(users, on="user_id", how="semi", maintain_order="left")
     for close in closes:
-        first = again.filter(pl.col(CLOSE) == close).join(held, on=key, how="anti", maintain_order="left")
+        first = again.filter(pl.col(CLOSE) == close).join(in_state, on=key, how="anti", maintain_order="left")
         kept.append(first)
-        held = newest(in_order(pl.concat([held, first.drop(CLOSE)])), sequence.length, close - settings.log_delay)
+        in_state = newest(
+            in_order(pl.concat([in_state, first.drop(CLOSE)])), sequence.length, close - settings.log_delay
+        )
     return pl.concat(kept)
 
 
 def _owners(
     state: Mapping[str, pl.DataFrame], new: Mapping[str, pl.DataFrame], snapshots: Sequence[int]
 ) -> pl.DataFrame:
-    """Who has a row in the state table (user_id, ``CLOSE``): with new events; in a snapshot, with any so far."""
+    """Users with a row in the state table (user_id, ``CLOSE``): with new events; in a snapshot, with any so far."""
     changed = _owners_of(new)
     before = [events.select("user_id", pl.lit(0, pl.Int64).alias(CLOSE)) for events in state.values()]
     since = pl.concat([changed, *before]).group_by("user_id").agg(pl.col(CLOSE).min())
@@ -220,30 +232,30 @@ def _owners(
 def _owners_of(events: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """user_id and ``CLOSE`` of the events of all sequences."""
     none = pl.DataFrame(schema={"user_id": pl.String, CLOSE: pl.Int64})
-    return pl.concat([none, *[one.select("user_id", CLOSE) for one in events.values()]])
+    return pl.concat([none, *[of_sequence.select("user_id", CLOSE) for of_sequence in events.values()]])
 
 
 def _advance_users(
     settings: BuildSettings,
-    own: Tally,
+    per_user: Tally,
     cross: Sequence[Tally],
     rows: Mapping[str, pl.DataFrame],
     items: pl.DataFrame,
     partitions: Sequence[str],
     snapshots: Collection[str],
 ) -> Iterator[tuple[str, pa.Table]]:
-    """Fold partitions into the user's tallies; rows of ``user_aggregates``, of all users in a snapshot."""
+    """Fold partitions into the user's tallies; yields rows of ``user_aggregates``, in a snapshot those of all users."""
     known = pl.col(CLOSE) + settings.aggregates_delay
-    changed = [own.advance(deltas(own.features, own.keys, rows, known))]
+    changed = [per_user.advance(deltas(per_user.features, per_user.keys, rows, known))]
     for tally in cross:
         (feature,) = tally.features
         aggregate = aggregate_of(feature)
-        counted = crossed(rows[aggregate.of], items, str(aggregate.key))
-        added = tally.advance(deltas(tally.features, tally.keys, {aggregate.of: counted}, known))
+        with_key = crossed(rows[aggregate.of], items, str(aggregate.key))
+        added = tally.advance(deltas(tally.features, tally.keys, {aggregate.of: with_key}, known))
         changed.append(added.select("user_id", "ts"))
-    changed += [own.everyone(settings.known_at(one)) for one in partitions if one in snapshots]
+    changed += [per_user.everyone(settings.known_at(partition)) for partition in partitions if partition in snapshots]
     owners = pl.concat(changed).unique()
-    return _counts(settings, [own, *cross], owners, partitions, user_aggregates_schema(settings.schema))
+    return _counts(settings, [per_user, *cross], owners, partitions, user_aggregates_schema(settings.schema))
 
 
 def _counts(
@@ -256,18 +268,18 @@ def _counts(
     """Rows of a table of counts, partition by partition.
 
     Args:
-        tallies: of the owners themselves, then those by key.
-        owners: who has a row, and when it becomes known: user_id or item_id, and ts.
+        tallies: that of the owners themselves, then those by key.
+        owners: owners with a row, and when it becomes known: user_id or item_id, and ts.
         schema: of the table.
     """
-    arrow, known = unpartitioned(schema), {settings.known_at(one): one for one in partitions}
+    arrow, known = unpartitioned(schema), {settings.known_at(partition): partition for partition in partitions}
     rows = tallies[0].totals_at(owners.sort("ts", arrow.names[0]))
-    spans = [one for tally in tallies for one in tally.spans()]
+    spans = [span for tally in tallies for span in tally.spans()]
     for ts, first, last in parts_of(rows["ts"], list(known)):
         part = rows[first:last]
-        columns: dict[str, Any] = {one.name: one.to_arrow() for one in part}
-        for one in spans:
-            columns |= one.at(part[arrow.names[0]], ts)
+        columns: dict[str, Any] = {column.name: column.to_arrow() for column in part}
+        for span in spans:
+            columns |= span.at(part[arrow.names[0]], ts)
         yield known[ts], pa.table({name: columns[name] for name in arrow.names}).cast(arrow)
 
 
@@ -276,7 +288,7 @@ def item_deltas(settings: BuildSettings, bucket: int, partitions: Sequence[str])
     features, settings = settings.schema.aggregates("item"), settings.pinned()
     for group in _together(settings, partitions):
         rows, _ = log_rows(settings, group, bucket)
-        sources = {role: one.drop_nulls("item_id") for role, one in rows.items() if "item_id" in one.columns}
+        sources = {role: of_log.drop_nulls("item_id") for role, of_log in rows.items() if "item_id" in of_log.columns}
         yield deltas(features, ["item_id"], sources, pl.col(CLOSE) + settings.aggregates_delay).with_columns(
             bucket_column(pl.col("item_id"), settings.buckets).alias("bucket")
         )
@@ -293,12 +305,14 @@ def fold_items(
     tally, grain = item_tally(settings.schema, settings.grain), settings.grain
     restore_items(settings, tally, bucket, earlier, partition_bounds(partitions[0], grain)[0])
     snapshots = _snapshots(settings, partitions, earlier)
-    known = {one: settings.known_at(one) for one in partitions}
+    known = {partition: settings.known_at(partition) for partition in partitions}
     sizes = dict(parts.group_by("ts").len().iter_rows())
-    for group in together({one: sizes.get(ts, 0) for one, ts in known.items()}, TOGETHER_ITEMS, len(partitions)):
-        own = parts.filter(pl.col("ts").is_between(known[group[0]], known[group[-1]])).drop("bucket")
-        changed = [tally.advance(summed([own], tally.keys, tally.features))]
-        changed += [tally.everyone(known[one]) for one in group if one in snapshots]
+    for group in together(
+        {partition: sizes.get(ts, 0) for partition, ts in known.items()}, TOGETHER_ITEMS, len(partitions)
+    ):
+        added = parts.filter(pl.col("ts").is_between(known[group[0]], known[group[-1]])).drop("bucket")
+        changed = [tally.advance(summed([added], tally.keys, tally.features))]
+        changed += [tally.everyone(known[partition]) for partition in group if partition in snapshots]
         layout = item_aggregates_schema(settings.schema)
         yield from _counts(settings, [tally], pl.concat(changed).unique(), group, layout)
         tally.forget_before(partition_bounds(group[-1], grain)[1])

@@ -1,4 +1,4 @@
-"""List columns that are made of parts of a flat table: where the rows of every part stand is all that is computed."""
+"""List columns made of parts of a flat table; only the positions of each part's rows are computed."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ def ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
 def parts_of(column: pl.Series, values: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Where each of these values stands in an ordered column: (value, first row, row after the last)."""
     ends = (column.to_numpy().searchsorted(values, side) for side in ("left", "right"))
-    yield from zip(values, *(one.tolist() for one in ends), strict=True)
+    yield from zip(values, *(end.tolist() for end in ends), strict=True)

@@ -27,7 +27,7 @@ def log_rows(
 ) -> tuple[dict[str, pl.DataFrame], dict[str, dict[str, int]]]:
     """One bucket's rows of every log in some partitions, and how many impressions there were in each.
 
-    Of impressions only the good ones; of events each once in a partition. Keys are text, and ``CLOSE`` tells the
+    Bad impressions are left out, and repeated events of a partition count once. Keys are text, and ``CLOSE`` tells the
     partition.
     """
     raw = {role: settings.tables[role].slice(partitions, bucket, settings.buckets) for role in settings.schema.logs}
@@ -37,7 +37,8 @@ def log_rows(
         dict(rows.group_by("dt").agg(pl.len()).iter_rows()) for rows in (raw["impressions"], rejected)
     )
     counts = {
-        one: {"impressions": impressions.get(one, 0), "quarantined": quarantined.get(one, 0)} for one in partitions
+        partition: {"impressions": impressions.get(partition, 0), "quarantined": quarantined.get(partition, 0)}
+        for partition in partitions
     }
     raw = {role: good if role == "impressions" else distinct_events(rows) for role, rows in raw.items()}
     keys, (_, close) = ("request_id", "user_id", "item_id"), bounds_of(partitions, settings.grain)
@@ -56,8 +57,10 @@ def items_named(settings: BuildSettings, partitions: Sequence[str], bucket: int)
         table = settings.tables[role]
         rows = table.scan(partitions)
         if "item_id" in rows.collect_schema():
-            own = rows.filter(table.in_bucket(bucket, settings.buckets))
-            found.append(table.collect(own.select(pl.col("item_id").cast(pl.String).drop_nulls().unique()), partitions))
+            of_bucket = rows.filter(table.in_bucket(bucket, settings.buckets))
+            found.append(
+                table.collect(of_bucket.select(pl.col("item_id").cast(pl.String).drop_nulls().unique()), partitions)
+            )
     return pl.concat(found).unique()
 
 
@@ -73,12 +76,12 @@ def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partitions
     tasks = settings.schema.delayed_tasks
     if not tasks:
         return impressions
-    opening, close = (partition_bounds(partitions[one], settings.grain)[one] for one in (0, -1))
+    opening, close = (partition_bounds(partitions[end], settings.grain)[end] for end in (0, -1))
     table = settings.tables[FEEDBACK]
     window = settings.schema.attribution_window
     parts = feedback_partitions(table.partitions(), opening, close + window, settings.grain)
     keys = ["request_id", "item_id"]
-    own = impressions.select(*[pl.col(key).cast(pl.String) for key in keys], pl.col("ts").alias("shown"), CLOSE)
+    shown = impressions.select(*[pl.col(key).cast(pl.String) for key in keys], pl.col("ts").alias("shown"), CLOSE)
     given = table.scan(parts).select(
         *[pl.col(key).cast(pl.String) for key in keys],
         pl.col("label").cast(pl.String),
@@ -87,10 +90,10 @@ def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partitions
         pl.col("dt").cast(pl.String),
     )
     found = []
-    for portion in table.portions(given, FEEDBACK_ROWS, parts):  # no more in memory than this, and the bucket's own
+    for portion in table.portions(given, FEEDBACK_ROWS, parts):  # so memory holds one portion and the bucket's own rows
         _refuse_bad_feedback(portion, settings.grain)
-        found.append(portion.join(own, on=keys, how="inner"))
-    rows = pl.concat([given.clear().collect().join(own, on=keys, how="inner"), *found])
+        found.append(portion.join(shown, on=keys, how="inner"))
+    rows = pl.concat([given.clear().collect().join(shown, on=keys, how="inner"), *found])
     labels = []
     for task in tasks:
         span = task.attribution_window or 0
@@ -103,7 +106,7 @@ def with_feedback(settings: BuildSettings, impressions: pl.DataFrame, partitions
         )
         given_label = pl.col(task.name).fill_null(0)
         labels.append(
-            own.join(newest, on=[*keys, CLOSE], how="left", maintain_order="left")
+            shown.join(newest, on=[*keys, CLOSE], how="left", maintain_order="left")
             .select(pl.when(pl.col(CLOSE) + span <= settings.now).then(given_label).alias(task.name))
             .to_series()
         )
@@ -184,7 +187,7 @@ def profiles_of(
         pl.lit(True).alias("known"),
         *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in features],
         *texts,
-        *[encode(one, pl.col(one.source)).alias(name) for name, one in joined.items()],
+        *[encode(field, pl.col(field.source)).alias(name) for name, field in joined.items()],
     ).sort("updated_at", maintain_order=True)
 
 
@@ -200,23 +203,25 @@ def new_events(sequence: BehaviourSequence, events: pl.DataFrame, items: pl.Data
     coded = events.select(
         "user_id",
         "ts",
-        *[encode(one, pl.col(one.source)).alias(one.name) for one in sequence.own],
+        *[encode(field, pl.col(field.source)).alias(field.name) for field in sequence.own],
         hash_ids(pl.col("event_id")).alias(EVENT_ID),
         *[name for name in (CLOSE,) if name in events.columns],
     )
     if not sequence.joined:
         return coded
-    names = {timeline_column(sequence, one): one.name for one in sequence.joined}
+    names = {timeline_column(sequence, field): field.name for field in sequence.joined}
     known = join_as_of(events.select("item_id", "ts"), items.select("item_id", "updated_at", *names), "item_id")
-    unknown = [pl.col(timeline_column(sequence, one)).fill_null(0) for one in sequence.joined if one.kind != "number"]
+    unknown = [
+        pl.col(timeline_column(sequence, field)).fill_null(0) for field in sequence.joined if field.kind != "number"
+    ]
     joined = known.with_columns(unknown).select(pl.col(column).alias(name) for column, name in names.items())
     marks = [name for name in (EVENT_ID, CLOSE) if name in coded.columns]
-    return coded.hstack(joined).select("user_id", "ts", *[one.name for one in sequence.fields], *marks)
+    return coded.hstack(joined).select("user_id", "ts", *[field.name for field in sequence.fields], *marks)
 
 
 def joined_fields(schema: Schema) -> dict[str, FieldSpec]:
     """The side information that events take from their items, by ``timeline_column``."""
-    return {timeline_column(sequence, one): one for sequence in schema.sequences for one in sequence.joined}
+    return {timeline_column(sequence, field): field for sequence in schema.sequences for field in sequence.joined}
 
 
 def crossed(rows: pl.DataFrame, items: pl.DataFrame, key: str) -> pl.DataFrame:

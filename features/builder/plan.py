@@ -1,7 +1,7 @@
-"""The builder's work as plans of Ray Data: a source whose read tasks fold, write files, and give what they wrote.
+"""The builder's work as plans of Ray Data: a source whose read tasks fold, write files, and return records of them.
 
-Rows stay where they are made: what travels is a record per file, so that a plan needs no shuffle and no space in the
-object store. The driver, which reads the records as they come, commits.
+Rows stay where they are made and only a record per file travels, so that a plan needs no shuffle and no space in the
+object store. The driver reads the records as they come, and commits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from features.errors import known_cause
 from features.tasks import wait_for_end
 
 RETRIES = 3
-"""Times that a task is done again when its worker or node died. Ray Data's own default has no end."""
+"""How often a task is repeated when its worker or node died; Ray Data's own default is without limit."""
 
 
 def planned(
@@ -89,7 +89,7 @@ def _call(function: Callable[..., Any], number: int, call: tuple[Any, ...]) -> l
 
 
 class _Uncancelled(ExecutionCallback):  # type: ignore[misc]  # Ray's class has no types
-    """Waits for the tasks of a plan that failed or was given up, where Ray Data cancels them and does not wait."""
+    """Waits for the tasks of a plan that failed or was given up; Ray Data would cancel them and not wait."""
 
     executor: ClassVar[Any] = None
 
@@ -101,11 +101,11 @@ class _Uncancelled(ExecutionCallback):  # type: ignore[misc]  # Ray's class has 
     @staticmethod
     def _wait(operator: Any, force: bool) -> None:
         waitables = (task.get_waitable() for task in operator.get_active_tasks())
-        wait_for_end([getattr(one, "_generator_ref", one) for one in waitables])
+        wait_for_end([getattr(waitable, "_generator_ref", waitable) for waitable in waitables])
 
     @staticmethod
     def end() -> None:
-        """Put away the newest plan, if that has not been done."""
+        """Close the newest plan, if it is not closed yet."""
         if _Uncancelled.executor is not None:
             _Uncancelled.executor.shutdown(force=False)
         _Uncancelled.executor = None

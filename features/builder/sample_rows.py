@@ -40,22 +40,23 @@ def sample_rows(
     timelines: Mapping[str, pl.DataFrame],
     users: pl.DataFrame,
     items: pl.DataFrame,
-    own: Tally,
+    per_user: Tally,
     cross: Sequence[Tally],
-    counted: Tally,
+    per_item: Tally,
 ) -> Iterator[tuple[int, pa.Table]]:
     """Rows of the sample table for one bucket and some partitions: (close, rows ordered by user).
 
     Args:
         impressions: of the partitions with these closes, in the column ``CLOSE``.
         timelines: per sequence the events, in order, that these requests may see.
+        per_user, cross, per_item: the tallies of users, of users and keys, and of items.
     """
     schema = settings.schema
     arrow = unpartitioned(sample_schema(schema))
     if impressions.is_empty():
         yield from ((close, arrow.empty_table()) for close in closes)
         return
-    requests = _requests(settings, impressions, users, items, own, cross, counted)
+    requests = _requests(settings, impressions, users, items, per_user, cross, per_item)
     moments = requests.select("user_id", before=pl.col("ts") - settings.log_delay)
     rows = requests.select(CLOSE, "user_id").unique(maintain_order=True)
     seen: dict[str, tuple[pl.DataFrame, np.ndarray, np.ndarray]] = {}
@@ -91,15 +92,15 @@ def _requests(
     impressions: pl.DataFrame,
     users: pl.DataFrame,
     items: pl.DataFrame,
-    own: Tally,
+    per_user: Tally,
     cross: Sequence[Tally],
-    counted: Tally,
+    per_item: Tally,
 ) -> pl.DataFrame:
     """One row per request, ordered by partition, user and time, with all but what it sees of timelines."""
     schema = settings.schema
     weight = pl.col("weight").cast(pl.Float32).fill_null(1.0) if "weight" in impressions.columns else pl.lit(1.0)
     position = pl.col("position") if "position" in impressions.columns else pl.lit(0)
-    # only what is needed, coded at once: no column of the user's own meets a name used here
+    # only what is needed, coded at once, so that no column of the log can clash with a name used here
     candidates = impressions.select(
         CLOSE,
         "request_id",
@@ -111,7 +112,7 @@ def _requests(
         *[_label(task, impressions.columns).alias(label_column(task)) for task in schema.tasks],
         *[encode(feature, pl.col(feature.source)).alias(feature_column(feature)) for feature in schema.side("context")],
     ).sort(CLOSE, "user_id", "ts", "request_id", "position", "item_id")
-    candidates = _as_known(candidates, items, "item_id", schema.side("item"), counted)
+    candidates = _as_known(candidates, items, "item_id", schema.side("item"), per_item)
     for tally in cross:
         candidates = candidates.with_columns(_crossed_values(candidates, tally))
     candidate = pl.struct(
@@ -125,25 +126,25 @@ def _requests(
     requests = candidates.group_by(CLOSE, "user_id", "ts", "request_id", maintain_order=True).agg(
         candidate.alias("candidates"), *context
     )
-    return _as_known(requests, users, "user_id", schema.side("user"), own)
+    return _as_known(requests, users, "user_id", schema.side("user"), per_user)
 
 
 def _label(task: Task, columns: Sequence[str]) -> pl.Expr:
-    """The label as the log has it; one that arrives later is null where feedback was not asked."""
+    """The label as the log has it; a label that arrives later is null where feedback was not read."""
     known = task.attribution_window is None or task.name in columns
     return pl.col(task.source).cast(pl.Int8) if known else pl.lit(None, pl.Int8)
 
 
 def _as_known(
-    rows: pl.DataFrame, profiles: pl.DataFrame, key: str, features: Sequence[Feature], counted: Tally
+    rows: pl.DataFrame, profiles: pl.DataFrame, key: str, features: Sequence[Feature], tally: Tally
 ) -> pl.DataFrame:
     """Rows with what was known of their user or item by ``ts``: the newest profile and the counts.
 
-    Someone is ``known`` with a profile by then, or when seen before the close of a partition whose counts were
+    A user or item is ``known`` with a profile by then, or when seen before the close of a partition whose counts were
     known. Without a profile codes are 0 and numbers null, but a known id is itself.
     """
     joined = join_as_of(rows, profiles, key)
-    counts = counted.as_of(rows)
+    counts = tally.as_of(rows)
     known = joined["known"].fill_null(False) | counts["known"]
     filled: list[pl.Expr | pl.Series] = [known.alias("known")]
     for feature in features:
@@ -155,8 +156,10 @@ def _as_known(
         elif feature.kind != "number":
             filled.append(column.fill_null(0))
     values = counts.select(
-        aggregate_value(one, pl.col(count_column(one)), pl.col(sum_column(one))).alias(feature_column(one))
-        for one in counted.features
+        aggregate_value(feature, pl.col(count_column(feature)), pl.col(sum_column(feature))).alias(
+            feature_column(feature)
+        )
+        for feature in tally.features
     )
     return joined.with_columns(filled).hstack(values)
 

@@ -1,7 +1,8 @@
 """The builder's own tables: their layout, and how a fold goes on from where earlier partitions left them.
 
-Per owner and partition with a change one row, versioned by ``dt``; now and then a snapshot of all owners. So reading
-the newest states goes back a bounded number of partitions, and a new partition writes in proportion to itself.
+There is one row per owner and partition with a change, versioned by ``dt``, and now and then a snapshot of all owners.
+So reading the newest states goes back a bounded number of partitions, and what a new partition writes depends on its
+own size.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from features.schema import Sequence as BehaviourSequence
 SAMPLES, STATE, USER_AGGREGATES, ITEM_AGGREGATES = "samples", "state", "user_aggregates", "item_aggregates"
 
 LAYOUT = 2
-"""Of the builder's own tables; what another version of corank laid out otherwise is built anew."""
+"""Version of the layout of the builder's own tables; tables of another version are built anew."""
 
 SNAPSHOT_EVERY = 16
-"""A state table holds all its owners in one of so many partitions, so that reading it never goes back further."""
+"""One of so many partitions of a state table is a snapshot of all owners: reading never goes back further."""
 
 TOGETHER_BYTES = 4 << 20
-"""Of a bucket's files: partitions up to this size are read and folded together, which saves them a query each."""
+"""Bytes of a bucket's files: partitions up to this size in all are read and folded together, in one query."""
 
 EVENT_ID, CLOSE, POSITION = "__event_id", "__close", "__position"
 """While a bucket is folded: the hashed id of an event, the close of a row's partition (microseconds UTC) and an event's
@@ -69,12 +70,12 @@ class BuildSettings:
         return Table(table, self.table_root(table), {}, self.storage_options)
 
     def opened(self, table: str) -> Table:
-        """The same, opened once where there is one; for a task that reads it many times."""
+        """The same table, opened once if it exists; for a task that reads it many times."""
         stored = self.table(table)
         return stored.pinned() if stored.exists() else stored
 
     def pinned(self) -> BuildSettings:
-        """For one task: every log opened once, at the version it has now."""
+        """The settings for one task: every log opened once, at the version it has now."""
         return replace(self, tables={role: table.pinned() for role, table in self.tables.items()})
 
     def known_at(self, partition: str) -> int:
@@ -112,11 +113,11 @@ def partitioned(fields: list[pa.Field]) -> pa.Schema:
 
 def unpartitioned(schema: pa.Schema) -> pa.Schema:
     """The columns of a Parquet file below dt=…/bucket=…"""
-    return pa.schema([one for one in schema if one.name not in ("dt", "bucket")])
+    return pa.schema([column for column in schema if column.name not in ("dt", "bucket")])
 
 
 def is_snapshot(partition: str, previous: str | None, grain: Grain) -> bool:
-    """Whether the state tables hold all owners in this partition; decided by the calendar, so always alike."""
+    """Whether the state tables hold all owners in this partition; the calendar alone decides it."""
     if previous is None:
         return True
     return partition_number(partition, grain) // SNAPSHOT_EVERY != partition_number(previous, grain) // SNAPSHOT_EVERY
@@ -152,7 +153,7 @@ def lists_of(
         event_ids: with the column of hashed event ids.
     """
     names = {"ts": timeline_column(sequence, None)}
-    names |= {one.name: timeline_column(sequence, one) for one in sequence.fields}
+    names |= {event_field.name: timeline_column(sequence, event_field) for event_field in sequence.fields}
     names |= {EVENT_ID: event_id_column(sequence)} if event_ids else {}
     return list_columns(events.select(list(names)).rename(names), ranges(start, stop), stop - start)
 
@@ -209,7 +210,7 @@ def first_event(events: pl.DataFrame, users: pl.DataFrame) -> np.ndarray:
 
 def count_before(events: pl.DataFrame, moments: pl.DataFrame) -> np.ndarray:
     """For every row (user_id, before) of ``moments`` the user's events with ``ts < before``."""
-    # both are ordered by time within every user, which is all that the join needs
+    # both are ordered by time within every user, as the join needs
     found = moments.join_asof(
         events.select("user_id", "ts", pl.col(POSITION) + 1),
         left_on="before",
@@ -259,7 +260,7 @@ def restore_users(
 
 def restore_items(
     settings: BuildSettings,
-    counted: Tally,
+    tally: Tally,
     items: int | pl.DataFrame,
     earlier: Sequence[str],
     opening: int,
@@ -271,8 +272,8 @@ def restore_items(
     """
     layout = item_aggregates_schema(settings.schema)
     bucket, owners = (items, None) if isinstance(items, int) else (None, items)
-    counted.load(newest_rows(settings, ITEM_AGGREGATES, layout, bucket, earlier, opening, owners))
-    counted.forget_before(opening)
+    tally.load(newest_rows(settings, ITEM_AGGREGATES, layout, bucket, earlier, opening, owners))
+    tally.forget_before(opening)
 
 
 def newest_rows(
@@ -294,7 +295,7 @@ def newest_rows(
     """
     owner, stored = schema.names[0], settings.opened(table)
     partitions = since_snapshot(settings, earlier, known_by)
-    # which rows they are first, so that no list of an older one is held
+    # first the places of these rows, so that no list of an older row is loaded
     every = bucket_rows(stored, schema, bucket, partitions, owners, [owner, "ts"])
     is_old = pl.lit(True) if known_by is None else pl.col("ts") <= known_by
     newest_old = every.filter(is_old).group_by(owner).agg(pl.col("ts").max())

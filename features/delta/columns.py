@@ -1,4 +1,4 @@
-"""How a column of a user's own table is read: as which type, and what is made of the rows where a table lacks one."""
+"""How columns of a user's own table are read: as which type, and how columns that the table lacks are made."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pyarrow as pa
 from features.schema import EPOCH_MONDAY, GRAIN_LENGTH, PARTITION_FORMATS, SECOND, Grain
 
 MOMENTS = ("ts", "updated_at")
-"""Columns that are a time: integers are microseconds UTC already, timestamps and dates become that."""
+"""Columns of times: integers are taken as microseconds UTC, and timestamps and dates become them."""
 
 INT64_DIGITS = 18
-"""Whole decimals of so many digits fit into 64 bits; larger ones are read as text."""
+"""Whole decimals of up to so many digits fit into 64 bits; larger ones are read as text."""
 
 WIDER = (("int8", "int16", "int32", "int64"), ("float32", "float64"))
-"""Types that read as any later one of their row, without a loss."""
+"""Types; each can be read as any later one of its row without a loss."""
 
 SAME_TYPES = {
     "large_string": "string",
@@ -30,7 +30,7 @@ SAME_TYPES = {
 """Arrow's other names of one Delta type."""
 
 FIELD = "\x1f"
-"""Between the columns of a row's text; no log has it in a value."""
+"""Separator of the columns in a row's text; no log has it in a value."""
 
 
 def read_type(name: str, kind: pa.DataType) -> pa.DataType:
@@ -88,9 +88,9 @@ def partition_column(ts: pl.Expr, grain: Grain) -> pl.Expr:
 
 
 def row_text(kinds: Mapping[str, Any]) -> pl.Expr:
-    """The whole row as one text, the same for equal rows in any order of columns; a null is as if it were not there.
+    """The whole row as one text, the same for equal rows in any order of columns; nulls are left out.
 
-    It stands in for the id of an event where a log gives none: a row delivered twice is one event.
+    Where a log has no event ids it is an event's id: a row delivered twice is one event.
     """
     parts: list[pl.Expr] = []
     for name in sorted(kinds):

@@ -1,8 +1,9 @@
-"""What a partition's content is identified by, so that no change of it can be missed.
+"""Fingerprints, which identify the content of partitions so that no change can be missed.
 
-Delta versions are of a whole table. A partition's fingerprint names the last commit with data change that touched it;
-compaction changes none. Where commits cannot tell, because they were cleaned up behind a checkpoint or a `remove` does
-not say where it removed, it names the partition's set of live files instead, if that has changed since the last look.
+A Delta version is one of the whole table. A partition's fingerprint names the last commit that changed data in it;
+compaction changes none. Commits cannot tell when they were cleaned up behind a checkpoint, or when a `remove` does not
+say where it removed. Then the fingerprint names the partition's set of live files, if that has changed since the last
+look.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from deltalake import DeltaTable
 from pyarrow import fs
 
 WHOLE_TABLE = "None"
-"""Stands for the partition of a table that has none."""
+"""Name of the only partition of a table without partitions."""
 
 
 def fingerprints(
@@ -71,7 +72,7 @@ def fingerprints(
 
 
 def _was_replaced(store: fs.FileSystem, cache: Mapping[str, Any]) -> bool:
-    """Whether the last commit that was seen is another one now: the log was restored, and went another way."""
+    """Whether the last commit seen is now another one, since the log was restored and then written differently."""
     if cache.get("commit") is None:
         return False
     commit = _commit(store, cache["version"])

@@ -1,8 +1,8 @@
-"""Keeping the Delta tables that corank derived in order: compaction, vacuum, erasing users, dropping partitions.
+"""Upkeep of the Delta tables that corank derived: compaction, vacuum, erasing users, dropping partitions.
 
-All of it works alike: new files are written where no reader sees them, one commit exchanges them for the old
-ones, and only :func:`vacuum` removes bytes. So a table is readable whenever this is killed, and calling it again
-finishes. For derived tables only, never for the user's own log.
+All functions work alike: they write new files where no reader sees them, one commit exchanges them for the old ones,
+and only :func:`vacuum` removes bytes. So a table stays readable if a call is killed, and the same call finishes the
+work. They are for derived tables only, never for the user's own log.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from deltalake import DeltaTable, PostCommitHookProperties
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
-from features.delta.paths import file_system, table_files
-from features.delta.table import MENDED, Table, cannot_read
+from features.delta.damage import MENDED, cannot_read
+from features.delta.paths import file_system, table_store
+from features.delta.table import Table
 from features.delta.write import DATA_FILE, DataFile, committing, write_file
 from features.errors import CorankError, UnreadableError
 
@@ -34,7 +35,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Size:
-    """What a table occupies in storage, files that no version of it needs any more included."""
+    """What a table occupies in storage, including files that no version of it needs any more."""
 
     files: int
     bytes: int
@@ -215,7 +216,7 @@ def _files(table: Table) -> list[DataFile]:
 
 
 def _ever_shown(table: Table) -> set[str]:
-    """Names of all data files that any commit of the log speaks of, those of before a cleaned-up log excepted."""
+    """Names of all data files that any commit names, except commits that were cleaned up from the log."""
     if not table.exists():
         return set()
     store, paths = _store(table), [file.path for file in _files(table)]
@@ -228,7 +229,7 @@ def _ever_shown(table: Table) -> set[str]:
                     raise UnreadableError(
                         f"table {table.name} at {table.uri}: the Delta log's {entry.path} is damaged; {MENDED}"
                     ) from error
-            paths += [one[kind]["path"] for one in actions for kind in ("add", "remove") if kind in one]
+            paths += [action[kind]["path"] for action in actions for kind in ("add", "remove") if kind in action]
     return {path.rpartition("/")[2] for path in paths}
 
 
@@ -238,7 +239,7 @@ def _slices(files: Iterable[DataFile]) -> list[list[DataFile]]:
 
 def _read(table: Table, file: DataFile, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.ParquetFile(file.path, filesystem=_store(table)).read(columns=columns)  # takes nested columns too
+        return pq.ParquetFile(file.path, filesystem=_store(table)).read(columns=columns)  # takes nested columns, too
     except (OSError, pa.ArrowException) as error:
         raise cannot_read(table.name, table.uri, file.path, error) from error
 
@@ -276,4 +277,4 @@ def _exchange(table: Table, old: Iterable[DataFile], new: Iterable[DataFile], da
 
 
 def _store(table: Table) -> fs.FileSystem:
-    return table_files(table.uri, table.storage_options)
+    return table_store(table.uri, table.storage_options)

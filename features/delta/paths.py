@@ -1,4 +1,4 @@
-"""Paths and addresses as the user writes them, and what the Delta library takes them for."""
+"""Paths and addresses as the user writes them, and in the form that libraries take."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ever without them, and deltalake for three minutes, in which Python heeds no sig
 ESCAPE = re.compile("%[0-9a-fA-F]{2}")
 
 UNREADABLE = re.compile(rf"\\|{ESCAPE.pattern}")
-"""What the library refuses in a local path, behind links too, or takes for something else."""
+"""What the Delta library refuses in a local path, even behind links, or reads as something else."""
 
 
 def address(path: str) -> str:
-    """What libraries are given for a local path or an ``s3://`` address as the user writes it."""
+    """The form for libraries of a local path or an ``s3://`` address as the user writes it."""
     if "://" not in path:
         return path
     scheme, _, rest = path.partition("://")
@@ -37,11 +37,6 @@ def patient(options: Mapping[str, str]) -> dict[str, str]:
     return {**PATIENCE, **options}
 
 
-def table_files(root: str, options: Mapping[str, str]) -> fs.FileSystem:
-    """The files of a Delta table, by their paths in it."""
-    return fs.PyFileSystem(DeltaStorageHandler(address(root), options=patient(options)))
-
-
 def check_openable(path: str) -> None:
     """
     Args:
@@ -52,3 +47,12 @@ def check_openable(path: str) -> None:
     """
     if wrong := (ESCAPE if "://" in path else UNREADABLE).search(path):
         raise ValueError(f"has {wrong[0]} in its name, below which no Delta table can lie; rename that folder")
+
+
+def table_store(root: str, options: Mapping[str, str]) -> fs.FileSystem:
+    """A file system whose root is a table, reached as deltalake reaches it.
+
+    Args:
+        options: of the storage, as deltalake takes them.
+    """
+    return fs.PyFileSystem(DeltaStorageHandler(address(root), options=patient(options)))

@@ -5,47 +5,33 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, DeltaProtocolError
-from pyarrow import fs
 
-from features.delta.columns import partition_column, read, read_type, reads_as, row_text, type_name
+from features.delta.columns import partition_column, read, read_type, row_text, type_name
+from features.delta.damage import MENDED, check_files
+from features.delta.files import READ_ERRORS, LocalPaths, scan_files
 from features.delta.fingerprints import WHOLE_TABLE, fingerprints
-from features.delta.paths import address, file_system, patient, table_files
-from features.delta.write import is_as_written, is_written_for
+from features.delta.paths import address, patient, table_store
 from features.encoding import bucket_column
 from features.errors import (
     CorankError,
     DataGateError,
-    UnavailableError,
     UnreadableError,
     first_line,
     in_reach,
-    out_of_reach,
 )
 from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
 STAMP = pl.Datetime("us", "UTC")
-
-READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, pa.ArrowException, DeltaError, OSError)
-"""What reading a damaged file can raise; Polars panics when a file is shorter than the Delta log says."""
-
-SHOWN_FILES = 5
-
-MISPLACED = "was written for another partition than the Delta log says"
-
-MENDED = "a table that corank derived is mended by `corank repair`"
 
 MADE_OF = {
     "updated_at": "every profile is valid from the beginning",
@@ -58,19 +44,10 @@ READ_FEATURES = {"deletionVectors", "timestampNtz"}
 """Delta's table features that deltalake and Polars can read."""
 
 UNSUPPORTED = re.compile("unsupported|not supported|catalog-managed", re.IGNORECASE)
-"""What deltalake says of a feature, or a version of the protocol, that it does not know; the log itself is whole."""
+"""Messages of deltalake on a feature or a protocol version that it does not know; the log itself is whole."""
 
 MAPPING_VERSION = 2
 """Delta's reader version that brought column mapping."""
-
-
-@dataclass(frozen=True)
-class DamagedFile:
-    """A file of a table, relative to it, and what is wrong with it. ``partition``: None where it is cut from ``ts``."""
-
-    path: str
-    partition: str | None
-    problem: str
 
 
 @dataclass(frozen=True)
@@ -80,8 +57,8 @@ class Table:
     Attributes:
         name: what messages call it (its role or its name in the config).
         uri: local path or ``s3://`` address.
-        columns: canonical name → the user's own column name; columns not named keep theirs. What a name is mapped from
-            is decided here alone: a column of the table's own that has the name is out of sight.
+        columns: canonical name → the user's own column name; columns not named keep theirs. A mapped name always means
+            the column that it is mapped to: one of the table's own columns with that name cannot be reached.
         storage_options: handed to deltalake (credentials, endpoint).
         version: the one that is read, whatever is written meanwhile; None: the newest.
         grain: of a user's log, which is read by partitions; None: of a profile table, and of the builder's own.
@@ -107,7 +84,7 @@ class Table:
         return replace(self, opened=self.delta())
 
     def at(self, version: int | None) -> Table:
-        """The table at a version; None: as it is by then."""
+        """The table at a version; None: the newest whenever it is read."""
         return replace(self, version=version, opened=None)
 
     def exists(self) -> bool:
@@ -159,16 +136,16 @@ class Table:
         return table
 
     def schema(self) -> pa.Schema:
-        """Arrow schema under the canonical names, with the table's own types; :meth:`read_schema`: as they are read."""
+        """Arrow schema under the canonical names, with the table's own types and not those of :meth:`read_schema`."""
         delta = self.delta()
-        own = pa.schema(delta.schema().to_arrow())
-        return pa.schema([own.field(column).with_name(name) for name, column in self._names(delta).items()])
+        stored = pa.schema(delta.schema().to_arrow())
+        return pa.schema([stored.field(column).with_name(name) for name, column in self._names(delta).items()])
 
     def read_schema(self) -> pa.Schema:
         """Arrow schema of what :meth:`scan` gives."""
-        fields = [pa.field(one.name, read_type(one.name, one.type)) for one in self.schema()]
+        fields = [pa.field(column.name, read_type(column.name, column.type)) for column in self.schema()]
         made = {"updated_at": pa.int64(), "event_id": pa.string(), "dt": pa.string()}
-        missing = set(made) & self._made({one.name for one in fields})
+        missing = set(made) & self._made({column.name for column in fields})
         return pa.schema([*fields, *[pa.field(name, made[name]) for name in sorted(missing)]])
 
     def types(self) -> dict[str, str]:
@@ -229,9 +206,9 @@ class Table:
             else:
                 unclear.append(path)
         if unclear:
-            rows = _scan(self.delta(), unclear)
-            own = self._names(self.delta())["ts"]
-            ts = read("ts", pl.col(own), rows.collect_schema()[own]).alias("ts")
+            rows = scan_files(self.delta(), unclear)
+            source = self._names(self.delta())["ts"]
+            ts = read("ts", pl.col(source), rows.collect_schema()[source]).alias("ts")
             cut = rows.select(ts).select(partition_column(pl.col("ts"), self.grain).alias("dt").unique())
             found |= set(self.collect(cut)["dt"].drop_nulls())
         return sorted(found)
@@ -241,14 +218,14 @@ class Table:
         column = self.partition_column()
         if column is not None:
             return any(part[column] is None for part in self.delta().partitions())
-        own = self._names(self.delta()).get("ts")
-        if self.grain is None or own is None:
+        source = self._names(self.delta()).get("ts")
+        if self.grain is None or source is None:
             return False
         actions = pl.DataFrame(pa.table(self.delta().get_add_actions(flatten=True)))
-        nulls = actions[f"null_count.{own}"] if f"null_count.{own}" in actions.columns else None
+        nulls = actions[f"null_count.{source}"] if f"null_count.{source}" in actions.columns else None
         if nulls is not None and not nulls.null_count() and not nulls.sum():
-            return False  # as the log's statistics say
-        return bool(self.collect(_scan(self.delta()).select(pl.col(own).is_null().any())).item())
+            return False  # the log's statistics show it
+        return bool(self.collect(scan_files(self.delta()).select(pl.col(source).is_null().any())).item())
 
     def is_bucketed(self) -> bool:
         """Whether the table is laid out by (dt, bucket), bucket = user hash mod the number of buckets."""
@@ -261,18 +238,18 @@ class Table:
         names, column = self._names(delta), self.partition_column()
         if wanted is not None and self.is_cut:
             spans = _spans(wanted, self.grain or "day")
-            frame = _scan(delta, [path for path, extent in self._extents().items() if _meets(extent, spans)])
+            frame = scan_files(delta, [path for path, extent in self._extents().items() if _meets(extent, spans)])
             clock = pl.col(names["ts"])
             kind = frame.collect_schema()[names["ts"]]
-            # on the column as it is stored, so that parts of files are skipped
+            # filters the stored column, so that parts of files are skipped
             inside = [clock.is_between(_moment(low, kind), _moment(high, kind), closed="left") for low, high in spans]
             frame = frame.filter(pl.any_horizontal(pl.lit(False), *inside))
         else:
-            frame = _scan(delta)
+            frame = scan_files(delta)
             if wanted is not None:
                 frame = frame.filter(pl.col(column or "dt").cast(pl.String).is_in(wanted))
         kinds = frame.collect_schema()
-        frame = frame.select(read(name, pl.col(own), kinds[own]).alias(name) for name, own in names.items())
+        frame = frame.select(read(name, pl.col(source), kinds[source]).alias(name) for name, source in names.items())
         made = self._made(set(names))
         if "event_id" in made:
             frame = frame.with_columns(row_text(_content(frame.collect_schema())).alias("event_id"))
@@ -295,8 +272,8 @@ class Table:
         try:
             return frame.collect()
         except READ_ERRORS as error:
-            self.check_files(partitions, whole=True)
-            # every file can be read, so either the query is wrong, or a file was away only meanwhile
+            check_files(self, partitions, whole=True)
+            # every file can be read now, so either the query is wrong, or a file was gone for a moment
             if isinstance(error, OSError):
                 raise UnreadableError(f"table {self.name} at {self.uri}: {error}; run again") from error
             raise
@@ -308,7 +285,7 @@ class Table:
         try:
             yield from frame.collect_batches(chunk_size=rows)
         except READ_ERRORS:
-            self.check_files(partitions, whole=True)
+            check_files(self, partitions, whole=True)
             raise
 
     def size(self) -> int:
@@ -319,80 +296,26 @@ class Table:
         """Bytes of these partitions in the version's files; of a file with rows of several, each has an equal share."""
         sizes = dict.fromkeys(partitions, 0)
         extents = self._extents() if self.is_cut else {}
-        for path, size, own in self._files(None):
-            within = self._within(partitions, extents[path]) if self.is_cut else [own] if own in sizes else []
+        for path, size, file_partition in self.data_files(None):
+            within = (
+                self._within(partitions, extents[path])
+                if self.is_cut
+                else [file_partition]
+                if file_partition in sizes
+                else []
+            )
             for partition in within:
                 sizes[partition] += size // len(within)
         return sizes
 
-    def check_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> None:
-        """Look at every file's size and footer, which costs little and finds nearly all damage.
-
-        Args:
-            partitions: whose files; default: all.
-            whole: read the files to the end; finds damaged pages too.
-
-        Raises:
-            UnreadableError: names table, partition, file and problem.
-            UnavailableError: the storage does not answer, or refuses this user; that is no damage.
-        """
-        broken = self.damaged_files(partitions, whole)
-        if broken:
-            named = [
-                f"table {self.name}{f', partition {one.partition}' if one.partition else ''}: "
-                f"file {self.uri}/{one.path} {one.problem}"
-                for one in broken
-            ]
-            more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
-            remedy = f"restore the files, or write their partition again; {MENDED}"
-            raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
-
-    def damaged_files(self, partitions: Iterable[str] | None = None, whole: bool = False) -> list[DamagedFile]:
-        """What :meth:`check_files` raises about, by partition and path."""
-        schema = pa.schema(self.delta().schema().to_arrow())
-        types = {column.name: type_name(column.type) for column in schema}
-        files = self._files(None if partitions is None else list(partitions))
-        store = self._store()
-        with ThreadPoolExecutor(16) as pool:
-            problems = pool.map(partial(self._problem_of, store, types, whole), files)
-            broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
-        broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
-        return sorted(broken, key=lambda one: (one.partition or "", one.path))
-
-    def _problem_of(
-        self, store: fs.FileSystem, types: Mapping[str, str], whole: bool, file: tuple[str, int, str | None]
-    ) -> str | None:
-        path, size, partition = file
-        with in_reach(f"table {self.name}{f', partition {partition}' if partition else ''}: file {self.uri}/{path}"):
-            return _problem_of_file(store, path, size, types, whole)
-
-    def lost_files(self) -> list[DamagedFile]:
-        """The files that are gone, or of another size than the Delta log says; costs one listing of the table.
-
-        Raises:
-            UnreadableError: the Delta log cannot be read, or a commit of it is empty, which Delta takes for no change.
-        """
-        store, root = file_system(self.uri)  # lists several times faster than deltalake does
-        entries = store.get_file_info(fs.FileSelector(root, recursive=True))
-        sizes = {entry.path: entry.size for entry in entries if entry.type == fs.FileType.File}
-        for path, size in sizes.items():
-            if not size and path.startswith(f"{root}/_delta_log/") and path.endswith(".json"):
-                raise UnreadableError(
-                    f"table {self.name}: the Delta log of {self.uri} is damaged: {path} is empty; {MENDED}"
-                )
-        problems = (
-            (path, day, _problem_of_size(sizes.get(f"{root}/{path}"), size)) for path, size, day in self._files(None)
-        )
-        return [DamagedFile(path, day, problem) for path, day, problem in problems if problem]
-
     def require_buckets(self, buckets: int) -> None:
-        """Of a table laid out by bucket: nobody would read what lies in a bucket beyond these, or in none.
+        """Check the buckets of a table laid out by bucket: rows beyond these buckets, or in none, would not be read.
 
         Raises:
             CorankError: the table is laid out with another number of buckets.
         """
-        there = {str(one["bucket"]) for one in self.delta().partitions()}
-        if not all(one.isdigit() and int(one) < buckets for one in there):
+        there = {str(row["bucket"]) for row in self.delta().partitions()}
+        if not all(bucket.isdigit() and int(bucket) < buckets for bucket in there):
             raise self._other_buckets(buckets)
 
     def _other_buckets(self, buckets: int) -> CorankError:
@@ -426,12 +349,12 @@ class Table:
         return bucket_column(pl.col("user_id"), buckets) == bucket
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
-        """Per partition what its content is identified by (:mod:`features.delta.fingerprints`).
+        """The fingerprint of every partition (:mod:`features.delta.fingerprints`).
 
         Args:
             cache: what an earlier call left there; only later commits are read then.
         """
-        delta, store = self.delta(), self._store()
+        delta, store = self.delta(), table_store(self.uri, self.storage_options)
         present = self.partitions() or [WHOLE_TABLE]
         files: dict[str, list[str]] = {partition: [] for partition in present}
         if self.is_cut and "ts" in self._names(delta):
@@ -445,8 +368,8 @@ class Table:
                 return None if extent is None else self._within(present, extent)
         else:
             column = self.partition_column()
-            for path, _, own in self._files(None):
-                files.setdefault(own or WHOLE_TABLE, []).append(path)
+            for path, _, file_partition in self.data_files(None):
+                files.setdefault(file_partition or WHOLE_TABLE, []).append(path)
 
             def touched(action: Mapping[str, Any]) -> Iterable[str] | None:
                 if column is None:
@@ -454,35 +377,31 @@ class Table:
                 values = action.get("partitionValues")
                 return None if not values else [str(values.get(column))]
 
-        return fingerprints(delta, store, {one: files.get(one, []) for one in present}, touched, cache)
-
-    def _store(self) -> fs.FileSystem:
-        """Rooted at the table."""
-        return table_files(self.uri, self.storage_options)
+        return fingerprints(delta, store, {name: files.get(name, []) for name in present}, touched, cache)
 
     def _names(self, delta: DeltaTable) -> dict[str, str]:
         """Canonical name of every column that can be reached → its own name, in the table's order."""
-        own = [column.name for column in delta.schema().fields]
-        mapped = {name: column for name, column in self.columns.items() if column in own}
+        sources = [column.name for column in delta.schema().fields]
+        mapped = {name: column for name, column in self.columns.items() if column in sources}
         hidden = set(mapped.values()) | set(self.columns)
         if self.grain is not None:
             column = self.partition_column()
             hidden |= {"dt"} if column is None else {"dt", column}
             mapped |= {} if column is None else {"dt": column}
-        names = mapped | {column: column for column in own if column not in hidden}
-        return dict(sorted(names.items(), key=lambda one: own.index(one[1])))
+        names = mapped | {column: column for column in sources if column not in hidden}
+        return dict(sorted(names.items(), key=lambda pair: sources.index(pair[1])))
 
     def _made(self, present: set[str]) -> set[str]:
         """The columns that the table lacks, and that are made."""
-        return {one for one in self.makes if one not in present} | ({"dt"} if self.is_cut else set())
+        return {column for column in self.makes if column not in present} | ({"dt"} if self.is_cut else set())
 
-    def _files(self, partitions: Sequence[str] | None) -> list[tuple[str, int, str | None]]:
+    def data_files(self, partitions: Sequence[str] | None) -> list[tuple[str, int, str | None]]:
         """Path, bytes and partition (None: cut from ``ts``) of the files that may hold rows of these partitions."""
         actions = pa.table(self.delta().get_add_actions(flatten=True))
         paths = [unquote(path) for path in actions["path"].to_pylist()]
         column = self.partition_column()
         if column is not None:
-            days = [None if one is None else str(one) for one in actions[f"partition.{column}"].to_pylist()]
+            days = [None if value is None else str(value) for value in actions[f"partition.{column}"].to_pylist()]
         else:
             days = [None] * len(actions)
         files = list(zip(paths, actions["size_bytes"].to_pylist(), days, strict=True))
@@ -497,13 +416,13 @@ class Table:
     def _extents(self) -> dict[str, tuple[int, int] | None]:
         """Path of every file → least and largest ``ts`` in it, microseconds UTC; None where the log does not say."""
         delta = self.delta()
-        own = self._names(delta).get("ts")
+        source = self._names(delta).get("ts")
         actions = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
         paths = [unquote(path) for path in actions["path"]]
-        if own is None or f"min.{own}" not in actions.columns or f"max.{own}" not in actions.columns:
+        if source is None or f"min.{source}" not in actions.columns or f"max.{source}" not in actions.columns:
             return dict.fromkeys(paths)
-        kind = actions.schema[f"min.{own}"]
-        ends = actions.select(read("ts", pl.col(f"{end}.{own}"), kind).alias(end) for end in ("min", "max"))
+        kind = actions.schema[f"min.{source}"]
+        ends = actions.select(read("ts", pl.col(f"{end}.{source}"), kind).alias(end) for end in ("min", "max"))
         # statistics of timestamps are cut off at milliseconds
         slack = 0 if kind.is_integer() else 999
         bounds = [None if None in row else (int(row[0]), int(row[1]) + slack) for row in ends.rows()]
@@ -521,68 +440,7 @@ class Table:
     def _within(self, partitions: Sequence[str], extent: tuple[int, int] | None) -> list[str]:
         """Those of some partitions that a file of this extent may hold rows of."""
         grain = self.grain or "day"
-        return [one for one in partitions if _meets(extent, [partition_bounds(one, grain)])]
-
-
-class LocalPaths(DeltaTable):
-    """A Delta table whose files are named as the file system names them; deltalake encodes what lies above them."""
-
-    def file_uris(self, *args: Any, **options: Any) -> list[str]:
-        root = self.table_uri.removeprefix("file://")
-        files = super().file_uris(*args, **options)
-        return [unquote(root) + file.removeprefix(root) if file.startswith(root) else file for file in files]
-
-
-def _scan(delta: DeltaTable, paths: Sequence[str] | None = None) -> pl.LazyFrame:
-    """Rows of a table, of some of its files only if ``paths`` names them, under the table's own names and types."""
-    if paths is not None:
-        delta = SomeFiles(delta, paths)
-    values = delta.metadata().partition_columns
-    above = delta.table_uri.removeprefix("file://")
-    if not values or "=" not in unquote(above):
-        return pl.scan_delta(delta)
-    # Polars takes the values of partitions from paths, and would take name=value of any folder above for one
-    schema = pl.Schema(delta.schema())
-    actions = pl.DataFrame(pa.table(delta.get_add_actions(flatten=True)))
-    named = actions.select(pl.col(f"partition.{one}").alias(one) for one in values).with_columns(
-        pl.Series("__file", delta.file_uris())
-    )
-    stored = pl.Schema({name: kind for name, kind in schema.items() if name not in values})
-    parts = [
-        pl.scan_parquet(
-            own["__file"].to_list(),
-            schema=stored,
-            glob=False,
-            hive_partitioning=False,
-            missing_columns="insert",
-            extra_columns="ignore",
-            storage_options=delta._storage_options,
-        ).with_columns(pl.lit(value).cast(schema[name]).alias(name) for name, value in zip(values, key, strict=True))
-        for key, own in named.partition_by(values, as_dict=True).items()
-    ]
-    return pl.concat([part.select(schema.names()) for part in parts or [pl.LazyFrame(schema=schema)]])
-
-
-class SomeFiles(LocalPaths):
-    """What :func:`polars.scan_delta` asks a table for, limited to some of its files."""
-
-    def __init__(self, table: DeltaTable, paths: Iterable[str]) -> None:
-        """
-        Args:
-            paths: relative to the table, as the file system has them.
-        """
-        super().__init__(table.table_uri, version=table.version(), storage_options=table._storage_options)
-        # by path: another reader may list the files in another order, after a checkpoint for instance
-        listed = pa.table(super().get_add_actions())["path"].to_pylist()
-        order = {unquote(path): index for index, path in enumerate(listed)}
-        self._positions = [order[path] for path in paths]
-
-    def file_uris(self, *args: Any, **options: Any) -> list[str]:
-        every = super().file_uris(*args, **options)
-        return [every[index] for index in self._positions]
-
-    def get_add_actions(self, flatten: bool = False) -> Any:
-        return pa.table(super().get_add_actions(flatten)).take(pa.array(self._positions, pa.int64()))
+        return [partition for partition in partitions if _meets(extent, [partition_bounds(partition, grain)])]
 
 
 def _unread_features(delta: DeltaTable) -> str:
@@ -596,9 +454,9 @@ def _unread_features(delta: DeltaTable) -> str:
 
 
 def _spans(partitions: Iterable[str], grain: Grain) -> list[tuple[int, int]]:
-    """Opening and close of partitions, microseconds UTC, in order; those that follow each other as one."""
+    """Opening and close of partitions, microseconds UTC, in order; consecutive partitions are joined into one span."""
     spans: list[tuple[int, int]] = []
-    for opening, close in sorted(partition_bounds(one, grain) for one in set(partitions)):
+    for opening, close in sorted(partition_bounds(partition, grain) for partition in set(partitions)):
         if spans and spans[-1][1] == opening:
             spans[-1] = (spans[-1][0], close)
         else:
@@ -629,68 +487,14 @@ def _logged_extent(action: Mapping[str, Any], clock: str) -> tuple[int, int] | N
     if all(isinstance(end, int) for end in ends):
         return ends[0], ends[1]
     low, high = (datetime.fromisoformat(str(end)) for end in ends)
-    low, high = (one if one.tzinfo else one.replace(tzinfo=UTC) for one in (low, high))
+    low, high = (moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in (low, high))
     # cut off at milliseconds
     return round(low.timestamp() * 1e6), round(high.timestamp() * 1e6) + 999
 
 
-def _problem_of_size(found: int | None, size: int) -> str | None:
-    """
-    Args:
-        found: bytes of a file; None: it is gone.
-    """
-    if found is None:
-        return "is missing"
-    return None if found == size else f"has {found:,} bytes, but the Delta log says {size:,}"
-
-
-def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
-    """What is wrong with a Parquet file that the Delta log says to have this size and these columns.
-
-    Raises:
-        OSError: it is out of reach.
-    """
-    try:
-        info = store.get_file_info(path)
-        if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):
-            return problem
-        with store.open_input_file(path) as stream:
-            if whole and not is_as_written(path, stream.readall()):
-                return "has other bytes than were written"
-            file = pq.ParquetFile(stream)
-            stored = {column.name: type_name(column.type) for column in file.schema_arrow}
-            if whole:
-                for group in range(file.num_row_groups):
-                    file.read_row_group(group)
-    except READ_ERRORS as error:
-        if out_of_reach(error):
-            raise
-        return f"is no readable Parquet file ({first_line(error)})"
-    differing = [
-        f"stores column {column} as {kind}, but the table says {types[column]}"
-        for column, kind in stored.items()
-        if column in types and not reads_as(kind, types[column])
-    ]
-    return ", ".join(differing) or None
-
-
 def _content(kinds: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a row's columns, those that say what it is; where it lies says nothing about it."""
+    """The columns of a row that describe it, without those that only say where it lies."""
     return {name: kind for name, kind in kinds.items() if name not in ("dt", "bucket")}
-
-
-def cannot_read(table: str, uri: str, path: str, error: Exception) -> CorankError:
-    """What to say of a file of a table that corank derived, when reading it failed."""
-    if reason := out_of_reach(error):
-        return UnavailableError(f"table {table} at {uri}: cannot read {path}: {reason}")
-    if isinstance(error, FileNotFoundError):
-        return CorankError(
-            f"table {table} at {uri}: {path} is gone. If another command replaced it meanwhile (`corank features "
-            "compact` or `forget`), run again; if it is lost, `corank repair`, then `corank run`, build it again."
-        )
-    return CorankError(
-        f"table {table} at {uri}: cannot read {path}: {error}. `corank repair`, then `corank run`, build it again."
-    )
 
 
 def together(sizes: Mapping[str, int], limit: int, most: int) -> list[list[str]]:

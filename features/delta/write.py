@@ -1,4 +1,4 @@
-"""Writing the tables that corank derives: files nobody sees, and the commit that shows them."""
+"""Writing the tables that corank derives: files that no reader sees yet, and the commit that shows them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Sc
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, RemoveAction
 
-from features.delta.paths import address, patient, table_files
+from features.delta.paths import address, patient, table_store
 from features.errors import CorankError, first_line, writing
 
 DATA_FILE = re.compile(r"part-[0-9a-f]{32}(?:-([0-9a-f]{32}))?\.parquet")
-"""Names of the files that :func:`write_file` writes: no two alike, and with the digest of all their bytes."""
+"""Names of the files that :func:`write_file` writes: unique, and with the digest of all their bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DataFile:
 
     @property
     def statistics(self) -> str:
-        """As the Delta log has them."""
+        """Statistics in the form of the Delta log."""
         statistics: dict[str, Any] = {"numRecords": self.rows}
         if self.times is not None:
             low, high = self.times
@@ -60,14 +60,14 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
     directory = "/".join(f"{column}={value}" for column, value in partition.items())
     if "://" not in root:
         (Path(root) / directory).mkdir(parents=True, exist_ok=True)
-    store = table_files(root, options)
+    store = table_store(root, options)
     leaves = _leaves(rows.schema)
     times = [
         path
         for name, path, kind in leaves
         if (name == "ts" or name.endswith("__ts")) and pa.types.is_signed_integer(kind)
     ]
-    # no value comes twice, so a dictionary of them is only work
+    # no value occurs twice, so that a dictionary would save nothing
     plain = [path for name, path, _ in leaves if name.endswith("__event_id")]
     content = pa.BufferOutputStream()
     pq.write_table(
@@ -89,7 +89,7 @@ def write_file(root: str, rows: pa.Table, partition: Mapping[str, str], options:
 
 
 def is_as_written(path: str, content: bytes) -> bool:
-    """Whether a file that :func:`write_file` wrote has all the bytes it had; others' files name no digest."""
+    """Whether a file of :func:`write_file` has its bytes unchanged; other writers' names have no digest to check."""
     named = DATA_FILE.search(path)
     return named is None or named[1] in (None, _digest(content))
 
@@ -106,7 +106,7 @@ def _digest(content: bytes) -> str:
 
 def read_files(root: str, files: Iterable[DataFile], options: Mapping[str, str]) -> pa.Table:
     """The rows of files that :func:`write_file` wrote below a table's root, visible or not, in the order given."""
-    store = table_files(root, options)
+    store = table_store(root, options)
     return pa.concat_tables(pq.read_table(file.path, filesystem=store, partitioning=None) for file in files)
 
 
@@ -166,8 +166,8 @@ def replace_partitions(
         )
     actions: list[AddAction | RemoveAction] = [
         AddAction(file.path, file.size, file.partition, 0, True, file.statistics)
-        for own in files.values()
-        for file in own
+        for of_partition in files.values()
+        for file in of_partition
     ]
     with committing(root):
         table.create_write_transaction(

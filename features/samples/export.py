@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from features.delta.paths import table_files
+from features.delta.paths import table_store
 from features.errors import ConfigError, CorankError
 from features.sample_table import code_type, end_column, feature_column, label_column, timeline_column
 from features.samples.source import SampleSource
@@ -30,10 +30,10 @@ from features.schema import FieldSpec, Schema, Sequence
 from features.tasks import each, ray_runs
 
 CHUNK_BYTES = 64 * 2**20
-"""Arrow bytes flattened at a time, which make one row group; bounds a task's memory beside the file it reads."""
+"""Arrow bytes that are flattened at a time into one row group; with the file it reads they bound a task's memory."""
 
 MANIFEST = "_export.json"
-"""What an export holds; marks a folder that --overwrite may replace. Parquet readers skip names with an underscore."""
+"""File that tells what an export holds, and that --overwrite may replace the folder. Parquet readers skip its name."""
 
 OFFSET_BYTES = 4
 """Arrow's offset of one text or list."""
@@ -87,7 +87,10 @@ def export_schema(schema: Schema) -> pa.Schema:
         [
             *[pa.field(name, pa.string()) for name in ("request_id", "user_id", "item_id")],
             pa.field("ts", pa.int64()),
-            *[pa.field(feature_column(one), code_type(one)) for one in (*schema.user_side, *schema.item_side)],
+            *[
+                pa.field(feature_column(feature), code_type(feature))
+                for feature in (*schema.user_side, *schema.item_side)
+            ],
             *[pa.field(label_column(task), pa.int8()) for task in schema.tasks],
             pa.field("weight", pa.float32()),
             *[
@@ -232,7 +235,7 @@ def export_impressions(
     """
     target = target.absolute()
     staging, replaced = (target.with_name(f".{target.name}.{what}") for what in ("partial", "replaced"))
-    if replaced.exists() and not target.exists():  # killed between the two renames below
+    if replaced.exists() and not target.exists():  # an export was killed between the two renames below
         replaced.rename(target)
     _require_replaceable(target, overwrite)
     for leftover in (staging, replaced):
@@ -265,19 +268,19 @@ def _write(
 ) -> Export:
     written: list[dict[str, Any]] = []
     files = source.files()
-    # closed at once when the loop is left: what still runs would write on
+    # closed as soon as the loop ends, as tasks that still run would go on writing
     with closing(each(_export_file, ((file, source, str(root), raw) for file in files), ray_runs())) as exported:
-        for one in exported:
-            written.append(one)
+        for record in exported:
+            written.append(record)
             progress(len(written), len(files))
     rows = dict.fromkeys(source.partitions, 0)
-    for one in written:
-        if not (root / one["file"]).is_file():
+    for record in written:
+        if not (root / record["file"]).is_file():
             raise CorankError(
-                f"export: {one['file']} was written on another machine; "
+                f"export: {record['file']} was written on another machine; "
                 "--target must lie on storage that all nodes of the Ray cluster share"
             )
-        rows[partition_of_file(one["file"])] += int(pq.read_metadata(root / one["file"]).num_rows)
+        rows[partition_of_file(record["file"])] += int(pq.read_metadata(root / record["file"]).num_rows)
     for partition in source.partitions:
         if rows[partition] != candidates[partition]:
             raise CorankError(
@@ -289,12 +292,12 @@ def _write(
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     def total(name: str) -> int:
-        return sum(int(one[name]) for one in written)
+        return sum(int(record[name]) for record in written)
 
     return Export(
         files=len(written),
         candidates=sum(rows.values()),
-        parquet_bytes=sum((root / one["file"]).stat().st_size for one in written),
+        parquet_bytes=sum((root / record["file"]).stat().st_size for record in written),
         arrow_bytes=total("arrow_bytes"),
         sample_parquet_bytes=total("sample_parquet_bytes"),
         sample_arrow_bytes=total("sample_arrow_bytes"),
@@ -332,5 +335,5 @@ def partition_of_file(file: str) -> str:
 
 def parquet_bytes(source: SampleSource, file: str) -> int:
     """Size of a file of the sample table."""
-    store = table_files(source.root, source.storage_options)
+    store = table_store(source.root, source.storage_options)
     return int(store.get_file_info(file).size)

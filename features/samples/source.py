@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from features.delta.paths import address, patient, table_files
-from features.delta.table import cannot_read
+from features.delta.damage import cannot_read
+from features.delta.paths import address, patient, table_store
 from features.sample_table import between, concatenate, cut, sample_schema, sampled_before
 from features.schema import Schema
 
@@ -26,11 +26,11 @@ WINDOW_ROWS = 8_192
 
 @dataclass(frozen=True)
 class Replay:
-    """Older requests that are read along, sampled.
+    """A sample of older requests that are read, too.
 
     Attributes:
-        partitions: that hold them.
-        share: of their requests that is read.
+        partitions: partitions that hold them.
+        share: share of their requests that is read.
         seed: of the draw, which is by request.
     """
 
@@ -46,7 +46,7 @@ class SampleSource:
     Attributes:
         root: the Delta table.
         low, high: microseconds UTC; cuts are applied inside rows.
-        replay: what is read along of the requests before ``low``.
+        replay: requests before ``low`` that are read, too.
     """
 
     root: str
@@ -82,7 +82,7 @@ class SampleSource:
         Raises:
             CorankError: the file cannot be read; it is named.
         """
-        store = table_files(self.root, self.storage_options)
+        store = table_store(self.root, self.storage_options)
         full = sample_schema(self.schema)
         columns = [name for name in full.names if name not in ("dt", "bucket") and (only is None or name in only)]
         try:
@@ -106,7 +106,7 @@ class SampleSource:
         With a seed, files are permuted, then rows within windows of ``WINDOW_ROWS``. No row is dropped.
 
         Args:
-            skip: batches already consumed; what follows them comes as if they had been read.
+            skip: batches already consumed; the rest is the same as if they had been read.
             in_process: read in this process, without Ray; the batches are the same.
         """
         return islice(self._cut_windows(candidates, events, seed, in_process), skip, None)
@@ -136,7 +136,7 @@ class SampleSource:
 def _windows(blocks: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The rows in tables of ``WINDOW_ROWS`` (the last one: what is left), however they come in blocks.
 
-    Ray Data decides where its blocks end; the order of batches must not hang on it.
+    Ray Data decides where its blocks end; the order of batches must not depend on that.
     """
     pending: pa.Table | None = None
     for block in blocks:

@@ -1,4 +1,4 @@
-"""What the samples hold: coverage, lengths of histories, distinct ids, and what sharing saves.
+"""Statistics of the samples: coverage, lengths of histories, distinct ids, and what sharing saves.
 
 Every file of the sample table is counted by itself; the counts of files add up to those of the table.
 
@@ -34,7 +34,7 @@ class ValueCounts:
 
     Attributes:
         rows: values, or lists of a multi-valued feature.
-        covered: of these the ones that hold something: a known code, a number.
+        covered: how many of them hold something: a known code, a number.
         ids: known codes; 0 for a number.
         smallest: the smallest distinct codes as unsigned numbers, ascending, at most ``SKETCH`` of an id and all of
             a category. Ids are uniform hashes, so the SKETCH smallest of them tell how many there are, and
@@ -101,7 +101,11 @@ class SampleStatistics:
         return cls(
             {},
             {feature.name: ValueCounts() for feature in schema.features},
-            {(sequence.name, one.name): ValueCounts() for sequence in schema.sequences for one in sequence.fields},
+            {
+                (sequence.name, event_field.name): ValueCounts()
+                for sequence in schema.sequences
+                for event_field in sequence.fields
+            },
             {sequence.name: np.zeros(sequence.length + 1, np.int64) for sequence in schema.sequences},
         )
 
@@ -112,8 +116,8 @@ class SampleStatistics:
             return cls.empty(schema)
         samples = Unnested.of(rows)
         sizes = flattened_bytes(samples, schema)
-        columns = {one.name: samples.requests.field(feature_column(one)) for one in schema.user_side}
-        columns |= {one.name: samples.candidates.field(feature_column(one)) for one in schema.item_side}
+        columns = {feature.name: samples.requests.field(feature_column(feature)) for feature in schema.user_side}
+        columns |= {feature.name: samples.candidates.field(feature_column(feature)) for feature in schema.item_side}
         return cls(
             totals={
                 "timelines": rows.num_rows,
@@ -122,11 +126,11 @@ class SampleStatistics:
                 "sample_arrow_bytes": rows.nbytes,
                 "flattened_arrow_bytes": int(sizes.sum()),
             },
-            features={one.name: ValueCounts.of(one, columns[one.name]) for one in schema.features},
+            features={feature.name: ValueCounts.of(feature, columns[feature.name]) for feature in schema.features},
             fields={
-                (sequence.name, one.name): ValueCounts.of(one, samples.events(sequence, one))
+                (sequence.name, event_field.name): ValueCounts.of(event_field, samples.events(sequence, event_field))
                 for sequence in schema.sequences
-                for one in sequence.fields
+                for event_field in sequence.fields
             },
             lengths={
                 sequence.name: np.bincount(samples.window(sequence)[1], minlength=sequence.length + 1)
@@ -141,14 +145,15 @@ class SampleStatistics:
                 name: self.totals.get(name, 0) + other.totals.get(name, 0) for name in {**self.totals, **other.totals}
             },
             features={
-                one.name: self.features[one.name].merge(one, other.features[one.name]) for one in schema.features
+                feature.name: self.features[feature.name].merge(feature, other.features[feature.name])
+                for feature in schema.features
             },
             fields={
-                (sequence.name, one.name): self.fields[sequence.name, one.name].merge(
-                    one, other.fields[sequence.name, one.name]
+                (sequence.name, event_field.name): self.fields[sequence.name, event_field.name].merge(
+                    event_field, other.fields[sequence.name, event_field.name]
                 )
                 for sequence in schema.sequences
-                for one in sequence.fields
+                for event_field in sequence.fields
             },
             lengths={name: counts + other.lengths[name] for name, counts in self.lengths.items()},
         )
@@ -162,13 +167,17 @@ class SampleStatistics:
             "requests_per_timeline": _ratio(totals["requests"], totals["timelines"]),
             "bytes": self._bytes(),
             "features": {
-                one.name: {"side": one.side} | _values(one, self.features[one.name]) for one in schema.features
+                feature.name: {"side": feature.side} | _values(feature, self.features[feature.name])
+                for feature in schema.features
             },
             "sequences": {
                 sequence.name: {
                     "length": sequence.length,
                     **_lengths(self.lengths[sequence.name]),
-                    "fields": {one.name: _values(one, self.fields[sequence.name, one.name]) for one in sequence.fields},
+                    "fields": {
+                        event_field.name: _values(event_field, self.fields[sequence.name, event_field.name])
+                        for event_field in sequence.fields
+                    },
                 }
                 for sequence in schema.sequences
             },
@@ -238,7 +247,7 @@ def _count_file(file: str, source: SampleSource) -> SampleStatistics:
     rows = source.read(file)
     statistics = SampleStatistics.of(rows, source.schema)
     statistics.totals["sample_parquet_bytes"] = parquet_bytes(source, file)
-    if rows.num_rows:  # write one row group of the export to memory, to estimate what all of it takes on disk
+    if rows.num_rows:  # write one row group of the export to memory, to estimate its whole size on disk
         samples = Unnested.of(rows)
         start, stop = next(chunk_bounds(flattened_bytes(samples, source.schema), CHUNK_BYTES))
         sink = pa.BufferOutputStream()

@@ -1,4 +1,4 @@
-"""Does the online store hold what the tables say? It may be readable and yet hold other bytes than were written."""
+"""Compares the online store with the tables: a store may be readable and yet hold other bytes than were written."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def differing(settings: FeatureStoreSettings, end: int, close: int) -> dict[str,
     """Per view the entities whose stored values are not those of the tables, which are read whole.
 
     Args:
-        end: up to when the store knows the log, microseconds UTC.
-        close: of the newest partition in it, microseconds UTC; later events were pushed, and are not looked at.
+        end: time up to which the store knows the log, microseconds UTC.
+        close: close of the newest partition in the store, microseconds UTC; later events were pushed, and are skipped.
 
     Raises:
         CorankError: the views are not registered, or a table cannot be read.
@@ -65,10 +65,12 @@ def _is_stored(view: FeatureView, values: Mapping[str, Any], stored: Mapping[str
     logged = bisect_left(times, close)
     for name, value in values.items():
         kind = value.WhichOneof("val")
-        known, own = (list(getattr(one, str(kind)).val) if kind else [] for one in (stored.get(name, Value()), value))
-        if logged == len(times) and len(known) != len(own):
+        known, expected = (
+            list(getattr(listed, str(kind)).val) if kind else [] for listed in (stored.get(name, Value()), value)
+        )
+        if logged == len(times) and len(known) != len(expected):
             return False
-        if repr(known[:logged]) != repr(own[len(own) - logged :]):  # as text, where NaN equals itself
+        if repr(known[:logged]) != repr(expected[len(expected) - logged :]):  # as text, where NaN equals itself
             return False
     return True
 

@@ -3,10 +3,10 @@
 Profiles are stored as they are in their tables (raw), sequences as codes from the state table. No view has
 a time to live: a value counts until a newer one replaces it.
 
-What is registered is a union: that of the config's schema and of those of *live* models, which are served or may be
-from one moment to the next. Profiles have one view per table with the columns that any of them reads. Codes and counts
-mean what a declaration says, so a digest of it is part of their view's name: a changed declaration gets a view of its
-own beside that of the live model.
+Registered are the features of the config's schema and of the schemas of *live* models, which are or may soon be served.
+Profiles have one view per table with the columns that any of these schemas reads. The meaning of codes and counts
+depends on their declaration, so that a digest of it is part of their view's name: a changed declaration gets another
+view beside that of the live model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AGGREGATES_VIEWS = {"user": "user_aggregates_", "item": "item_aggregates_"}
 """Prefixes of the views that are named by what they hold."""
 SERVICE = "ranking"
 UPDATED_AT = "updated_at"
-"""When a profile became true (microseconds UTC): a feature too, so that a reader can refuse the future."""
+"""When a profile became true (microseconds UTC). It is a feature, too, so that a reader can skip future profiles."""
 
 USER = Entity(name="user", join_keys=["user_id"], value_type=ValueType.STRING)
 ITEM = Entity(name="item", join_keys=["item_id"], value_type=ValueType.STRING)
@@ -44,9 +44,9 @@ ITEM = Entity(name="item", join_keys=["item_id"], value_type=ValueType.STRING)
 
 @dataclass(frozen=True)
 class StoredView:
-    """A view and its features that its table gives.
+    """A view, and those of its features that its table has.
 
-    The others stay online as they were last written: only a live model reads them, and the tables have them no more.
+    Its other features are no longer in the table and stay online as last written; only a live model reads them.
     """
 
     view: FeatureView
@@ -61,7 +61,7 @@ def sequence_view(sequence: BehaviourSequence) -> str:
 
 def aggregates_view(schema: Schema, side: Literal["user", "item"]) -> str:
     """Name of the view that holds the counts of users or items."""
-    return f"{AGGREGATES_VIEWS[side]}{_identity([_stored_aggregate(one) for one in _counted(schema, side)])}"
+    return f"{AGGREGATES_VIEWS[side]}{_identity([_stored_aggregate(feature) for feature in _counted(schema, side)])}"
 
 
 def is_named_by_content(view: str) -> bool:
@@ -78,15 +78,23 @@ def _identity(stored: object) -> str:
 
 
 def _stored_field(field: EventField) -> list[object]:
-    """What decides the codes of an event's field; tables of embeddings and their sizes do not."""
+    """The parts of a field's declaration that decide its codes; embedding tables and their sizes do not."""
     return [field.name, field.source, field.of, field.kind, field.vocabulary, field.scale]
 
 
 def _stored_aggregate(feature: Feature) -> list[object]:
-    """What decides counts and sums; what a value is made of them does not."""
-    one = feature.aggregate
-    assert one is not None
-    return [feature.name, feature.side, one.of, one.column, one.where, one.window, one.key]
+    """The parts of a feature's declaration that decide its counts and sums, but not how a value is made of them."""
+    aggregate = feature.aggregate
+    assert aggregate is not None
+    return [
+        feature.name,
+        feature.side,
+        aggregate.of,
+        aggregate.column,
+        aggregate.where,
+        aggregate.window,
+        aggregate.key,
+    ]
 
 
 def stored_views(
@@ -115,35 +123,46 @@ def stored_views(
     every = (schema, *live)
     views = []
     if users is not None:
-        views.append(_profile_view(USER_VIEW, USER, users, [_user_columns(one) for one in every], registered))
-        for one in live:
-            _require_readable(users, one.side("user"))
+        views.append(
+            _profile_view(USER_VIEW, USER, users, [_user_columns(each_schema) for each_schema in every], registered)
+        )
+        for live_schema in live:
+            _require_readable(users, live_schema.side("user"))
     if items is not None:
-        views.append(_profile_view(ITEM_VIEW, ITEM, items, [_item_columns(one) for one in every], registered))
-        for one in live:
-            _require_readable(items, one.side("item"))
+        views.append(
+            _profile_view(ITEM_VIEW, ITEM, items, [_item_columns(each_schema) for each_schema in every], registered)
+        )
+        for live_schema in live:
+            _require_readable(items, live_schema.side("item"))
     by_name = {sequence.name: sequence for sequence in schema.sequences}
-    sequences = {sequence_view(sequence): sequence for one in every for sequence in one.sequences}
+    sequences = {sequence_view(sequence): sequence for each_schema in every for sequence in each_schema.sequences}
     for name, sequence in sequences.items():
         view = _view(name, USER, state, "ts", _sequence_fields(sequence))
         views.append(StoredView(view, _names(view) if _is_part_of(sequence, by_name.get(sequence.name)) else ()))
     for side, table in counts.items():
-        for one in {aggregates_view(one, side): one for one in every}.values():
+        for each_schema in {aggregates_view(each_schema, side): each_schema for each_schema in every}.values():
             view = _view(
-                aggregates_view(one, side), USER if side == "user" else ITEM, table, "ts", aggregate_fields(one, side)
+                aggregates_view(each_schema, side),
+                USER if side == "user" else ITEM,
+                table,
+                "ts",
+                aggregate_fields(each_schema, side),
             )
-            own = [_stored_aggregate(feature) for feature in _counted(schema, side)]
-            lost = [feature for feature in _counted(one, side) if _stored_aggregate(feature) not in own]
-            gone = {column for feature in lost for column in (key_column(feature), *state_columns(feature))}
-            views.append(StoredView(view, tuple(name for name in _names(view) if name not in gone)))
+            declared = [_stored_aggregate(feature) for feature in _counted(schema, side)]
+            lost = [feature for feature in _counted(each_schema, side) if _stored_aggregate(feature) not in declared]
+            lost_columns = {column for feature in lost for column in (key_column(feature), *state_columns(feature))}
+            views.append(StoredView(view, tuple(name for name in _names(view) if name not in lost_columns)))
     return views
 
 
 def _is_part_of(sequence: BehaviourSequence, other: BehaviourSequence | None) -> bool:
-    """Whether the lists of the other sequence hold, event for event, what those of this one would."""
+    """Whether the other sequence's lists hold, event by event, all that this sequence's lists would."""
     if other is None or (sequence.events, sequence.where, sequence.length) != (other.events, other.where, other.length):
         return False
-    return all(_stored_field(field) in [_stored_field(one) for one in other.fields] for field in sequence.fields)
+    return all(
+        _stored_field(field) in [_stored_field(other_field) for other_field in other.fields]
+        for field in sequence.fields
+    )
 
 
 def _sequence_fields(sequence: BehaviourSequence) -> list[Field]:
@@ -174,8 +193,11 @@ def aggregate_fields(schema: Schema, side: Literal["user", "item"]) -> list[Fiel
     return [
         Field(name="ts", dtype=Int64),
         *[
-            Field(name=one.name, dtype=lists[one.type.value_type] if pa.types.is_list(one.type) else stored[one.type])
-            for one in columns
+            Field(
+                name=field.name,
+                dtype=lists[field.type.value_type] if pa.types.is_list(field.type) else stored[field.type],
+            )
+            for field in columns
         ],
     ]
 
@@ -185,7 +207,7 @@ def _user_columns(schema: Schema) -> list[str]:
 
 
 def _item_columns(schema: Schema) -> list[str]:
-    """What candidates, events and features that cross the user with an item read of items."""
+    """The columns of items that candidates, events and cross features read."""
     return [*[feature.source for feature in schema.side("item")], *schema.joined_columns, *schema.cross_keys]
 
 
@@ -200,7 +222,9 @@ def _profile_view(
     types = {column.name: column.type for column in table.read_schema()}
     known = {field.name: field for field in registered[name].features} if name in registered else {}
     fields, given = [], []
-    for column in dict.fromkeys([*wanted[0], UPDATED_AT, *(one for columns in wanted[1:] for one in columns)]):
+    for column in dict.fromkeys(
+        [*wanted[0], UPDATED_AT, *(wanted_column for columns in wanted[1:] for wanted_column in columns)]
+    ):
         if column == entity.join_key:
             continue
         if column in types:
@@ -218,7 +242,7 @@ def _profile_view(
 
 
 def _require_readable(table: Table, features: Iterable[Feature]) -> None:
-    """A live model goes on reading the columns that it was trained with.
+    """Require that a live model can still read the columns that it was trained with.
 
     Raises:
         ConfigError: it cannot.

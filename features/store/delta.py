@@ -30,10 +30,10 @@ from features.errors import CorankError
 from features.store.query import SLICE_BYTES, TIME, Partitions, Query, dated, deal, latest, together
 
 EVENT_TIMESTAMP = "event_timestamp"
-"""The column Feast joins on, made of a table's int64 ``ts`` or ``updated_at``, which stays as it is."""
+"""The column that Feast joins on, made from a table's int64 ``ts`` or ``updated_at``, which is kept, too."""
 
 ORDER = "__order"
-"""Position of an entity row in what was asked."""
+"""Column with the position of an entity row among those asked for."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -265,7 +265,7 @@ class DeltaOfflineStore(OfflineStore):
                     delta_source(view).table(config),
                     delta_source(view).clock,
                     keys={mapped.get(column.name, column.name): column.name for column in view.entity_columns},
-                    values={f"{name}__{one}" if full_feature_names else one: one for one in wanted},
+                    values={f"{name}__{feature}" if full_feature_names else feature: feature for feature in wanted},
                     end=cast(int | None, times.max()),
                 )
                 if missing := [key for key in query.keys if key not in entities.columns]:

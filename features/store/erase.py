@@ -59,7 +59,7 @@ def erase_users(settings: FeatureStoreSettings, users: Collection[str]) -> dict[
 def erase_absent(
     settings: FeatureStoreSettings, end: int, close: int | None = None, logged_until: int | None = None
 ) -> dict[str, int]:
-    """Remove what the tables hold no row of up to ``end``: a corrected log may have lost a user, an item or a profile.
+    """Remove entities without a row in the tables up to ``end``: a corrected log may lack users, items or profiles.
 
     After a materialisation from the beginning, the online store is then as one that was filled for the first time. Of
     a sequence the events pushed with ``logged_until`` ≤ time stay.
@@ -76,7 +76,7 @@ def erase_absent(
     close = end if close is None else close
     logged_until = close if logged_until is None else logged_until
     store, removed = open_store(settings), {}
-    for name in [str(one.view.name) for one in settings.stored_views(store) if one.given]:
+    for name in [str(stored_view.view.name) for stored_view in settings.stored_views(store) if stored_view.given]:
         view = registered_view(store, name)
         until = close if name.startswith(SEQUENCE_VIEW) else end
         query = view_query(store, view, None, until)
@@ -99,7 +99,7 @@ def erase_absent(
 
 
 def _without_pushed(store: FeatureStore, view: FeatureView, absent: pl.DataFrame, logged_until: int) -> list[str]:
-    """Those who have no pushed events; of the others the sequence is reduced to these."""
+    """The absent entities without pushed events; the sequences of the others are reduced to their pushed events."""
     empty = [pl.lit([]).alias(feature.name) for feature in view.features]
     entries = entity_values(view, absent.with_columns(*empty, pl.lit(logged_until).alias(TIME)))
     stored = read(store, view, [key for key, *_ in entries], None)
@@ -142,8 +142,8 @@ def _stored_ids(store: FeatureStore, view: FeatureView) -> Iterator[str]:
         with client.pipeline(transaction=False) as pipe:
             for key in keys:
                 pipe.hexists(key, redis_fields(store, view)[0])
-            held = pipe.execute()
-        for key in compress(keys, held):
+            are_stored = pipe.execute()
+        for key in compress(keys, are_stored):
             value, rest = _value_in(key, prefix)
             if rest == project:  # other projects may share the server
                 yield value.decode()
@@ -158,7 +158,7 @@ def _value_in(key: bytes, prefix: bytes) -> tuple[bytes, bytes]:
 
 def _erase_from_view(store: FeatureStore, view: FeatureView, ids: list[str]) -> None:
     (name,) = view.join_keys
-    keys = {one: _serialized(store, _entity_key(name, one)) for one in ids}
+    keys = {identifier: _serialized(store, _entity_key(name, identifier)) for identifier in ids}
     if isinstance(online_store(store), SqliteOnlineStore):
         _erase_sqlite(store, [view], keys)
         return

@@ -1,6 +1,6 @@
-"""What the store needs of Feast beside its public interface, each in one function.
+"""The parts of Feast outside its public interface that the store needs, each in one function.
 
-``tests/features/test_feast_internals.py`` holds what these must do, for the day on which another Feast comes.
+``tests/features/test_feast_internals.py`` checks what these must do, for when another version of Feast comes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import typeguard
 
-# Feast's own server is imported with it, and with the server its metrics, which make a folder in the temporary folder
-# for every process: a killed one leaves it. Nobody asks for either here; where Feast would count, it does without.
+# Importing Feast imports its server and the server's metrics, which make a temporary folder for every process; a killed
+# process leaves it behind. Neither is used here, and Feast works without metrics.
 sys.modules.setdefault("feast.feature_server", ModuleType("feast.feature_server"))
 sys.modules.setdefault("feast.metrics", None)  # type: ignore[arg-type]
 
@@ -33,7 +33,7 @@ finally:
     typeguard.typechecked = _checked
 
 RETRIES, FIRST_WAIT, LONGEST_WAIT = 3, 0.02, 0.2
-"""How often, and after how many seconds, a call to Redis is tried again; its client's own waits add up to seconds."""
+"""How often, and after how many seconds, a call to Redis is tried again; the waits of its own client are longer."""
 
 
 def online_store(store: FeatureStore) -> Any:
@@ -69,7 +69,7 @@ def retry_for_a_second(store: FeatureStore) -> None:
     from redis.retry import Retry
 
     client = redis_client(store)
-    if isinstance(client, Redis):  # a cluster's client looks for other nodes in its own way
+    if isinstance(client, Redis):  # a cluster's client has its own way to look for other nodes
         client.set_retry(Retry(ExponentialWithJitterBackoff(base=FIRST_WAIT, cap=LONGEST_WAIT), RETRIES))
 
 

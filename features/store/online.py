@@ -56,13 +56,13 @@ WRITE_ROWS = 5_000
 """Rows written to the online store in one transaction; bounds memory."""
 
 STRIPES, STRIPE = 16, "__stripe"
-"""Users share so many locks in Redis; tasks that fill it in parallel, and pushes, rarely meet at one."""
+"""Number of locks in Redis that users share: parallel tasks and pushes rarely want the same one."""
 
 LOCKED_ROWS = 1_000
-"""Users whose sequences are rewritten under one lock; bounds how long a push waits."""
+"""Users whose sequences are rewritten under one lock, which limits how long a push waits."""
 
 LOCKED_SECONDS = 30.0
-"""After so long Redis frees the lock of a writer that was killed."""
+"""Seconds after which Redis frees the lock of a writer that was killed."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ def apply(settings: FeatureStoreSettings) -> list[str]:
         Path(settings.registry).unlink()
         store = open_store(settings)
         stored = settings.stored_views(store)
-    views = [one.view for one in stored]
+    views = [stored_view.view for stored_view in stored]
     names = [str(view.name) for view in views]
-    own = {one.view.name for one in replace(settings, live=()).stored_views(store)}
-    service = FeatureService(name=SERVICE, features=[view for view in views if view.name in own])
+    declared = {stored_view.view.name for stored_view in replace(settings, live=()).stored_views(store)}
+    service = FeatureService(name=SERVICE, features=[view for view in views if view.name in declared])
     registered = [view for view in store.list_feature_views() if is_named_by_content(view.name)]
     unread = [view for view in registered if view.name not in names]
     store.apply([USER, ITEM, *views, service], objects_to_delete=list(unread), partial=False)
@@ -263,7 +263,7 @@ def view_query(
         source.table(store.config),
         source.clock,
         keys={column.name: column.name for column in view.entity_columns},
-        values={one: one for one in features},
+        values={feature: feature for feature in features},
         start=start,
         end=end,
         latest=True,
@@ -273,7 +273,7 @@ def view_query(
 def _written(
     store: FeatureStore, settings: FeatureStoreSettings, view: FeatureView, partitions: Partitions, logged_until: int
 ) -> Iterator[int]:
-    """Write the newest rows of every partition; yields how many, portion by portion."""
+    """Write the newest rows of every partition; yields the number of rows, portion by portion."""
     query = partitions.query
     if settings.online == "redis" and partitions.count > 1:
         yield from filter(None, partitions.map(partial(_write_partition, settings, view.name, query, logged_until)))
@@ -285,7 +285,7 @@ def _written(
 def _write_partition(
     settings: FeatureStoreSettings, name: str, query: Query, logged_until: int, *pieces: pl.DataFrame | pa.Table
 ) -> int:
-    """What a task does with its partition, when several may write."""
+    """Write one partition inside a task, where the store takes several writers."""
     store = open_store(settings)
     return sum(_write(store, registered_view(store, name), latest(query, *pieces), logged_until))
 
@@ -302,7 +302,7 @@ def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_un
         for portion in stripe.iter_slices(LOCKED_ROWS):
             entries = entity_values(view, portion)
             with reachable(store), sole_writer(store, portion[key]):
-                stored = read(store, view, [one for one, *_ in entries], None)
+                stored = read(store, view, [entity_key for entity_key, *_ in entries], None)
                 for (_, values, _, _), (_, before) in zip(entries, stored, strict=True):
                     keep_pushed(view, values, before or {}, logged_until)
                 write(store, view, entries)
@@ -311,7 +311,7 @@ def _write(store: FeatureStore, view: FeatureView, rows: pl.DataFrame, logged_un
 
 @contextmanager
 def reachable(store: FeatureStore) -> Iterator[None]:
-    """What the client of the online store raises says which store it is, and what to do.
+    """Turn errors of the online store's client into ones that name the store and say what to do.
 
     Raises:
         UnavailableError
@@ -337,19 +337,19 @@ def reachable(store: FeatureStore) -> Iterator[None]:
 
 @contextmanager
 def sole_writer(store: FeatureStore, users: pl.Series) -> Iterator[None]:
-    """Who reads sequences of users and writes them back does so alone, of all threads and processes; others wait."""
+    """Let one thread of all processes at a time read and write back the sequences of these users; others wait."""
     online = store.config.online_store
-    with ExitStack() as held:
+    with ExitStack() as locked:
         if isinstance(online, SqliteOnlineStoreConfig):  # the file is local, and so are all its writers
-            fcntl.flock(held.enter_context(Path(f"{online.path}.lock").open("a")), fcntl.LOCK_EX)
+            fcntl.flock(locked.enter_context(Path(f"{online.path}.lock").open("a")), fcntl.LOCK_EX)
         else:
             client = redis_client(store)
             stripes = users.to_frame("user_id").select(_stripe("user_id").unique().sort()).to_series()
             names = [f"{store.config.project}:sequences:{stripe}" for stripe in stripes]
             locks = [client.lock(name, timeout=LOCKED_SECONDS, sleep=0.005) for name in names]
-            for lock in locks:  # in one order, so that no two wait for each other
-                held.enter_context(lock)
-            for lock in locks[:-1]:  # their time ran while the last ones were waited for
+            for lock in locks:  # always in the same order, so that no two writers wait for each other
+                locked.enter_context(lock)
+            for lock in locks[:-1]:  # part of their time has passed while the later ones were waited for
                 lock.reacquire()
         yield
 
@@ -370,7 +370,7 @@ def keep_pushed(view: FeatureView, values: dict[str, Any], before: dict[str, Any
         return False
     kinds = {name: before[name].WhichOneof("val") if name in before else None for name in values}
     if None in kinds.values():
-        return False  # pushed before the sequence had this field; the log brings these events with the next partition
+        return False  # they were pushed before the sequence had this field; the next partition brings them from the log
     for name, kind in kinds.items():
         getattr(values[name], str(kind)).val.extend(getattr(before[name], str(kind)).val[first:])
     return True
@@ -403,8 +403,8 @@ def _storable(column: pl.Series, kind: FeastType) -> list[Any]:
     if not isinstance(kind, Array):
         return values
     if kind.base_type == Float32:
-        return [value and [float("nan") if one is None else one for one in value] for value in values]
-    return [value and [one for one in value if one is not None] for value in values]
+        return [value and [float("nan") if element is None else element for element in value] for value in values]
+    return [value and [element for element in value if element is not None] for value in values]
 
 
 def registered_view(store: FeatureStore, name: str) -> FeatureView:

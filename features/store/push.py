@@ -1,4 +1,4 @@
-"""New events straight into the online store: a request sees them before their log partition is built.
+"""Writes new events straight into the online store: a request sees them before their log partition is built.
 
 A push reads the stored sequences of its users, adds what is new, and writes them back. The next partition's
 materialisation brings the same events from the log; what it does not hold yet stays (``materialize``).
@@ -42,7 +42,7 @@ from features.store.reader import POLARS_TYPES, READ_ROWS
 from features.validation.rules import is_negative
 
 AHEAD = 60 * SECOND
-"""How far a sender's clock may be ahead of ours."""
+"""Microseconds by which a sender's clock may be ahead of ours."""
 
 AS_OF, OLDEST = "__as_of", "__oldest"
 """In a frame of events; no field of the user's own has these names."""
@@ -75,11 +75,14 @@ class OnlineWriter:
         self.schema = settings.schema
         self.log_delay = log_delay
         self._store = open_store(settings)
-        self._views = {one.name: registered_view(self._store, sequence_view(one)) for one in self.schema.sequences}
-        joined = any(one.joined for one in self.schema.sequences)  # else there may be no profiles of items
+        self._views = {
+            sequence.name: registered_view(self._store, sequence_view(sequence)) for sequence in self.schema.sequences
+        }
+        # without joined fields there may be no profiles of items
+        joined = any(sequence.joined for sequence in self.schema.sequences)
         items = registered_view(self._store, ITEM_VIEW).features if joined else []
-        self._item_types = {one.name: one.dtype for one in items}
-        # as the tables are now; of which type a column is, is part of an id that is made of a row's content
+        self._item_types = {feature.name: feature.dtype for feature in items}
+        # read from the tables as they are now: an id made of a row's content depends on the types of its columns
         self._identifying = {name: table.pinned().identifying() for name, table in settings.events.items()}
 
     def table(self, name: str | None) -> str:
@@ -98,8 +101,13 @@ class OnlineWriter:
         return name
 
     def columns(self, table: str) -> list[str]:
-        """What every event of a table must bring: what it is identified by, and what the sequences read of it."""
-        read = [column for one in self.schema.sequences if one.events == table for column in columns_read(one)]
+        """The columns that every event of a table must have: those that identify it, and those that sequences read."""
+        read = [
+            column
+            for sequence in self.schema.sequences
+            if sequence.events == table
+            for column in columns_read(sequence)
+        ]
         identity = self._identifying.get(table) or ["event_id"]
         return list(dict.fromkeys(["user_id", "ts", *identity, *read]))
 
@@ -149,8 +157,8 @@ class OnlineWriter:
     def _coded_for(self, sequence: Sequence, events: pl.DataFrame, table: str) -> pl.DataFrame:
         """What the sequence stores of these events, ordered by (user, ts, event_id), every event once."""
         _require(events, columns_read(sequence), table)
-        for one in sequence.own:
-            _require_kind(events[one.source], one.kind, table)
+        for field in sequence.own:
+            _require_kind(events[field.source], field.kind, table)
         if sequence.joined:
             _require_kind(events["item_id"], "id", table)
         if sequence.where is not None:
@@ -167,10 +175,10 @@ class OnlineWriter:
 
     def _profiles(self, events: pl.DataFrame, sequence: Sequence) -> pl.DataFrame:
         """The stored profiles of the events' items, as the sample builder has them; a store knows one of each."""
-        fields = {timeline_column(sequence, one): one for one in sequence.joined}
+        fields = {timeline_column(sequence, field): field for field in sequence.joined}
         if not fields:
             return pl.DataFrame()
-        columns = {UPDATED_AT: Int64, **{one.source: self._item_types[one.source] for one in fields.values()}}
+        columns = {UPDATED_AT: Int64, **{field.source: self._item_types[field.source] for field in fields.values()}}
         items = events["item_id"].drop_nulls().unique().to_list()
         rows = [
             pl.DataFrame(schema={"item_id": pl.String, **{name: POLARS_TYPES[kind] for name, kind in columns.items()}})
@@ -181,7 +189,7 @@ class OnlineWriter:
             found = self._store.get_online_features(features=names, entity_rows=entities).to_dict()
             rows.append(pl.DataFrame({name: found[name] for name in rows[0].columns}, schema=rows[0].schema))
         stored = pl.concat(rows).drop_nulls(UPDATED_AT).sort(UPDATED_AT)
-        coded = [encode(one, pl.col(one.source)).alias(name) for name, one in fields.items()]
+        coded = [encode(field, pl.col(field.source)).alias(name) for name, field in fields.items()]
         return stored.select("item_id", UPDATED_AT, *coded)
 
     def _append(self, sequence: Sequence, new: pl.DataFrame) -> int:
@@ -233,7 +241,7 @@ class OnlineWriter:
                     "event ids: another schema wrote it. Materialise the newest partition again (`corank run`)."
                 )
             rows.append({"user_id": user_id, **lists})
-            # the store may keep whole seconds only
+            # the store may keep only whole seconds
             as_of = max(microseconds(cast(datetime, written)), lists["ts"][-1])
             full = bisect_left(lists["ts"], as_of - self.log_delay) >= sequence.length
             bounds.append((user_id, as_of, lists["ts"][0] if full else None))
@@ -256,7 +264,7 @@ def _columns(sequence: Sequence) -> dict[str, str]:
     """Feature of the sequence's view → its name in a frame of events."""
     return {
         timeline_column(sequence, None): "ts",
-        **{timeline_column(sequence, one): one.name for one in sequence.fields},
+        **{timeline_column(sequence, field): field.name for field in sequence.fields},
         event_id_column(sequence): EVENT_ID,
     }
 
@@ -265,7 +273,9 @@ def columns_read(sequence: Sequence) -> list[str]:
     """What a sequence reads of an event's row, besides event_id, user_id and ts."""
     condition = pl.sql_expr(sequence.where).meta.root_names() if sequence.where is not None else []
     return list(
-        dict.fromkeys([*[one.source for one in sequence.own], *(["item_id"] if sequence.joined else []), *condition])
+        dict.fromkeys(
+            [*[field.source for field in sequence.own], *(["item_id"] if sequence.joined else []), *condition]
+        )
     )
 
 
@@ -351,7 +361,7 @@ def _checked(events: pl.DataFrame, table: str) -> pl.DataFrame:
     for unit, span in OTHER_UNITS.items():
         unlikely = pl.col("ts").is_between(*span, closed="left")
         refuse("ts", unlikely, f"a ts that looks like {unit}; send microseconds UTC")
-    # one from far ahead would stand at the end of the history until its time has come
+    # an event from far ahead would stay at the end of the history until its time has come
     refuse("ts", pl.col("ts") > time.time_ns() // 1_000 + AHEAD, "a ts in the future")
     return events
 

@@ -20,7 +20,8 @@ import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from features.delta.table import SomeFiles, Table
+from features.delta.files import SomeFiles
+from features.delta.table import Table
 from features.errors import CorankError
 from features.tasks import arrow, each, ray_runs, task
 
@@ -70,7 +71,7 @@ def dated(table: Table, clock: str) -> pl.LazyFrame:
 
 @dataclass(frozen=True)
 class Query:
-    """What is wanted of a table; travels to tasks.
+    """What is wanted of a table; it is sent to tasks.
 
     Attributes:
         clock: column that dates a row.
@@ -90,10 +91,10 @@ class Query:
     def read(self, part: Table | None = None) -> pl.DataFrame:
         """Keys, values and ``TIME`` of a slice (default: of the whole table), in the table's order."""
         part = part or self.table
-        clock = pl.col(self.clock)  # the stored column, so that files outside the window are skipped
+        clock = pl.col(self.clock)  # filters the stored column, so that files outside the window are skipped
         frame = dated(part, self.clock)
         present = frame.collect_schema().names()
-        if missing := [one for one in (*self.keys.values(), *self.values.values()) if one not in present]:
+        if missing := [column for column in (*self.keys.values(), *self.values.values()) if column not in present]:
             raise CorankError(
                 f"table {part.name} at {part.uri} lacks the columns {missing}; it has {present}. Map them under "
                 f"`tables.{part.name}.columns`, or build the table again if an earlier version of corank wrote it."
@@ -113,15 +114,15 @@ class Query:
         column = self.table.columns.get(self.clock, self.clock)
         for bound, end in ((self.start, "max"), (self.end, "min")):
             name = f"{end}.{column}"
-            # statistics of timestamps are rounded to milliseconds: those are left to the reader
+            # statistics of timestamps are rounded to milliseconds, so that only the reader filters these
             if bound is not None and name in files.columns and files.schema[name].is_integer():
                 outside = pl.col(name) < bound if end == "max" else pl.col(name) > bound
                 files = files.filter(outside.fill_null(False).not_())
         groups = (pl.col("size_bytes").cum_sum() - 1) // slice_bytes
         parts = files.group_by(groups.alias("slice"), maintain_order=True).agg("path")["path"].to_list()
         table = self.table.at(delta.version())
-        own = {one.name: getattr(table, one.name) for one in fields(Table)}
-        return [Slice(**own, files=tuple(map(unquote, part))) for part in parts]
+        of_table = {declared.name: getattr(table, declared.name) for declared in fields(Table)}
+        return [Slice(**of_table, files=tuple(map(unquote, part))) for part in parts]
 
 
 def latest(query: Query, *pieces: pl.DataFrame | pa.Table) -> pl.DataFrame:
@@ -139,7 +140,7 @@ class Partitions:
     """The rows of a query, so that each partition has every row of its keys; read when first used.
 
     Args:
-        slice_bytes: what one task reads; see ``SLICE_BYTES``.
+        slice_bytes: bytes that one task reads; see ``SLICE_BYTES``.
         beside: bytes of what the rows will be joined with; they count like the table's own.
 
     Attributes:
@@ -161,21 +162,21 @@ class Partitions:
         if self.count == 1:
             yield self.query.read()
         else:
-            yield from (_frame(rows) for rows in each(self.query.read, [(one,) for one in self.slices], True))
+            yield from (_frame(rows) for rows in each(self.query.read, [(part,) for part in self.slices], True))
 
     def map(self, function: Callable[..., T], others: Iterable[tuple[Any, ...]] | None = None) -> Iterator[T]:
         """``function(*other, *pieces)`` of every partition, in order of the partitions.
 
         Args:
             function: takes the pieces of one partition in the table's order (see :func:`together`).
-            others: per partition what comes before its pieces.
+            others: per partition the arguments before its pieces.
         """
         befores = others if others is not None else [() for _ in range(self.count)]
         if self.count == 1:
             pieces = deque([(self.query.read(),)])
         else:
             read = task(_read_and_deal, num_returns=self.count)
-            pieces = deque(zip(*[read.remote(self.query, one, self.count) for one in self.slices], strict=True))
+            pieces = deque(zip(*[read.remote(self.query, part, self.count) for part in self.slices], strict=True))
         # taken out one by one, so that a partition's pieces are freed when it is done
         calls = ((*before, *pieces.popleft()) for before in befores)
         yield from each(function, calls, self.count > 1)

@@ -1,6 +1,6 @@
-"""Reading the online store: what a request needs of it, encoded by the functions of the sample builder.
+"""Reads what a request needs from the online store, and encodes it with the functions of the sample builder.
 
-A value means the same offline and online, and whatever is not known by the time of a request reads as unknown.
+A value means the same offline and online, and what is not known at the time of a request reads as unknown.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ READ_ROWS = 5_000
 """Entities of one read; SQLite limits the parameters of a statement."""
 
 COUNTED_AT = "ts"
-"""When the counts of a user or item became known, microseconds UTC; for whom was never seen there is none."""
+"""When the counts of a user or item became known, microseconds UTC; null for one that was never seen."""
 
 NEVER = np.iinfo(np.int64).max
 """``updated_at`` of a profile that does not exist: later than any request."""
@@ -99,7 +99,7 @@ class OnlineReader:
         for sequence in self.schema.sequences:
             _require(
                 registered_view(self._store, sequence_view(sequence)),
-                [*[timeline_column(sequence, one) for one in (None, *sequence.fields)], event_id_column(sequence)],
+                [*[timeline_column(sequence, field) for field in (None, *sequence.fields)], event_id_column(sequence)],
             )
         nothing = {name: [None] for name in (*self._item, *self._item_counts)}
         self._items = ItemTable(
@@ -129,7 +129,7 @@ class OnlineReader:
         items = self.items(item_ids, ts)
         known_counts = self._is_counted(row, ts)
         counts = row if known_counts else {}
-        crossed = [self._crossed(one, items, item_ids, counts, ts) for one in self.schema.aggregates("cross")]
+        crossed = [self._crossed(feature, items, item_ids, counts, ts) for feature in self.schema.aggregates("cross")]
         return *self._encoded(user_id, row, ts), items.with_columns(crossed)
 
     def _user_row(self, user_id: str) -> dict[str, Any]:
@@ -143,19 +143,19 @@ class OnlineReader:
 
     def _encoded(self, user_id: str, row: Mapping[str, Any], ts: int) -> tuple[bool, dict[str, Any]]:
         has_profile = row[UPDATED_AT] is not None and row[UPDATED_AT] <= ts
-        counted = self._is_counted(row, ts)
-        known = has_profile or counted
+        is_counted = self._is_counted(row, ts)
+        known = has_profile or is_counted
         raw = {name: [row[name] if has_profile and name != "user_id" else None] for name in self._user}
         raw["user_id"] = [user_id if known else None]
         features = self.schema.aggregates("user")
-        names = [name for one in features for name in state_columns(one)]
+        names = [name for feature in features for name in state_columns(feature)]
         counts = pl.DataFrame(
-            {name: [row[name] if counted else None] for name in names},
+            {name: [row[name] if is_counted else None] for name in names},
             schema={name: self._user_counts[name] for name in names},
         )
         profile = encode_features(self.schema.side("user"), pl.DataFrame(raw, schema=self._user))
         counted_values = _values_at(features, counts, ts)
-        # a frame without columns has no row
+        # a frame without columns has no rows, so that the parts are not stacked as frames
         return known, {column.name: column.to_list()[0] for part in (profile, counted_values) for column in part}
 
     def _crossed(
@@ -178,14 +178,14 @@ class OnlineReader:
         """All stored events per sequence; empty arrays where there are none."""
         histories = {}
         for sequence in self.schema.sequences:
-            columns = {timeline_column(sequence, one): one for one in (None, *sequence.fields)}
+            columns = {timeline_column(sequence, field): field for field in (None, *sequence.fields)}
             names = [f"{sequence_view(sequence)}:{column}" for column in columns]
             row = self._read(names, "user_id", [user_id])
             arrays = {
-                one.name if one is not None else "ts": np.array(
-                    row[name][0] or [], np.float32 if one is not None and one.kind == "number" else np.int64
+                field.name if field is not None else "ts": np.array(
+                    row[name][0] or [], np.float32 if field is not None and field.kind == "number" else np.int64
                 )
-                for name, one in columns.items()
+                for name, field in columns.items()
             }
             histories[sequence.name] = History(arrays.pop("ts"), arrays)
         return histories
@@ -203,7 +203,7 @@ class OnlineReader:
         if name in self._absent:
             return {key: pl.String, UPDATED_AT: pl.Int64}
         view = registered_view(self._store, name)
-        kinds = {one.name: POLARS_TYPES[one.dtype] for one in view.features}
+        kinds = {feature.name: POLARS_TYPES[feature.dtype] for feature in view.features}
         crossed = self.schema.cross_keys if key == "item_id" else ()
         sources = dict.fromkeys([*[feature.source for feature in features], *crossed, UPDATED_AT])
         sources.pop(key, None)
@@ -217,8 +217,8 @@ class OnlineReader:
             if len(fields) > 1:
                 raise CorankError(f"the model reads counts ({fields[1].name}), but the store's settings have none")
             return {}
-        _require(registered_view(self._store, aggregates_view(self.schema, side)), [one.name for one in fields])
-        return {one.name: POLARS_TYPES[one.dtype] for one in fields}
+        _require(registered_view(self._store, aggregates_view(self.schema, side)), [field.name for field in fields])
+        return {field.name: POLARS_TYPES[field.dtype] for field in fields}
 
     def _read(self, names: list[str], key: str, ids: list[str]) -> dict[str, list[Any]]:
         """Values by column of these features (view:column)."""
@@ -226,7 +226,7 @@ class OnlineReader:
         response: dict[str, list[Any]] = {}
         if stored:
             with reachable(self._store):
-                rows = [{key: one} for one in ids]
+                rows = [{key: identifier} for identifier in ids]
                 response = self._store.get_online_features(features=stored, entity_rows=rows).to_dict()
         nothing = [None] * len(ids)
         columns = {name: name.split(":", 1)[1] for name in names}
@@ -243,13 +243,13 @@ class OnlineReader:
         return self._encode_items(pl.concat(portions), ts)
 
     def _encode_items(self, raw: pl.DataFrame, ts: int) -> Stored:
-        features, counted = self.schema.side("item"), self.schema.aggregates("item")
-        own = [one for one in features if one.source == "item_id" and one.kind == "id"]
+        features, aggregates = self.schema.side("item"), self.schema.aggregates("item")
+        id_features = [feature for feature in features if feature.source == "item_id" and feature.kind == "id"]
         crossed = []
         for key in self.schema.cross_keys:
             kind = pl.List(pl.String) if isinstance(raw.schema[key], pl.List) else pl.String
             crossed.append(raw[key].cast(kind).alias(cross_column(key)))
-        profile = encode_features([one for one in features if one not in own], raw)
+        profile = encode_features([feature for feature in features if feature not in id_features], raw)
         counted_at = (
             raw[COUNTED_AT] if COUNTED_AT in raw.columns else pl.repeat(None, raw.height, dtype=pl.Int64, eager=True)
         )
@@ -258,16 +258,16 @@ class OnlineReader:
         return Stored(
             pl.DataFrame([*profile, *crossed]),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
-            _values_at(counted, raw, moments),
+            _values_at(aggregates, raw, moments),
             known,
-            *_unchanged(counted, raw, known, moments),
-            encode_features(own, raw),
+            *_unchanged(aggregates, raw, known, moments),
+            encode_features(id_features, raw),
         )
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Items as they are stored, encoded: what each part says, and from when on it holds (microseconds UTC).
+    """Items as they are stored, encoded in parts, each with the time from which on it holds (microseconds UTC).
 
     Attributes:
         profile, updated_at: codes and numbers of the profile; ``NEVER`` without one.
@@ -328,23 +328,25 @@ class ItemTable:
     def take(self, item_ids: list[str], ts: int) -> pl.DataFrame:
         """Rows of these items as known at ``ts``, in this order, with ``item_known``."""
         now = time.monotonic()
-        rows = np.array([self._rows.get(one, -1) for one in item_ids], np.int64)
+        rows = np.array([self._rows.get(item_id, -1) for item_id in item_ids], np.int64)
         stale = (rows < 0) | (self._read_at[rows] + self._max_age < now)
         stale |= (self._table.counted_at[rows] <= ts) & (
             (ts < self._table.counts_since[rows]) | (self._table.counts_until[rows] <= ts)
         )
         if stale.any():
-            self._load(list(dict.fromkeys(one for one, old in zip(item_ids, stale, strict=True) if old)), ts, now)
+            self._load(
+                list(dict.fromkeys(item_id for item_id, old in zip(item_ids, stale, strict=True) if old)), ts, now
+            )
             if len(self._rows) > self._max_items:
                 self._keep_only(set(item_ids))
-            rows = np.array([self._rows[one] for one in item_ids], np.int64)
+            rows = np.array([self._rows[item_id] for item_id in item_ids], np.int64)
         table = self._table
-        profiled, counted = table.updated_at[rows] <= ts, table.counted_at[rows] <= ts
-        known = profiled | counted
+        profiled, has_counts = table.updated_at[rows] <= ts, table.counted_at[rows] <= ts
+        known = profiled | has_counts
         parts = (
             _rows(table.ids, np.where(known, rows, 0)),
             _rows(table.profile, np.where(profiled, rows, 0)),
-            _rows(table.counts, np.where(counted, rows, 0)),
+            _rows(table.counts, np.where(has_counts, rows, 0)),
         )
         columns = [column for part in parts for column in part]
         return pl.DataFrame([*columns, pl.Series("item_known", known)])
@@ -360,10 +362,10 @@ class ItemTable:
 
     def _keep_only(self, item_ids: set[str]) -> None:
         """Drop other items, and the rows that newer ones have replaced."""
-        kept = [one for one in self._rows if one in item_ids]
-        rows = np.array([0, *[self._rows[one] for one in kept]], np.int64)
+        kept = [item_id for item_id in self._rows if item_id in item_ids]
+        rows = np.array([0, *[self._rows[item_id] for item_id in kept]], np.int64)
         self._table, self._read_at = self._table.rows(rows), self._read_at[rows]
-        self._rows = {one: row for row, one in enumerate(kept, start=1)}
+        self._rows = {item_id: row for row, item_id in enumerate(kept, start=1)}
 
 
 def _rows(frame: pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
@@ -402,7 +404,7 @@ def _entries(feature: Feature, stored: pl.DataFrame) -> Entries:
     """What is stored of a windowed feature; the owner's number is its row."""
     lists = [stored[name] for name in state_columns(feature)]
     owner = np.repeat(np.arange(stored.height), lists[0].list.len().fill_null(0).to_numpy())
-    until, counts, sums = (one.list.explode(empty_as_null=False, keep_nulls=False).to_numpy() for one in lists)
+    until, counts, sums = (column.list.explode(empty_as_null=False, keep_nulls=False).to_numpy() for column in lists)
     return owner, until, counts, sums
 
 
@@ -419,8 +421,10 @@ def _per_key(feature: Feature, stored: pl.DataFrame, ts: int) -> pl.DataFrame:
 def _values(features: Iterable[Feature]) -> list[pl.Expr]:
     """The values of aggregates from their counts and sums, as the sample builder makes them."""
     return [
-        aggregate_value(one, pl.col(count_column(one)), pl.col(sum_column(one))).alias(feature_column(one))
-        for one in features
+        aggregate_value(feature, pl.col(count_column(feature)), pl.col(sum_column(feature))).alias(
+            feature_column(feature)
+        )
+        for feature in features
     ]
 
 
@@ -430,7 +434,7 @@ def encode_features(features: Iterable[Feature], raw: pl.DataFrame) -> pl.DataFr
 
 
 def _require(view: FeatureView, columns: Iterable[str]) -> None:
-    present = {one.name for one in view.features}
+    present = {feature.name for feature in view.features}
     if missing := [column for column in columns if column not in present]:
         raise CorankError(
             f"the feature store's view {view.name} lacks {missing}, which the model reads. "

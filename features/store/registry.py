@@ -1,4 +1,4 @@
-"""Feast's registry as a local file that is written whole or not at all; Feast writes over the one that is read."""
+"""Feast's registry as a local file that is written whole or not at all; Feast itself overwrites it in place."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WholeRegistryStore(FileRegistryStore):
                 "makes it again from the config"
             )
         found = super().get_registry_proto()  # type: ignore[no-untyped-call]
-        found.DiscardUnknownFields()  # the digest, which would be written again as content
+        found.DiscardUnknownFields()  # drops the digest, which would else be written again as content
         return found
 
     def _write_registry(self, registry_proto: Any) -> None:

@@ -20,6 +20,7 @@ import polars.selectors as cs
 import pyarrow as pa
 import yaml
 
+from features.delta.damage import check_files
 from features.delta.table import Table, together
 from features.delta.write import replace_partition, replace_partitions, write_file
 from features.errors import ConfigError, UnreadableError
@@ -42,10 +43,10 @@ QUARANTINE_SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("rule", "request_id", "user_id", "item_id", "row", "dt", "bucket")]
 )
 ROWS = "_rows"
-"""Metric that every suite's row of metrics has: the number of rows it was computed over."""
+"""Metric of every suite: the number of rows that its metrics were computed from."""
 
 TOGETHER_BYTES, TOGETHER_PARTITIONS = 16 << 20, 64
-"""Of the log's files; partitions up to these limits are read and judged together."""
+"""Bytes of the log's files, and partitions: up to these limits partitions are read and judged together."""
 
 JOINED_PARTITIONS = 8
 """Newest partitions of a log whose ids are looked for in another table."""
@@ -104,12 +105,12 @@ class Gate:
             batch_parameters={"dataframe": pd.DataFrame(metrics)},
             run_id=self.gx.RunIdentifier(run_name=run, run_time=datetime.fromtimestamp(moment / SECOND, UTC)),
         )
-        failed = {one.expectation_config.kwargs["column"] for one in result.results if not one.success}
+        failed = {outcome.expectation_config.kwargs["column"] for outcome in result.results if not outcome.success}
         return [rule for rule in rules if rule.name in failed]
 
     def _define(self, name: str, rules: Sequence[Rule]) -> Any:
         """The suite; the rules' names and limits are the same for all partitions of a table."""
-        # these cost GX a third of ExpectColumnValuesToBeBetween
+        # these take GX a third of the time of ExpectColumnValuesToBeBetween
         most, least = self.gx.expectations.ExpectColumnMaxToBeBetween, self.gx.expectations.ExpectColumnMinToBeBetween
         expectations = [
             (most if rule.lowest is None else least)(
@@ -136,7 +137,7 @@ def damaged_settings(root: Path) -> dict[Path, str]:
     """Settings and suites of a context that Great Expectations cannot read, and why. All are written anew by a
     :class:`Gate` that finds none, as they are made from the config."""
     found: dict[Path, str] = {}
-    results = root / "gx" / "uncommitted" / "validations"  # are left out of the pages when they are damaged
+    results = root / "gx" / "uncommitted" / "validations"  # damaged results are left out of the pages
     for path in sorted([*root.rglob("*.yml"), *root.rglob("*.json")]):
         if results in path.parents:
             continue
@@ -186,20 +187,20 @@ def validate_partitions(
     newest = max((partition_bounds(partition, grain)[0] for partition in partitions), default=now)
     readable, broken, checks = _judge_layouts(gate, tables, schema, newest)
     profile_rows: dict[str, int] = {}
-    said = list(broken)
+    findings = list(broken)
     for role in PROFILE_KEYS:
         if role in readable:
-            own = profile_rules(role, schema, rules)
-            verdict = _judge(gate, readable[role], "", newest, own)
+            role_rules = profile_rules(role, schema, rules)
+            verdict = _judge(gate, readable[role], "", newest, role_rules)
             profile_rows[role] = verdict.rows
-            said += verdict.findings
+            findings += verdict.findings
             broken += verdict.failures
             checks += verdict.checks
     if not broken:
         joined = readable | ({FEEDBACK: tables[FEEDBACK]} if schema.delayed_tasks and FEEDBACK in tables else {})
         strangers, count = _judge_joins(gate, joined, schema, partitions, rules, newest)
-        said, broken, checks = said + strangers, broken + strangers, checks + count
-    shared = PartitionValidation("", profile_rows, 0, checks, tuple(said), tuple(broken))
+        findings, broken, checks = findings + strangers, broken + strangers, checks + count
+    shared = PartitionValidation("", profile_rows, 0, checks, tuple(findings), tuple(broken))
     logs = {role: table.pinned() for role, table in readable.items() if role not in PROFILE_KEYS}
     sizes = dict.fromkeys(partitions, 0)
     for table in logs.values():
@@ -210,7 +211,7 @@ def validate_partitions(
         judged = {
             role: _judge_partitions(gate, table, schema, _rules_of(role, schema, shown, grain, rules, now), grain)
             for role, table in logs.items()
-            if (shown := [one for one in group if role != "impressions" or one not in histories])
+            if (shown := [partition for partition in group if role != "impressions" or partition not in histories])
         }
         for partition in group:
             verdicts = {role: of[partition] for role, of in judged.items() if partition in of}
@@ -252,20 +253,20 @@ def _judge_joins(
 ) -> tuple[list[Finding], int]:
     """Findings of ids that never meet those of another table, such as 001 and 1, and the number of checks.
 
-    The newest of these partitions tell: ids are written alike, or they are not. Few of them may be strangers by chance,
-    so all are looked at before it is said.
+    The newest of these partitions are enough, as ids are either written alike or not. A few ids may be unknown there by
+    chance, so all are compared before a finding is made.
     """
     checked: list[tuple[Rule, float, str]] = []
     for role, other, key in joins(schema):
         if role not in tables or other not in tables:
             continue
         try:
-            here, there = (_some_ids(tables[one], key, partitions) for one in (role, other))
+            here, there = (_some_ids(tables[side], key, partitions) for side in (role, other))
             smaller = min(here.len(), there.len())
             if not smaller:
                 continue
             if _share_in(here, there) < rules.min_matched_share:
-                here, there = (_some_ids(tables[one], key, None) for one in (role, other))
+                here, there = (_some_ids(tables[side], key, None) for side in (role, other))
                 smaller = min(here.len(), there.len())
         except UnreadableError:
             continue  # the verdict on the partition itself names the file
@@ -290,22 +291,22 @@ def _judge_joins(
 
 
 def _some_ids(table: Table, key: str, partitions: Sequence[str] | None) -> pl.Series:
-    """Distinct ids as text: of a log's newest ones of some partitions; of a profile table, or for None, all."""
-    own = None
+    """Distinct ids as text: of a log those in the newest of some partitions; of a profile table, or for None, all."""
+    chosen = None
     if table.grain is not None and partitions is not None:
-        own = [one for one in table.partitions() if one in partitions][-JOINED_PARTITIONS:]
-    ids = table.scan(own).select(pl.col(key).cast(pl.String).drop_nulls().unique())
-    return table.collect(ids, own).to_series()
+        chosen = [partition for partition in table.partitions() if partition in partitions][-JOINED_PARTITIONS:]
+    ids = table.scan(chosen).select(pl.col(key).cast(pl.String).drop_nulls().unique())
+    return table.collect(ids, chosen).to_series()
 
 
 def _share_in(here: pl.Series, there: pl.Series) -> float:
-    """Share of the ids on the side with fewer that are on the other, too."""
+    """Of the ids on the side with fewer ids, the share that the other side has, too."""
     return float(here.is_in(there.implode()).sum()) / min(here.len(), there.len())
 
 
 @dataclass(frozen=True)
 class _Verdict:
-    """On a table's partition: its rows, how many rules were looked at, and what was found by those that it broke."""
+    """Verdict on a table's partition: its rows, the number of rules checked, and findings of the rules it broke."""
 
     rows: int
     checks: int
@@ -324,7 +325,7 @@ class _Verdict:
         """The findings that stop the partition."""
         broken = [rule for rule, _ in self.failed if rule.sets_aside]
         overfull = any(rule.name == "quarantined_share" for rule, _ in self.failed)
-        # beyond the limit the single row rules say what is wrong; of one alone the share says nothing more
+        # beyond the limit the row rules name what is wrong; if only one is broken, the share adds nothing
         return [
             finding
             for rule, finding in self.failed
@@ -338,14 +339,14 @@ def _rules_of(
 ) -> dict[str, list[Rule]]:
     """The rules of a log's partitions."""
     if role == "impressions":
-        return {one: impression_rules(schema, one, grain, rules, now) for one in partitions}
-    return {one: event_rules(role, schema, one, grain, rules, now) for one in partitions}
+        return {partition: impression_rules(schema, partition, grain, rules, now) for partition in partitions}
+    return {partition: event_rules(role, schema, partition, grain, rules, now) for partition in partitions}
 
 
 def _validation_of(
     partition: str, verdicts: Mapping[str, _Verdict], shared: PartitionValidation
 ) -> PartitionValidation:
-    """The verdicts on one partition of every log, on top of those on layouts and profiles that all share."""
+    """The verdict on one partition of every log, with those on layouts and profiles that all partitions share."""
     return PartitionValidation(
         partition,
         shared.rows | {role: verdict.rows for role, verdict in verdicts.items()},
@@ -366,25 +367,30 @@ def _judge_partitions(
         first, *_, last = rules_of
         run = f"{table.name} {first} … {last}"
         if not gate.judge(table.name, run, moments[first], list(metrics.values()), [UNREADABLE, *rules_of[first]]):
-            return {one: _Verdict(int(own[ROWS]), len(rules_of[one])) for one, own in metrics.items()}
-    return {one: _judge(gate, table, one, moments[one], rules) for one, rules in rules_of.items()}
+            return {
+                partition: _Verdict(int(metric_row[ROWS]), len(rules_of[partition]))
+                for partition, metric_row in metrics.items()
+            }
+    return {
+        partition: _judge(gate, table, partition, moments[partition], rules) for partition, rules in rules_of.items()
+    }
 
 
 def _metrics_of(
     table: Table, schema: Schema, rules_of: Mapping[str, Sequence[Rule]]
 ) -> dict[str, dict[str, float]] | None:
-    """The metrics of some partitions of a log, which are read together; None where a file of theirs is damaged."""
+    """The metrics of some partitions of a log, which are read together; None where one of their files is damaged."""
     frame = table.scan(rules_of)
     wanted = columns_read(table.name, schema) | {*KEYS, *EVENT_KEY, "dt"}
     try:
-        table.check_files(rules_of)
-        rows = table.collect(frame.select(one for one in frame.collect_schema() if one in wanted), rules_of)
+        check_files(table, rules_of)
+        rows = table.collect(frame.select(column for column in frame.collect_schema() if column in wanted), rules_of)
     except UnreadableError:
         return None
     parts = rows.with_columns(pl.col("dt").cast(pl.String)).partition_by("dt", as_dict=True)
     return {
-        one: parts.get((one,), rows.clear()).select(_metrics([UNREADABLE, *rules])).row(0, named=True)
-        for one, rules in rules_of.items()
+        partition: parts.get((partition,), rows.clear()).select(_metrics([UNREADABLE, *rules])).row(0, named=True)
+        for partition, rules in rules_of.items()
     }
 
 
@@ -395,13 +401,13 @@ def _metrics(rules: Sequence[Rule]) -> list[pl.Expr]:
 def _judge(gate: Gate, table: Table, partition: str, moment: int, rules: Sequence[Rule]) -> _Verdict:
     """The verdict on a table's partition (``""``: on the whole table).
 
-    Of a table that cannot be read nothing else is known.
+    For a table that cannot be read this is the only finding.
     """
     partitions, run = ([partition], f"{table.name} {partition}") if partition else (None, table.name)
     checks, rules = len(rules), [UNREADABLE, *rules]
     frame = table.scan(partitions)
     try:
-        table.check_files(partitions)
+        check_files(table, partitions)
         # only the columns of the rules are read
         values = table.collect(frame.select(_metrics(rules)), partitions).row(0, named=True)
         failed = gate.judge(table.name, run, moment, [values], rules)
@@ -452,7 +458,7 @@ def _set_aside(
     partition = result.partition
     try:
         rejected = _rejected(impressions, schema, partition, grain, now)
-    except UnreadableError as error:  # a damaged page of a column that no rule reads
+    except UnreadableError as error:  # a page is damaged in a column that no rule reads
         finding = _unreadable(impressions.name, partition, error)
         return replace(result, findings=(*result.findings, finding), failures=(*result.failures, finding))
     layout = pa.schema([column for column in QUARANTINE_SCHEMA if column.name not in ("dt", "bucket")])
@@ -466,6 +472,6 @@ def _clear_quarantine(partitions: Sequence[str], root: str) -> None:
     """Empty these partitions, whose rows an earlier validation set aside, in one commit."""
     table = Table("quarantine", root)
     stored = set(table.partitions()) if table.exists() else set()
-    emptied = [one for one in partitions if one in stored]
+    emptied = [partition for partition in partitions if partition in stored]
     if emptied:
         replace_partitions(root, dict.fromkeys(emptied, ()), QUARANTINE_SCHEMA, {})

@@ -48,12 +48,14 @@ def joins(schema: Schema) -> list[tuple[str, str, str]]:
     items = {feature.embedding for feature in schema.side("item") if feature.source == "item_id"}
     for role in events:
         found.append((role, first, "user_id"))
-        fields = [one for sequence in schema.sequences if sequence.events == role for one in sequence.fields]
-        counts = [one.aggregate.key for one in schema.counts_of(role) if one.aggregate and one.side != "user"]
-        if any(one.of == "item" for one in fields) or any(key not in (None, "item_id") for key in counts):
+        fields = [field for sequence in schema.sequences if sequence.events == role for field in sequence.fields]
+        counts = [
+            feature.aggregate.key for feature in schema.counts_of(role) if feature.aggregate and feature.side != "user"
+        ]
+        if any(field.of == "item" for field in fields) or any(key not in (None, "item_id") for key in counts):
             found.append((role, "items", "item_id"))
-        # what was done is known by the rows that what is shown has, or counted for it
-        if counts or any(one.source == "item_id" and one.embedding in items for one in fields):
+        # events share the embedding of the items shown, or are counted for them
+        if counts or any(field.source == "item_id" and field.embedding in items for field in fields):
             found.append((role, first, "item_id"))
     if schema.delayed_tasks:
         found += [(FEEDBACK, first, "request_id"), (FEEDBACK, first, "item_id")]
@@ -62,10 +64,10 @@ def joins(schema: Schema) -> list[tuple[str, str, str]]:
 
 def columns_read(role: str, schema: Schema) -> set[str]:
     """Columns of a table whose values reach samples, canonical names."""
-    own = set(required_columns(role, schema))
+    required = set(required_columns(role, schema))
     if role == "impressions":
-        return own | set(OPTIONAL) | columns_counted(role, schema)
-    return own if role in PROFILE_KEYS else own | columns_of_events(role, schema)
+        return required | set(OPTIONAL) | columns_counted(role, schema)
+    return required if role in PROFILE_KEYS else required | columns_of_events(role, schema)
 
 
 def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, tuple[bool, str]]:
@@ -79,17 +81,17 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
         return checks
     where, layout, given = f"table {role} at {table.uri}", table.schema(), table.read_schema()
     own_names = [column.name for column in table.delta().schema().fields]
-    for column, own in table.columns.items():
+    for column, source in table.columns.items():
         hint = f"correct tables.{role}.columns; there are: {', '.join(own_names)}"
         checks[f"missing_column_{column}"] = (
-            own not in own_names,
-            f"{where}: column {own} is missing, which {column} is mapped to; {hint}",
+            source not in own_names,
+            f"{where}: column {source} is missing, which {column} is mapped to; {hint}",
         )
     required = required_columns(role, schema)
-    optional = {name: one for name, one in OPTIONAL.items() if role == "impressions" and name in layout.names}
+    optional = {name: check for name, check in OPTIONAL.items() if role == "impressions" and name in layout.names}
     for column, (accepts, wanted) in (optional | required).items():
-        own = table.columns.get(column, column)
-        shown, mapped = f"{where}: column {own}", f"tables.{role}.columns"
+        source = table.columns.get(column, column)
+        shown, mapped = f"{where}: column {source}", f"tables.{role}.columns"
         if column not in table.columns:
             hint = f"map it under {mapped} or correct the config; there are: {_reachable(table, layout, own_names)}"
             checks[f"missing_column_{column}"] = (column not in given.names, f"{shown} is missing; {hint}")
@@ -111,9 +113,9 @@ def layout_checks(role: str, table: Table | None, schema: Schema) -> dict[str, t
 
 
 def _reachable(table: Table, layout: pa.Schema, own_names: Sequence[str]) -> str:
-    """The columns that a config can name, and those of the table's own that a mapping or the partition hides."""
+    """The columns that a config can name, and the table's own columns that a mapping or the partition hides."""
     targets, partition = set(table.columns.values()), table.partition_column()
-    taken = {name: f"{name} is mapped to {own}" for name, own in table.columns.items()}
+    taken = {name: f"{name} is mapped to {source}" for name, source in table.columns.items()}
     if table.grain is not None and partition != "dt":
         taken["dt"] = f"dt is the partition, {'cut from ts' if partition is None else f'the column {partition}'}"
     hidden = [name for name in own_names if name in taken and name not in targets]
@@ -179,7 +181,7 @@ def _names_in(condition: str, kinds: Mapping[str, Any]) -> list[str]:
 OTHER_ROWS = re.compile(
     r"\.(over|rank|shift|sum|mean|median|quantile|max|min|count|first|last|len|std|var|n_unique|cum_\w+)\(|\blen\(\)"
 )
-"""How Polars writes aggregates and windows. Over the rows of a bucket they would mean nothing."""
+"""How Polars writes aggregates and windows, which are meaningless over the rows of a bucket."""
 
 QUOTED = re.compile(r'"[^"]*"')
 
@@ -192,29 +194,33 @@ def required_columns(role: str, schema: Schema) -> dict[str, tuple[Accepts, str]
     partition = (_is_partition, "a text or a date (the partition)")
     if role in PROFILE_KEYS:
         side = schema.side("user" if role == "users" else "item")
-        own = {PROFILE_KEYS[role]: identifier, "updated_at": moment}
+        fixed = {PROFILE_KEYS[role]: identifier, "updated_at": moment}
         crossed = schema.cross_keys if role == "items" else ()
         keys = dict.fromkeys(crossed, (_is_key, "a text or an integer, or a list of them"))
         joined = [field for sequence in schema.sequences for field in sequence.joined] if role == "items" else []
-        return keys | {one.source: _accepts(one) for one in (*joined, *side)} | own
+        return keys | {field.source: _accepts(field) for field in (*joined, *side)} | fixed
     if role == FEEDBACK:
         names = {"request_id": identifier, "item_id": identifier, "label": identifier, "ts": moment, "dt": partition}
         return names | {"value": (_is_label, "an integer or a boolean")}
-    counts = {one.aggregate.column: (_is_number, "a number") for one in schema.counts_of(role) if one.aggregate}
-    counted = {column: accepts for column, accepts in counts.items() if column is not None}
-    if any(one.side != "user" for one in schema.counts_of(role)):
-        counted["item_id"] = identifier
+    counts = {
+        feature.aggregate.column: (_is_number, "a number") for feature in schema.counts_of(role) if feature.aggregate
+    }
+    counted_columns = {column: accepts for column, accepts in counts.items() if column is not None}
+    if any(feature.side != "user" for feature in schema.counts_of(role)):
+        counted_columns["item_id"] = identifier
     if role == "impressions":
         own_labels = [task for task in schema.tasks if task.attribution_window is None]
         labels = {task.source: (_is_label, "an integer or a boolean") for task in own_labels}
-        own = {"request_id": identifier, "user_id": identifier, "item_id": identifier, "ts": moment, "dt": partition}
-        return counted | {feature.source: _accepts(feature) for feature in schema.side("context")} | labels | own
+        fixed = {"request_id": identifier, "user_id": identifier, "item_id": identifier, "ts": moment, "dt": partition}
+        return (
+            counted_columns | {feature.source: _accepts(feature) for feature in schema.side("context")} | labels | fixed
+        )
     sequences = [sequence for sequence in schema.sequences if sequence.events == role]
     fields = [field for sequence in sequences for field in sequence.own]
-    own = {"event_id": identifier, "user_id": identifier, "ts": moment, "dt": partition}
+    fixed = {"event_id": identifier, "user_id": identifier, "ts": moment, "dt": partition}
     if any(sequence.joined for sequence in sequences):
-        own["item_id"] = identifier
-    return counted | {field.source: _accepts(field) for field in fields} | own
+        fixed["item_id"] = identifier
+    return counted_columns | {field.source: _accepts(field) for field in fields} | fixed
 
 
 def _accepts(field: FieldSpec) -> tuple[Accepts, str]:

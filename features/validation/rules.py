@@ -3,7 +3,7 @@
 * *row rules* set single impressions aside (quarantine), up to ``max_quarantined`` of a partition;
 * *gate rules* stop the partition: nothing is built or trained from it.
 
-Some rules do neither: what they find is said, and the values read as missing or unknown.
+Some rules do neither: what they find is reported, and the values read as missing or unknown.
 
 The sample builder applies the same row rules, so that impressions = candidates + quarantined.
 """
@@ -102,8 +102,8 @@ class Rule:
 
 
 def bounds_of(partitions: Sequence[str], grain: Grain) -> tuple[pl.Expr, pl.Expr]:
-    """Opening and close of a row's partition, microseconds UTC. Rows of several partitions tell theirs by ``dt``."""
-    openings, closes = ([partition_bounds(one, grain)[end] for one in partitions] for end in (0, 1))
+    """Opening and close of a row's partition, microseconds UTC; of several partitions, a row's is named by ``dt``."""
+    openings, closes = ([partition_bounds(partition, grain)[end] for partition in partitions] for end in (0, 1))
     if len(partitions) == 1:
         return pl.lit(openings[0]), pl.lit(closes[0])
     dt = pl.col("dt").cast(pl.String)
@@ -130,7 +130,7 @@ def row_rules(schema: Schema, partitions: Sequence[str], grain: Grain, now: int)
     unfit = pl.any_horizontal(~is_finite(weight) | (weight < 0)).fill_null(False)
     rules["negative_position"] = (is_negative("position"), "have a negative position; leave unknown ones null")
     rules["weight"] = (unfit, "have a weight that is negative or not finite")
-    # with the user, so that a bucket of users never depends on the rows of another
+    # per user, so that a bucket of users never depends on the rows of another
     within = [start.alias("partition")] if len(partitions) > 1 else []
     repeated = ~pl.struct("user_id", "request_id", "item_id", *within).is_first_distinct()
     rules["duplicate_candidate"] = (repeated, "repeat an item within its request")
@@ -169,14 +169,14 @@ def is_finite(column: pl.Expr) -> pl.Expr:
     return column.cast(pl.Float32).is_finite()
 
 
-def value_rules(fields: Sequence[FieldSpec], rules: ValidationRules, counted: Collection[str] = ()) -> list[Rule]:
-    """What is said of values of a table that are read as missing or unknown; nothing stops.
+def value_rules(fields: Sequence[FieldSpec], rules: ValidationRules, summed: Collection[str] = ()) -> list[Rule]:
+    """Rules that report values of a table which are read as missing or unknown; they stop nothing.
 
     Args:
         fields: features and side information whose column the table has.
-        counted: further columns, which aggregates sum up.
+        summed: further columns, which aggregates sum up.
     """
-    numbers = dict.fromkeys([*[field.source for field in fields if field.kind == "number"], *counted])
+    numbers = dict.fromkeys([*[field.source for field in fields if field.kind == "number"], *summed])
     found = [
         Rule(
             f"not_finite_{column}",
@@ -219,7 +219,7 @@ def _clock_rules(start: pl.Expr, close: pl.Expr, now: int) -> dict[str, tuple[pl
         "milliseconds": (start // 1_000, close // 1_000),
         "nanoseconds": (start * 1_000, close * 1_000),
     }
-    # of a log that is cut from ts these lie inside of a partition, early in 1970
+    # in a log that is cut from ts these rows lie inside a partition, early in 1970
     far = {unit: ts.is_between(*span, closed="left") for unit, span in OTHER_UNITS.items()}
     units = {
         unit: ((ts.is_between(*span, closed="left") & ~inside) | far[unit]).fill_null(False)
@@ -266,9 +266,9 @@ def _null_share_rules(features: Sequence[Feature], rules: ValidationRules) -> li
 
 def impression_rules(schema: Schema, partition: str, grain: Grain, rules: ValidationRules, now: int) -> list[Rule]:
     """Rules of one partition of the impressions: the row rules, and what stops the partition."""
-    own = row_rules(schema, [partition], grain, now)
-    # rows that are set aside make no second user or time (a repeated candidate has those of the first)
-    good = ~pl.any_horizontal(*[bad for name, (bad, _) in own.items() if name != "duplicate_candidate"])
+    of_rows = row_rules(schema, [partition], grain, now)
+    # rows that are set aside do not count as a second user or time (a repeated candidate has those of the first)
+    good = ~pl.any_horizontal(*[bad for name, (bad, _) in of_rows.items() if name != "duplicate_candidate"])
     owners = pl.max_horizontal(
         *[pl.when(good).then(name).drop_nulls().n_unique().over("request_id") for name in ("user_id", "ts")]
     )
@@ -292,7 +292,7 @@ def impression_rules(schema: Schema, partition: str, grain: Grain, rules: Valida
         ),
         *[
             Rule(name, bad.sum(), f"{text}; {remedy}", gate=False, sets_aside=True, example=_example(name, bad))
-            for name, (bad, text) in own.items()
+            for name, (bad, text) in of_rows.items()
         ],
         Rule(
             "quarantined_share",
@@ -358,13 +358,16 @@ def event_rules(
 
 def conditions_of(role: str, schema: Schema) -> list[tuple[str, str, str]]:
     """The SQL conditions on rows of a log: (sequence or feature, its name, condition)."""
-    found = [("sequence", one.name, one.where) for one in schema.sequences if one.events == role]
-    found += [("feature", one.name, one.aggregate.where if one.aggregate else None) for one in schema.counts_of(role)]
+    found = [("sequence", sequence.name, sequence.where) for sequence in schema.sequences if sequence.events == role]
+    found += [
+        ("feature", feature.name, feature.aggregate.where if feature.aggregate else None)
+        for feature in schema.counts_of(role)
+    ]
     return [(what, name, condition) for what, name, condition in found if condition is not None]
 
 
 def _condition_rules(role: str, schema: Schema) -> list[Rule]:
-    """A condition may fit its columns' types and yet fail on their values, as a CAST does."""
+    """Rules for conditions that fit their columns' types and yet may fail on values, as a CAST does."""
     return [
         Rule(
             f"condition_{what}_{name}",
@@ -390,7 +393,7 @@ def _fails(condition: str) -> pl.Expr:
         return 0
 
     columns = list(dict.fromkeys(expression.meta.root_names()))
-    read = [pl.col(one).cast(pl.String) if one in KEYS_AS_TEXT else pl.col(one) for one in columns]
+    read = [pl.col(column).cast(pl.String) if column in KEYS_AS_TEXT else pl.col(column) for column in columns]
     return pl.struct(read).map_batches(fails, return_dtype=pl.Int64, returns_scalar=True)
 
 
@@ -404,7 +407,7 @@ def _differing(columns: Sequence[str]) -> pl.Expr:
 
 def _summed(role: str, schema: Schema) -> list[str]:
     """Columns of a log that aggregates sum up."""
-    columns = [one.aggregate.column for one in schema.counts_of(role) if one.aggregate is not None]
+    columns = [feature.aggregate.column for feature in schema.counts_of(role) if feature.aggregate is not None]
     return [column for column in columns if column is not None]
 
 
@@ -472,13 +475,13 @@ def profile_rules(role: str, schema: Schema, rules: ValidationRules) -> list[Rul
         ],
         *_null_share_rules(side := schema.side("user" if role == "users" else "item"), rules),
         *value_rules(
-            [*side, *(one for sequence in schema.sequences for one in sequence.joined if role == "items")], rules
+            [*side, *(field for sequence in schema.sequences for field in sequence.joined if role == "items")], rules
         ),
     ]
 
 
 def _repeats(*columns: str) -> pl.Expr:
-    """True on rows beyond the first of their key; keys with a null are named by rules of their own."""
+    """True on rows after the first with their key; other rules report keys with a null."""
     return _all_present(*columns) & ~pl.struct(columns).is_first_distinct()
 
 

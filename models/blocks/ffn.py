@@ -18,7 +18,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        # gate and up are maps of their own: halves of one would leave their rows scattered
+        # gate and up are two maps: the halves of a single one would not lie together in memory
         self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
         self.out = nn.Linear(hidden, width, bias=False)
 

@@ -1,4 +1,4 @@
-"""Heads come first: a map of its own for every head is one batched matmul.
+"""Linear maps per head. Heads are the first dimension, so that a map per head is one batched matmul.
 
 Shape suffixes: N heads (or tokens), D their width; B rows (requests or candidates); I, W other widths. ``heads`` tells
 which of the N heads the rows of x are.

@@ -34,13 +34,13 @@ class HeadMixing(nn.Module):
     def users(self, x_URD: Tensor) -> tuple[Tensor, Tensor]:
         """HeadMixing of the user heads under the mask of eq. 10, [U, R, D], and what they send to the item heads:
         [G, R, U · S]."""
-        own = self.exchange(x_URD, self.user_side)
-        return functional.pad(own, (0, self.width - own.shape[-1])), self.exchange(x_URD, self.item_side)
+        from_users = self.exchange(x_URD, self.user_side)
+        return functional.pad(from_users, (0, self.width - from_users.shape[-1])), self.exchange(x_URD, self.item_side)
 
     def items(self, x_GCD: Tensor, received_GCX: Tensor | None) -> Tensor:
         """HeadMixing of the item heads, [G, C, D]; ``received``: what the users sent, per candidate."""
-        own = self.exchange(x_GCD, self.item_side)
-        return own if received_GCX is None else torch.cat([received_GCX, own], dim=-1)
+        from_items = self.exchange(x_GCD, self.item_side)
+        return from_items if received_GCX is None else torch.cat([received_GCX, from_items], dim=-1)
 
 
 class SelfAttentionMixing(nn.Module):
@@ -59,13 +59,13 @@ class SelfAttentionMixing(nn.Module):
         return self._attend(x_URD, key_value), key_value
 
     def items(self, x_GCD: Tensor, received_UCX: Tensor | None) -> Tensor:
-        own = self.key_value(x_GCD)
-        return self._attend(x_GCD, own if received_UCX is None else torch.cat([received_UCX, own]))
+        key_value = self.key_value(x_GCD)
+        return self._attend(x_GCD, key_value if received_UCX is None else torch.cat([received_UCX, key_value]))
 
     def _attend(self, x_NBD: Tensor, key_value: Tensor) -> Tensor:
         q, k, v = (
-            one.permute(1, 0, 2).unflatten(-1, (self.attention_heads, -1)).transpose(1, 2)
-            for one in (self.query(x_NBD), *key_value.chunk(2, dim=-1))
+            projected.permute(1, 0, 2).unflatten(-1, (self.attention_heads, -1)).transpose(1, 2)
+            for projected in (self.query(x_NBD), *key_value.chunk(2, dim=-1))
         )
         z = functional.scaled_dot_product_attention(q, k, v)  # [B, attention heads, N, width]
         out: Tensor = self.out(z.permute(2, 0, 1, 3).flatten(2))

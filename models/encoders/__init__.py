@@ -1,7 +1,7 @@
-"""Sequence encoders: what a layer makes of the aligned events S of a behaviour sequence, H of the same width.
+"""Sequence encoders: a layer computes H from the aligned events S of a behaviour sequence, which has the same width.
 
-``local``: whether H of an event depends on nothing but the event, so that timelines are shared; the others encode each
-request's own window.
+``local``: whether H of an event depends on nothing but the event, so that the requests of a timeline share it; an
+encoder that is not local encodes the window of each request.
 """
 
 from models.encoders.longer import LongerEncoding

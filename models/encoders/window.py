@@ -1,4 +1,4 @@
-"""What an encoding that depends on the whole visible window reads.
+"""The input of an encoding that depends on the whole visible window.
 
 Shape suffixes: E events, A of them that ask.
 """
@@ -20,8 +20,8 @@ class Window:
     Attributes:
         rows: positions of the windows' events among the events of the timelines, [E].
         asking: of these rows, the newest of each window, which attend to all of it and become H, [A].
-        plan: by which they attend.
-        seen: H as events: each request sees its own.
+        plan: of their attention to the windows.
+        seen: H as events, of which each request sees those of its own window.
     """
 
     rows: Tensor
@@ -51,7 +51,7 @@ def make_window(seen: Seen, newest: int | None, device: torch.device) -> Window:
         timelines=len(counts),
     )
     ends = asking_counts.cumsum(0)
-    own = Seen(
+    window_seen = Seen(
         timeline=torch.arange(len(counts)),
         ts=seen.ts,
         first=(ends - asking_counts)[None],
@@ -59,4 +59,4 @@ def make_window(seen: Seen, newest: int | None, device: torch.device) -> Window:
         event_ts=event_ts[asking],
         timelines=len(counts),
     )
-    return Window(rows.to(device), asking.to(device), plan_attention(all_of_it, None, device), own)
+    return Window(rows.to(device), asking.to(device), plan_attention(all_of_it, None, device), window_seen)

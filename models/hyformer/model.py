@@ -143,8 +143,8 @@ class HyFormerLayer(nn.Module):
     ) -> Tensor:
         """Boosted tokens, [kept, C, D]."""
         decoded = [
-            decode(q, own, plan)
-            for decode, q, own, plan in zip(self.decode, q_NCD.split(self.queries), keys_values, plans, strict=True)
+            decode(q, kv, plan)
+            for decode, q, kv, plan in zip(self.decode, q_NCD.split(self.queries), keys_values, plans, strict=True)
         ]
         boosted: Tensor = self.boost(torch.cat([*decoded, f_MCD]))
         return boosted
@@ -208,13 +208,15 @@ class HyFormer(RankingModel):
                 pools.append(mean_pool(s_ED, seen))
             encoded = SeenEvents(EncodedEvents(layers, events.ts, events.offsets), seen)
             streams.append(encoded if layers else self._encode_windows(stream, s_ED, seen))
-        embedded = {one.name: self.inputs.embed(one, users.fields[one.name]) for one in self.schema.user_side}
+        embedded = {
+            feature.name: self.inputs.embed(feature, users.fields[feature.name]) for feature in self.schema.user_side
+        }
         tokens = [self._token(index, embedded) for index, group in enumerate(self.groups) if group.user_side]
         R, D = len(users.ts), self.config.width
         f_URD = torch.cat([*tokens, self.towers.norm.scale.new_zeros(0, R, D)])
         info = [f_URD.transpose(0, 1).flatten(1)] if self.config.query != "target_only" else []
         info_RX = torch.cat([*info, *pools, f_URD.new_zeros(R, 0)], dim=-1)
-        mixed = [one.name for group in self.groups if not group.user_side for one in group.features]
+        mixed = [feature.name for group in self.groups if not group.user_side for feature in group.features]
         features = {name: value for name, value in embedded.items() if name in mixed}
         return HyFormerUserState(streams, self.generate.of_user(info_RX), f_URD, features)
 
@@ -223,7 +225,9 @@ class HyFormer(RankingModel):
         assert isinstance(user_state, HyFormerUserState)
         device = user_state.tokens.device
         request = items.request.to(device)
-        embedded = {one.name: self.inputs.embed(one, items.fields[one.name]) for one in self.schema.item_side}
+        embedded = {
+            feature.name: self.inputs.embed(feature, items.fields[feature.name]) for feature in self.schema.item_side
+        }
         embedded |= {name: e_RX.index_select(0, request) for name, e_RX in user_state.features.items()}
         tokens = [self._token(index, embedded) for index, group in enumerate(self.groups) if not group.user_side]
         f_GCD = torch.cat(tokens)
@@ -255,15 +259,17 @@ class HyFormer(RankingModel):
         window = make_window(seen, newest, s_ED.device)
         s_windows = s_ED.index_select(0, window.rows)
         layers: list[tuple[Tensor, ...]] = [layer.keys_values(stream, s_windows, window) for layer in self._layers()]
-        own = window.seen  # one after the other, so that each begins where the one before ends
-        return SeenEvents(EncodedEvents(layers, own.event_ts, functional.pad(own.last, (1, 0))), own)
+        window_seen = window.seen  # windows lie one after the other: each begins where the last ended
+        return SeenEvents(
+            EncodedEvents(layers, window_seen.event_ts, functional.pad(window_seen.last, (1, 0))), window_seen
+        )
 
     def _layers(self) -> list[HyFormerLayer]:
         return [layer for layer in self.layers if isinstance(layer, HyFormerLayer)]
 
 
 def mean_pool(s_ED: Tensor, seen: Seen) -> Tensor:
-    """Mean over what each request sees, [R, D]; zero for an empty window. Uniform attention: all logits are zero."""
+    """Mean over what each request sees, [R, D]; zero for an empty window. It is attention whose logits are all zero."""
     plan = plan_attention(seen, None, s_ED.device)
     zero = s_ED.new_zeros(1, len(seen.ts), s_ED.shape[-1])
     return attend(zero, s_ED[None], s_ED[None], plan, None)[0]

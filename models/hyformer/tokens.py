@@ -45,7 +45,7 @@ def sequence_streams(schema: Schema, config: HyFormerConfig) -> list[tuple[Seque
 
 
 def query_tokens(schema: Schema, config: HyFormerConfig) -> list[int]:
-    """Query tokens of each stream: a number is every stream's, numbers by name are added up in a merged one."""
+    """Query tokens of each stream: one number is for every stream; by sequence, a merged stream has their sum."""
     streams = sequence_streams(schema, config)
     if not streams:
         raise ValueError("hyformer decodes behaviour sequences, and the schema has none")
@@ -55,7 +55,7 @@ def query_tokens(schema: Schema, config: HyFormerConfig) -> list[int]:
         names = [sequence.name for sequence in schema.sequences]
         if set(config.queries) != set(names):
             raise ValueError(f"queries: {sorted(config.queries)} must name exactly the sequences {names}")
-        counts = [sum(config.queries[one.name] for one in stream) for stream in streams]
+        counts = [sum(config.queries[sequence.name] for sequence in stream) for stream in streams]
     if min(counts) < 1:
         raise ValueError("queries: every stream needs at least one")
     return counts

@@ -173,7 +173,7 @@ class MixFormer(RankingModel):
             e_C = torch.cat([user_state.features.index_select(0, request), e_C], dim=-1)
         x_GCD = self.item_split(e_C)
         plan = plan_attention(stream.seen, items.offsets.diff(), x_GCD.device)
-        received: list[Tensor | None] = [one.index_select(1, request) for one in user_state.received]
+        received: list[Tensor | None] = [sent.index_select(1, request) for sent in user_state.received]
         received = received or [None] * self.config.layers
         for block, sent, layer in zip(self._blocks(), received, stream.events.layers, strict=True):
             x_GCD = block.item_heads(x_GCD, sent, layer, plan)

@@ -33,15 +33,17 @@ UrlOption = Annotated[str | None, typer.Option(help="Address of the endpoint. De
 
 
 _loaded: list[Config] = []
-"""The configs of this command; a full disk is one that they name."""
+"""The configs that this command has loaded; they name the places where a disk can be full."""
 
 
 @contextmanager
 def guarded(debug: bool) -> Iterator[None]:
-    """Turn failures into one message and an exit code; leave no process behind, on Ctrl-C and SIGTERM neither."""
+    """Turn failures into one message and an exit code; leave no process behind, not even on Ctrl-C and SIGTERM."""
+    from features.tasks import ray_runs
     from pipeline.runtime import quiet, stop_ray
 
     quiet()
+    ran = ray_runs()  # then it is not this command's
     with interruptible() as interrupts:
         try:
             try:
@@ -49,11 +51,12 @@ def guarded(debug: bool) -> Iterator[None]:
             except (typer.Exit, typer.Abort):
                 raise
             except Exception as error:
-                if not interrupts.came:  # else it is what became of the interrupt
+                if not interrupts.came:  # else the interrupt caused the error
                     _report(error, debug)
             finally:
                 interrupts.hold()
-                stop_ray()
+                if not ran:
+                    stop_ray()
         finally:
             if interrupts.came:
                 sys.stdout.flush()
@@ -63,11 +66,11 @@ def guarded(debug: bool) -> Iterator[None]:
 def _report(error: Exception, debug: bool) -> NoReturn:
     from features.errors import NoSpaceError, causes, known_cause, message_of, no_space
 
-    notes = [note for one in causes(error) for note in getattr(one, "__notes__", ())]
+    notes = [note for cause in causes(error) for note in getattr(cause, "__notes__", ())]
     where = "".join(f"{note}: " for note in notes[:1])
     if full := no_space(error):
-        said = str(full) if isinstance(full, NoSpaceError) else message_of(full)
-        _fail(f"{where}{said}\n{_free_space()}\nThe same command goes on from here.", 1, debug)
+        problem = str(full) if isinstance(full, NoSpaceError) else message_of(full)
+        _fail(f"{where}{problem}\n{_free_space()}\nThe same command goes on from here.", 1, debug)
     known = known_cause(error)
     if known is not None:
         _fail(str(known), known.exit_code, debug)
@@ -75,7 +78,7 @@ def _report(error: Exception, debug: bool) -> NoReturn:
 
 
 def _free_space() -> str:
-    """How much is free where this command writes."""
+    """The free space of each place where this command writes."""
     import shutil
     import tempfile
 
@@ -84,7 +87,7 @@ def _free_space() -> str:
         places[str(_loaded[-1].local_path())] = "the workspace's local files"
         places[_loaded[-1].path()] = "the workspace"
     free = {place: shutil.disk_usage(place).free for place in places if Path(place).exists()}
-    return "Free: " + ", ".join(f"{free[one] / 1e6:,.1f} MB at {one} ({places[one]})" for one in free)
+    return "Free: " + ", ".join(f"{free[place] / 1e6:,.1f} MB at {place} ({places[place]})" for place in free)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
@@ -109,7 +112,7 @@ def load(path: Path) -> Config:
 
 
 def open_workspace(config: Config, until: str | None = None, as_of: Path | None = None) -> Workspace:
-    """The workspace of a config; ``as_of`` names a record or a lineage, as of which the log is read."""
+    """The workspace of a config; ``as_of``: a file with a record or lineage, to read the log as it was then."""
     from pipeline.progress import Progress
     from pipeline.workspace import Workspace, read_lineage
 

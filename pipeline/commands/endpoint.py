@@ -86,7 +86,9 @@ def query(
         if not isinstance(given, dict):
             raise ConfigError(f"--context is a {type(given).__name__}, not an object of columns and values")
         request: dict[str, Any] = {"user_id": user or example.get("user_id"), "candidates": items, "context": given}
-        with RankingClient(url or endpoint_url(loaded.serving.host, loaded.serving.port)) as client:
+        # those of the config are for its own endpoint alone
+        token = None if url else loaded.serving.own_token
+        with RankingClient(url or endpoint_url(loaded.serving.host, loaded.serving.port), token=token) as client:
             answer = client.rank(
                 request["user_id"], items, given, ts if ts is not None else online_record(workspace).close
             )

@@ -192,7 +192,7 @@ def features_export(
         workspace = open_workspace(load(config))
         with exclusive(workspace.config):
             source = _samples(workspace, partition)
-            candidates = {one: workspace.records.require(SAMPLES, one).candidates for one in source.partitions}
+            candidates = {name: workspace.records.require(SAMPLES, name).candidates for name in source.partitions}
             with workspace.progress.stage("export") as stage:
                 _ray_for(source, workspace, stage)
                 result = export_impressions(
@@ -234,12 +234,12 @@ def _samples(workspace: Workspace, chosen: list[str] | None) -> SampleSource:
     from pipeline.stages.samples import FOREVER, SAMPLES, kept, sample_source
 
     known, stale = workspace.partitions, set(SAMPLES.stale(workspace))
-    if unknown := [one for one in chosen or [] if one not in known]:
+    if unknown := [name for name in chosen or [] if name not in known]:
         raise ConfigError(
             f"--partition {unknown[0]}: it has no rows or is not closed; "
             f"there are {len(known)} from {known[0]} to {known[-1]}"
         )
-    built = [one for one in kept(workspace) if one not in stale]
+    built = [kept_partition for kept_partition in kept(workspace) if kept_partition not in stale]
     if not built:
         raise CorankError("no samples are built from this log and config yet; `corank run` builds them")
     partitions = sorted(set(chosen)) if chosen else built
@@ -256,7 +256,7 @@ def _require_built(workspace: Workspace, partitions: list[str]) -> None:
     from pipeline.stages.samples import SAMPLES
 
     stale = set(SAMPLES.stale(workspace))
-    if missing := [one for one in partitions if one in stale]:
+    if missing := [partition for partition in partitions if partition in stale]:
         named = ", ".join(missing[:SHOWN_PARTITIONS]) + (" …" if len(missing) > SHOWN_PARTITIONS else "")
         raise CorankError(
             f"table samples: {len(missing)} of {len(partitions)} partitions are not built from the present log and "
@@ -270,15 +270,15 @@ def _print_statistics(figures: dict[str, Any]) -> None:
 
     console, partitions = Console(highlight=False), figures["partitions"]
     features = Table("feature", "side", "kind", "coverage", "distinct", "of ids", "unique", title="features")
-    for name, one in figures["features"].items():
-        features.add_row(name, one["side"], one["kind"], *_value_cells(one))
+    for name, feature in figures["features"].items():
+        features.add_row(name, feature["side"], feature["kind"], *_value_cells(feature))
     sequences = Table("sequence", "field", "kind", "coverage", "distinct", "of ids", "unique", title="sequences")
     lengths = Table("sequence", "L", "requests with events", "p50", "p90", "p99", "max", title="visible events")
-    for name, one in figures["sequences"].items():
-        for row, (field, counts) in enumerate(one["fields"].items()):
+    for name, sequence in figures["sequences"].items():
+        for row, (field, counts) in enumerate(sequence["fields"].items()):
             sequences.add_row(name if row == 0 else "", field, counts["kind"], *_value_cells(counts))
-        quantiles = ["–" if value is None else str(value) for value in one["visible_events"].values()]
-        lengths.add_row(name, str(one["length"]), _share(one["coverage"]), *quantiles)
+        quantiles = ["–" if value is None else str(value) for value in sequence["visible_events"].values()]
+        lengths.add_row(name, str(sequence["length"]), _share(sequence["coverage"]), *quantiles)
     for table in (features, sequences, lengths):
         console.print(table)
     bytes_, rows = figures["bytes"], (figures["timelines"], figures["requests"], figures["candidates"])
@@ -360,7 +360,7 @@ def features_skew(
         workspace = open_workspace(load(config))
         with exclusive(workspace.config), workspace.progress.stage("skew") as stage:
             stale = set(SAMPLES.stale(workspace))
-            built = [one for one in kept(workspace) if one not in stale]
+            built = [kept_partition for kept_partition in kept(workspace) if kept_partition not in stale]
             chosen = partition or (built[-1] if built else None)
             if chosen is None or chosen not in built:
                 raise CorankError(
@@ -379,8 +379,8 @@ def features_skew(
             )
             stage.say(f"{report.requests:,} requests of partition {chosen}, {report.rate:.4%} of all values differ")
         table = Table("feature", "values", "differ", "share", "first difference", title=f"partition {chosen}")
-        for name, one in report.features.items():
-            table.add_row(name, f"{one.compared:,}", f"{one.differ:,}", f"{one.rate:.2%}", one.example)
+        for name, skew in report.features.items():
+            table.add_row(name, f"{skew.compared:,}", f"{skew.differ:,}", f"{skew.rate:.2%}", skew.example)
         Console(highlight=False).print(table)
         if not report.rate <= threshold:
             raise CorankError(

@@ -38,7 +38,7 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
     try:
         name, size = find_preset(preset)
         given = schema or industrial_schema(sequences=MODELS[name].paper_sequences)
-        sequences = [one.model_copy(update={"length": length}) for one in given.sequences]
+        sequences = [sequence.model_copy(update={"length": length}) for sequence in given.sequences]
         given = given.model_copy(update={"sequences": tuple(sequences)})
         model = on_meta(given, name, size)
     except ValueError as error:
@@ -83,8 +83,8 @@ def _print_decoupling(console: Console, schema: Schema, size: str, length: int) 
         table.add_column(column, justify="right")
     batched, unbatched = sharing_for(PAPER_RATIO, decoupled, full, length)
     lines: list[tuple[float, str, str, str]] = [
-        (one.candidates, f"{one.candidates:,}", f"{one.batched:.3f}", f"{one.unbatched:.4f}")
-        for one in decoupling_ratios(decoupled, full, list(SHARING), length)
+        (sharing.candidates, f"{sharing.candidates:,}", f"{sharing.batched:.3f}", f"{sharing.unbatched:.4f}")
+        for sharing in decoupling_ratios(decoupled, full, list(SHARING), length)
     ]
     paper = f"[bold]{PAPER_RATIO}[/bold] (the paper's)"
     lines += [(batched, f"{batched:,.1f}", paper, "")] if batched is not None else []

@@ -67,11 +67,11 @@ def retrain(
         from pipeline.stages import pending
         from pipeline.training.settings import TooFewError
 
-        own = load(config)
+        loaded = load(config)
         first, last = _backfilled(backfill, partition)
-        said, passed_over = "", None
-        with exclusive(own):  # what is next depends on what another one makes
-            while step := next_retraining(own, last, together, full, passed_over):
+        announced, passed_over = "", None
+        with exclusive(loaded):  # what is next depends on what another one makes
+            while step := next_retraining(loaded, last, together, full, passed_over):
                 taken = step
                 newest = step.workspace.partitions[-1]
                 if first is not None and step.training and newest < first:
@@ -79,10 +79,10 @@ def retrain(
                         f"--backfill {backfill}: partition {newest} comes before, and was not trained on yet; a "
                         "retraining leaves none out"
                     )
-                if step.says == said:  # what is left is left by others meanwhile: the next call takes it
+                if step.says == announced:  # others have added work meanwhile; the next call does it
                     break
-                said = step.says
-                typer.echo(said)
+                announced = step.says
+                typer.echo(announced)
                 left = pending(step.workspace, step.training)
                 try:
                     if left:
@@ -169,7 +169,7 @@ def _write_report(workspace: Workspace, only_missing: bool = False) -> None:
 
 
 def _example_query(workspace: Workspace) -> dict[str, Any] | None:
-    """An answer of the endpoint that was deployed; none where another process serves, maybe another version."""
+    """An answer of the deployed endpoint; None where another process serves, perhaps another version."""
     from pipeline.stages.deployment import CURRENT, DEPLOYMENT
     from pipeline.stages.feature_store import online_record
     from serving.client import RankingClient
@@ -178,7 +178,7 @@ def _example_query(workspace: Workspace) -> dict[str, Any] | None:
     if record.beside:
         return None
     example = record.verified["example"]
-    with RankingClient(record.url) as client:
+    with RankingClient(record.url, token=workspace.config.serving.own_token) as client:
         answer = client.rank(
             example["user_id"], example["candidates"], example["context"], online_record(workspace).close
         )

@@ -23,10 +23,10 @@ from pipeline.workspace.registry import PROMOTED_BY_HAND, REFUSED, ModelVersion
 
 SHOWN_ITEMS = 10
 SHOWN_CRITERIA = 12
-"""Of a verdict; of a longer one those that failed."""
+"""Most criteria of a verdict that are all shown; of a longer verdict only those that failed are."""
 SHOWN_CHAMPIONS = 5
 FEW_STEPS = 100
-"""Of a whole training; below, a user is told that the model has hardly begun to learn."""
+"""A training with fewer steps is too short: the user is told that the model has hardly begun to learn."""
 
 
 def _console() -> Console:
@@ -48,8 +48,8 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
         if counts := stage.counts(workspace):
             table.add_row(stage.name, *counts)
     console.print(table)
-    for role, own in workspace.log.tables.items():
-        for column, instead in own.made().items() if own.exists() else ():
+    for role, log_table in workspace.log.tables.items():
+        for column, instead in log_table.made().items() if log_table.exists() else ():
             console.print(f"note        table {role} has no {column}: {instead}")
     if evaluation:
         console.print(_metrics_table(evaluation))
@@ -80,11 +80,11 @@ def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
 def print_gate(console: Console, evaluation: EvaluationRecord) -> None:
     """The verdict: all its criteria when they are few, else those that failed, and how many there are."""
     criteria = evaluation.criteria
-    shown = criteria if len(criteria) <= SHOWN_CRITERIA else [one for one in criteria if one.passed is False]
+    shown = criteria if len(criteria) <= SHOWN_CRITERIA else [failed for failed in criteria if failed.passed is False]
     if shown:
         table = Table(*COLUMNS, title="gate")
-        for one in shown:
-            table.add_row(*map(escape, cells(one)))
+        for criterion in shown:
+            table.add_row(*map(escape, cells(criterion)))
         console.print(table)
     console.print(
         f"gate        {'passed' if evaluation.passed else 'failed'}: {counts_text(criteria)}; all of them in the report"
@@ -92,7 +92,7 @@ def print_gate(console: Console, evaluation: EvaluationRecord) -> None:
 
 
 def few_steps(history: Sequence[Mapping[str, Any]]) -> str:
-    """What is said of a training that had too few steps to learn; empty for all others."""
+    """A remark on a training that had too few steps to learn; empty for all others."""
     steps = sum(entry.get("steps", FEW_STEPS) for entry in history)
     if steps >= FEW_STEPS:
         return ""
@@ -167,21 +167,21 @@ def print_status(workspace: Workspace) -> None:
     partitions = workspace.partitions
     console.print(f"log         {len(partitions)} closed partitions, {partitions[0]} … {partitions[-1]}")
     table = Table("partitions", "count", "newest")
-    for what, own in reached(workspace, waiting).items():
-        table.add_row(what, f"{len(own)}", own[-1] if own else "–")
+    for what, reached_partitions in reached(workspace, waiting).items():
+        table.add_row(what, f"{len(reached_partitions)}", reached_partitions[-1] if reached_partitions else "–")
     console.print(table)
     console.print("work left   " + (f"{', '.join(left)} (`corank run`)" if left else "none"))
     champion = workspace.registry.champion()
     if CHALLENGER.name in left and champion:
         console.print("            `corank retrain` trains on partitions and labels that are new, not on late rows")
-    champions = [one for one in history(workspace, workspace.registry.versions()) if one.promoted][:SHOWN_CHAMPIONS]
+    champions = [life for life in history(workspace, workspace.registry.versions()) if life.promoted][:SHOWN_CHAMPIONS]
     if champions:
         task = workspace.config.gate_task
         table = Table("champions", "alias", "model", "up to partition", f"{task} AUC", "gain over baseline")
-        for one in champions:
-            tags, metrics = one.version.tags, (number_text(one.auc), gain_text(one.gain))
-            aliases = ", ".join(one.version.aliases)
-            table.add_row(str(one.version.number), aliases, tags.get("content"), tags.get("partition"), *metrics)
+        for life in champions:
+            tags, metrics = life.version.tags, (number_text(life.auc), gain_text(life.gain))
+            aliases = ", ".join(life.version.aliases)
+            table.add_row(str(life.version.number), aliases, tags.get("content"), tags.get("partition"), *metrics)
         console.print(table)
     lines = {
         "champion": [f"version {champion.number}, model {champion.tags.get('content')}" if champion else "none yet"],
@@ -189,8 +189,8 @@ def print_status(workspace: Workspace) -> None:
         "runs now": runs_now(workspace.config) or ["nothing"],
         "blocked": blocked(workspace, waiting, served) or ["nothing"],
     }
-    for what, said in lines.items():
-        for index, line in enumerate(said):
+    for what, texts in lines.items():
+        for index, line in enumerate(texts):
             console.print(f"{what if not index else '':<11} {line}", soft_wrap=True, markup=False)
     _print_places(console, workspace, workspace.records.read(EVALUATION, EVALUATION.key(workspace)))
 
@@ -203,14 +203,15 @@ def _served(workspace: Workspace) -> dict[str, Any] | None:
 
     options = workspace.config.serving
     try:
-        with RankingClient(endpoint_url(options.host, options.port), timeout=2.0) as client:
+        url = endpoint_url(options.host, options.port)
+        with RankingClient(url, timeout=2.0, token=options.own_token) as client:
             return client.model()
     except CorankError:
         return None
 
 
 def _endpoint(workspace: Workspace, answer: dict[str, Any] | None) -> str:
-    """What is served at the config's address, as :func:`_served` has it, and how that comes to be the champion."""
+    """The model served at the config's address, by the answer of :func:`_served`, and how to serve the champion."""
     from serving.ports import endpoint_url
 
     url = endpoint_url(workspace.config.serving.host, workspace.config.serving.port)
@@ -229,14 +230,14 @@ def _endpoint(workspace: Workspace, answer: dict[str, Any] | None) -> str:
 def gate_text(version: ModelVersion, evaluation: EvaluationRecord | None) -> str:
     """What the gate said of a version, and whether it was promoted by hand all the same."""
     refused = version.tags.get(REFUSED, "").splitlines()
-    said = "–"
+    verdict = "–"
     if refused:
         more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        said = f"failed: {refused[0]}{more}"
+        verdict = f"failed: {refused[0]}{more}"
     elif evaluation:
-        said = "passed" if evaluation.passed else "failed"
+        verdict = "passed" if evaluation.passed else "failed"
     forced = version.tags.get(PROMOTED_BY_HAND, "").splitlines()
-    return f"{said}; promoted by hand {forced[-1]}" if forced else said
+    return f"{verdict}; promoted by hand {forced[-1]}" if forced else verdict
 
 
 def print_models(workspace: Workspace) -> None:

@@ -43,17 +43,19 @@ def watch(
         from pipeline.dag import open_instance
         from serving.ports import require_free
 
-        own = load(config)
+        loaded = load(config)
         require_free(host, port)
-        log = own.local_path("dagster.log")
-        with open_instance(own) as instance, _dagster(own, Path(config).resolve(), host, port, log) as dagster:
-            typer.echo(f"watching every {own.trigger.interval_seconds} s; web UI at http://{host}:{port}, log in {log}")
+        log = loaded.local_path("dagster.log")
+        with open_instance(loaded) as instance, _dagster(loaded, Path(config).resolve(), host, port, log) as dagster:
+            typer.echo(
+                f"watching every {loaded.trigger.interval_seconds} s; web UI at http://{host}:{port}, log in {log}"
+            )
             shown: list[str] = []
             waiting: list[str] = []
             looked = -math.inf
             while True:
-                if time.monotonic() - looked >= own.trigger.interval_seconds:
-                    waiting, looked = _waiting(own), time.monotonic()
+                if time.monotonic() - looked >= loaded.trigger.interval_seconds:
+                    waiting, looked = _waiting(loaded), time.monotonic()
                 lines = [*waiting, *_runs(instance)]
                 for line in lines:
                     if line not in shown:
@@ -79,8 +81,8 @@ def _waiting(config: Config) -> list[str]:
     except CorankError as error:  # it may be mended while this watches
         return [f"the log cannot be read: {error}"]
     lines = [
-        f"partition {one.partition} " + (f"waits for {one.waits_for}" if one.waits_for else "is ready")
-        for one in states
+        f"partition {state.partition} " + (f"waits for {state.waits_for}" if state.waits_for else "is ready")
+        for state in states
     ]
     return lines or [f"all partitions up to {workspace.log.shown[-1]} are covered by a version"]
 
@@ -109,7 +111,7 @@ def _dagster(config: Config, path: Path, host: str, port: int, log: Path) -> Ite
             yield started
         finally:
             family = [process, *process.children(recursive=True)] if process.is_running() else []
-            for one in family:
-                one.terminate()
-            for one in psutil.wait_procs(family, STOP_SECONDS)[1]:
-                one.kill()
+            for member in family:
+                member.terminate()
+            for member in psutil.wait_procs(family, STOP_SECONDS)[1]:
+                member.kill()

@@ -54,8 +54,8 @@ def erase_from_selfcheck(artifact: Path, users: Collection[str]) -> int:
         return 0
     text = json.dumps({**document, "rows": kept, "scores": kept_scores}, indent=1, sort_keys=True)
     listing = [line.split("  ", 1) for line in sums.read_text(encoding="utf-8").splitlines()]
-    own = hashlib.sha256(text.encode()).hexdigest()
-    _replace(sums, "".join(f"{own if name == path.name else value}  {name}\n" for value, name in listing))
+    new_digest = hashlib.sha256(text.encode()).hexdigest()
+    _replace(sums, "".join(f"{new_digest if name == path.name else value}  {name}\n" for value, name in listing))
     _replace(path, text)
     return len(rows) - len(kept)
 

@@ -1,8 +1,8 @@
-"""Does the online store say what the samples say? A partition is replayed, value by value.
+"""Compares the online store with the samples, value by value, by replaying a partition.
 
-An online store knows only the present. So a scratch store is filled up to the partition's opening; then time runs:
-profiles and counts are materialised and events pushed as they became known, and every request is read just before
-its own time, as the endpoint would, and compared with the sample table.
+An online store knows only the present, so a scratch store is filled up to the partition's opening. From there on
+profiles and counts are materialised and events pushed in the order in which they became known. Every request is read
+just before its own time, as the endpoint would read it, and compared with the sample table.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class SkewReport:
     @property
     def rate(self) -> float:
         """Share of all compared values that differ."""
-        compared = sum(one.compared for one in self.features.values())
-        return sum(one.differ for one in self.features.values()) / compared if compared else 0.0
+        compared = sum(feature.compared for feature in self.features.values())
+        return sum(feature.differ for feature in self.features.values()) / compared if compared else 0.0
 
     def compare(self, name: str, offline: Any, online: Any, where: str) -> None:
         found = self.features.setdefault(name, FeatureSkew())
@@ -105,14 +105,14 @@ def replay(
         for role in dict.fromkeys(sequence.events for sequence in schema.sequences)
     }
     asked = {candidate["item_id"] for _, request in requests for candidate in request["candidates"]}
-    for rows in events.values() if schema.joined_columns else ():  # an event takes its item's profile along
+    for rows in events.values() if schema.joined_columns else ():  # an event is joined with its item's profile
         if "item_id" in rows.columns:
             asked.update(rows["item_id"].drop_nulls().cast(pl.String))
     changes = _changes(build, opening, close, {"user_id": users, "item_id": sorted(asked)})
     report = SkewReport(partition)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        own = replace(
+        scratch_store = replace(
             store,
             project=f"{store.project}_skew",
             registry=f"{scratch}/registry.db",
@@ -120,9 +120,9 @@ def replay(
             sqlite_path=f"{scratch}/online.db",
             item_max_age_seconds=0.0,
         )
-        apply(own)
-        materialize(own, 0, opening)
-        reader, writer = OnlineReader(own), OnlineWriter(own, build.log_delay)
+        apply(scratch_store)
+        materialize(scratch_store, 0, opening)
+        reader, writer = OnlineReader(scratch_store), OnlineWriter(scratch_store, build.log_delay)
         now = opening
 
         def inside(start: int, stop: int) -> list[pl.DataFrame]:
@@ -132,13 +132,13 @@ def replay(
             ts = request["ts"]
             # an event takes its item's profile along: it is pushed between the changes before it and those after it
             steps = [change for change in changes if now < change < ts] if schema.joined_columns else []
-            followed = [one for one, end in pairwise([*steps, ts]) if any(new.height for new in inside(one, end))]
+            followed = [start for start, end in pairwise([*steps, ts]) if any(new.height for new in inside(start, end))]
             for moment in [*followed, ts]:
                 for role, new in zip(events, inside(now, moment), strict=True):
                     if new.height:
                         writer.push(new, role)
                 if any(now < change <= moment for change in changes):
-                    materialize(own, now, moment, close=opening)
+                    materialize(scratch_store, now, moment, close=opening)
                 now = max(now, moment)
             items = [candidate["item_id"] for candidate in request["candidates"]]
             answer = build_row(reader, build.log_delay, row["user_id"], items, contexts[request["request_id"]], ts)
@@ -149,7 +149,7 @@ def replay(
 
 
 def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Sample rows with one of their requests each, by time; every so many of them when there are more than limit."""
+    """Pairs of a sample row and one of its requests, by time; evenly thinned where there are more than ``limit``."""
     times: list[tuple[int, str]] = []
     for file in samples.files():
         requests = Unnested.of(samples.read(file)).requests
@@ -164,11 +164,11 @@ def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], d
             if key in chosen:
                 row = part.rows.slice(int(part.row_of_request[index]), 1).to_pylist()[0]
                 found.append((row, part.requests[index].as_py()))
-    return sorted(found, key=lambda one: (one[1]["ts"], one[1]["request_id"]))
+    return sorted(found, key=lambda pair: (pair[1]["ts"], pair[1]["request_id"]))
 
 
 def _changes(build: BuildSettings, opening: int, close: int, asked: Mapping[str, Sequence[str]]) -> list[int]:
-    """When, within the partition, the profiles or counts of those asked about change, microseconds UTC."""
+    """Times within the partition at which profiles or counts of the asked users and items change, microseconds UTC."""
     keys = {"users": "user_id", "items": "item_id"}
     tables = [(build.tables[role], key, "updated_at") for role, key in keys.items() if role in build.tables]
     tables += [(build.table(USER_AGGREGATES), "user_id", "ts"), (build.table(ITEM_AGGREGATES), "item_id", "ts")]
@@ -197,17 +197,17 @@ def _compare(
             report.compare(feature.name, candidate[name], other[name], at)
     for sequence in schema.sequences:
         end = end_column(sequence)
-        for one in (None, *sequence.fields):
-            column = timeline_column(sequence, one)
+        for event_field in (None, *sequence.fields):
+            column = timeline_column(sequence, event_field)
             offline, served = (
                 side[column][max(0, at[end] - sequence.length) : at[end]]
                 for side, at in ((row, request), (online, answered))
             )
-            report.compare(f"{sequence.name}.{one.name if one else 'ts'}", offline, served, where)
+            report.compare(f"{sequence.name}.{event_field.name if event_field else 'ts'}", offline, served, where)
 
 
 def same(offline: Any, online: Any) -> bool:
-    """Equal, where a missing number may be null or NaN."""
+    """Whether two values are equal; a missing number may be null or NaN."""
     if isinstance(offline, list) and isinstance(online, list):
         return len(offline) == len(online) and all(map(same, offline, online))
     return offline == online or (_missing(offline) and _missing(online))

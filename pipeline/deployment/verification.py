@@ -1,8 +1,8 @@
-"""Is what the endpoint answers what the model scores offline? Asked over HTTP before a version is recorded.
+"""Compares the endpoint's answers over HTTP with the model's offline scores, before a version is recorded.
 
-The online store knows only the present. So the requests compared are those of the newest partition, asked again
-at the moment up to which the store was filled; offline their rows come from the builder's states, as the next
-partition's would. Offline and online must agree to 1e-5.
+The online store knows only the present. So requests of the newest partition are asked again, at the moment up to which
+the store was filled. Their offline rows come from the builder's states, as those of the next partition would. Offline
+and online must agree to 1e-5.
 """
 
 from __future__ import annotations
@@ -27,11 +27,17 @@ REQUESTS = 16
 
 
 def verify_endpoint(
-    url: str, artifact: Artifact, build: BuildSettings, partitions: list[str], moment: int, limit: int = REQUESTS
+    client: RankingClient,
+    artifact: Artifact,
+    build: BuildSettings,
+    partitions: list[str],
+    moment: int,
+    limit: int = REQUESTS,
 ) -> dict[str, Any]:
     """Compare the endpoint's scores with the offline scores of the same requests.
 
     Args:
+        client: of the endpoint.
         artifact: what is served there.
         build: the builder's settings; the states of ``partitions`` must be there.
         moment: when the requests are asked, microseconds UTC: up to when the online store is filled.
@@ -48,29 +54,28 @@ def verify_endpoint(
     rows = rows_after(build, partitions, impressions)
     candidates, largest = 0, 0.0
     example: dict[str, Any] = {}
-    with RankingClient(url) as client:
-        served = client.model()["model_version"]
-        if served != artifact.version:
+    served = client.model()["model_version"]
+    if served != artifact.version:
+        raise CorankError(
+            f"the endpoint {client.url} serves model {served}, not {artifact.version}; stop it and run again"
+        )
+    for index in range(rows.num_rows):
+        row = rows.slice(index, 1)
+        request, user_id = row["requests"][0].as_py()[0], row["user_id"][0].as_py()
+        context = contexts[request["request_id"]]
+        items = [candidate["item_id"] for candidate in request["candidates"]]
+        offline = np.array(score_rows(artifact.model, row)["scores"].to_pylist())
+        answer = client.rank(user_id, items, context, request["ts"])
+        online = np.array([answer["scores"][task.name] for task in schema.tasks]).T
+        difference = float(np.abs(online - offline).max())
+        if not difference <= TOLERANCE:
             raise CorankError(
-                f"the endpoint {url} serves model {served}, not {artifact.version}; stop it and run again"
+                f"request {request['request_id']}: the endpoint's scores differ from the offline scores by "
+                f"{difference:.2e} (allowed {TOLERANCE:.0e}); the deployment was not recorded"
             )
-        for index in range(rows.num_rows):
-            row = rows.slice(index, 1)
-            request, user_id = row["requests"][0].as_py()[0], row["user_id"][0].as_py()
-            context = contexts[request["request_id"]]
-            items = [candidate["item_id"] for candidate in request["candidates"]]
-            offline = np.array(score_rows(artifact.model, row)["scores"].to_pylist())
-            answer = client.rank(user_id, items, context, request["ts"])
-            online = np.array([answer["scores"][task.name] for task in schema.tasks]).T
-            difference = float(np.abs(online - offline).max())
-            if not difference <= TOLERANCE:
-                raise CorankError(
-                    f"request {request['request_id']}: the endpoint's scores differ from the offline scores by "
-                    f"{difference:.2e} (allowed {TOLERANCE:.0e}); the deployment was not recorded"
-                )
-            candidates, largest = candidates + len(items), max(largest, difference)
-            if len(items) >= len(example.get("candidates", [])):
-                example = {"user_id": user_id, "candidates": items, "context": context}
+        candidates, largest = candidates + len(items), max(largest, difference)
+        if len(items) >= len(example.get("candidates", [])):
+            example = {"user_id": user_id, "candidates": items, "context": context}
     return {"requests": rows.num_rows, "candidates": candidates, "largest_difference": largest, "example": example}
 
 
@@ -78,7 +83,7 @@ def asked_again(build: BuildSettings, partition: str, moment: int, limit: int) -
     """Impressions of the last request of some users of a partition, asked again at ``moment`` (microseconds UTC).
 
     Raises:
-        CorankError: none of them is good.
+        CorankError: no impression of the partition is good.
     """
     table = build.tables["impressions"]
     keys = [pl.col(key).cast(pl.String) for key in ("request_id", "user_id")]

@@ -1,4 +1,4 @@
-"""The baseline that a model must beat: what the means of users and items say."""
+"""The baseline that a model must beat: a fit of the mean labels of users and items."""
 
 from __future__ import annotations
 

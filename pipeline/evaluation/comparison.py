@@ -18,10 +18,10 @@ from pipeline.evaluation.scoring import Scored
 
 @dataclass(frozen=True)
 class TaskReport:
-    """One task: the challenger, the baseline, the champion, and AUC gains; None of what cannot be told.
+    """One task: the challenger, the baseline, the champion, and AUC gains; None where one is not defined.
 
     Attributes:
-        references: per name the metrics of what is stronger than the baseline, and AUC gains over it.
+        references, reference_gains: by name the metrics of models stronger than the baseline, and AUC gains over them.
     """
 
     metrics: TaskMetrics
@@ -41,7 +41,7 @@ class TaskReport:
             "champion": self.champion.as_dict() if self.champion else None,
             "auc_gain_over_champion": asdict(self.champion_gain) if self.champion_gain else None,
             "references": {name: metrics.as_dict() for name, metrics in self.references.items()},
-            "calibration": [asdict(one) for one in self.calibration],
+            "calibration": [asdict(bin_) for bin_ in self.calibration],
         }
 
 
@@ -58,8 +58,7 @@ def compare(
     """Metrics of every task; challenger, baseline and champion judge the same impressions.
 
     Args:
-        since: the challenger is compared with the champion on requests from this ts on: those before, the champion
-            has trained on.
+        since: ts from which on the challenger is compared with the champion, which has trained on the requests before.
         references: per task and name the scores of all impressions, [C].
     """
     reports = {}
@@ -83,7 +82,7 @@ def compare(
             other = beside["score"].to_numpy()
         unseen = scored.ts[known] >= since
         rival = _champion_scores(scored, champion, index, known)
-        beside_it = {name: one[known] for name, one in (references or {}).get(task.name, {}).items()}
+        beside_it = {name: of_all[known] for name, of_all in (references or {}).get(task.name, {}).items()}
         reports[task.name] = TaskReport(
             metrics=task_metrics(labels, scores, users, requests),
             baseline=task_metrics(labels, other, users, requests) if other is not None else None,
@@ -94,9 +93,9 @@ def compare(
             champion_gain=auc_gain(labels[unseen], scores[unseen], rival[unseen], users[unseen], resamples, level)
             if rival is not None
             else None,
-            references={name: _ranking_metrics(labels, one, users, requests) for name, one in beside_it.items()},
+            references={name: _ranking_metrics(labels, theirs, users, requests) for name, theirs in beside_it.items()},
             reference_gains={
-                name: auc_gain(labels, scores, one, users, resamples, level) for name, one in beside_it.items()
+                name: auc_gain(labels, scores, theirs, users, resamples, level) for name, theirs in beside_it.items()
             },
             calibration=calibration_bins(labels, scores),
         )
@@ -104,7 +103,7 @@ def compare(
 
 
 def _ranking_metrics(labels: np.ndarray, scores: np.ndarray, users: np.ndarray, requests: np.ndarray) -> TaskMetrics:
-    """Metrics of scores that may be no probabilities."""
+    """Metrics of scores that need not be probabilities."""
     found = task_metrics(labels, scores, users, requests)
     if len(scores) and scores.min() >= 0 and scores.max() <= 1:
         return found

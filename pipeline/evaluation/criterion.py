@@ -1,4 +1,4 @@
-"""One line of a verdict. Light, so that records and texts need neither numpy nor a model."""
+"""One line of a verdict. It imports little, so that records and texts need neither numpy nor a model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class Criterion:
 
     Attributes:
         measured: in words.
-        value: None where it cannot be told.
+        value: None where it is not defined.
         interval: of the value over resampled users.
-        limit: what the value is held against; None where nothing is.
+        limit: what the value is compared with; None where it is only told.
         limit_text: the limit in words.
-        passed: None: told, not judged.
+        passed: None where the value is told and not judged.
         note: what the value was made of, or why it was not judged.
     """
 
@@ -52,16 +52,24 @@ COLUMNS = ("criterion", "value", "interval", "limit", "verdict", "note")
 
 def cells(criterion: Criterion) -> tuple[str, ...]:
     """A row of the table of criteria, in order of :data:`COLUMNS`."""
-    one = criterion
-    return (one.measured, one.value_text, one.interval_text, one.limit_text, one.verdict, one.note)
+    return (
+        criterion.measured,
+        criterion.value_text,
+        criterion.interval_text,
+        criterion.limit_text,
+        criterion.verdict,
+        criterion.note,
+    )
 
 
 def reasons(criteria: Sequence[Criterion]) -> list[str]:
     """Why a challenger does not pass; empty when it does."""
-    return [one.reason for one in criteria if one.passed is False]
+    return [criterion.reason for criterion in criteria if criterion.passed is False]
 
 
 def counts_text(criteria: Sequence[Criterion]) -> str:
     """How many passed, failed, and were only told."""
-    passed, failed, told = (sum(one.passed is verdict for one in criteria) for verdict in (True, False, None))
+    passed, failed, told = (
+        sum(criterion.passed is verdict for criterion in criteria) for verdict in (True, False, None)
+    )
     return f"{passed} passed, {failed} failed, {told} told but not judged"

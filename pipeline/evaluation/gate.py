@@ -1,7 +1,7 @@
-"""The gate: what a challenger must be to become champion. Arrays in, criteria out.
+"""The gate: the criteria that a challenger must meet to become champion, computed from arrays.
 
-Three things an interval can say against a margin: all of it is better, all of it is worse, or it holds the margin, and
-then the test set alone does not tell. What follows from that each criterion decides (EvaluationConfig says it).
+An interval can be better than a margin as a whole, worse as a whole, or hold the margin; then the test set alone does
+not tell. What follows from that differs by criterion (see EvaluationConfig).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rival:
 
     Attributes:
         name: as people read it.
-        since: it is compared on requests from this ts on: those before, it has trained on.
+        since: ts from which on it is compared; it has trained on the requests before.
         seconds, own_seconds: of scoring the self-check requests, champion and challenger; None where there are none.
     """
 
@@ -146,7 +146,7 @@ def _of_task(limits: EvaluationConfig, task: str, is_gate: bool, known: _Known, 
 def _drift(
     limits: EvaluationConfig, measured: str, scores: np.ndarray, rival: np.ndarray, entropy: Gain | None
 ) -> Criterion:
-    """Scores that moved far fail, unless they are shown to have moved towards the labels."""
+    """Scores that moved far from the champion's fail, unless the labels show that they became better."""
     limit, text = limits.max_drift, f"≤ {limits.max_drift:g}"
     if not len(scores):
         return Criterion(measured, limit=limit, limit_text=text, note="no label is known")
@@ -157,8 +157,8 @@ def _drift(
 
 
 def _beyond(value: float, low: float, high: float, limit: float, decides: bool) -> bool | None:
-    """Whether a value that should be at least ``limit`` is; None where its interval holds the limit, unless the value
-    itself decides then."""
+    """Whether a value is at least ``limit``. Where its interval holds the limit, the value itself decides if
+    ``decides``; else None."""
     if low >= limit:
         return True
     if high < limit:
@@ -198,20 +198,20 @@ def _entropy(limits: EvaluationConfig, measured: str, loss: Gain | None, decides
 
 
 def _calibration(
-    limits: EvaluationConfig, task: str, decides: bool, own: Estimate | None, rival: Estimate | None
+    limits: EvaluationConfig, task: str, decides: bool, ours: Estimate | None, rival: Estimate | None
 ) -> Criterion:
     """Positives ÷ predicted within [1 ÷ end, end], or no further off than the champion's."""
     measured, end = f"{task} calibration (positives ÷ predicted)", 1 + limits.max_miscalibration
     text = f"{1 / end:.2f} … {end:.2f}"
-    if own is None:
+    if ours is None:
         return Criterion(measured, limit=end, limit_text=text, note="no label is known")
-    found = Criterion(measured, own.value, (own.low, own.high), end, text)
-    if rival is not None and _factor(own.value) <= _factor(rival.value):
+    found = Criterion(measured, ours.value, (ours.low, ours.high), end, text)
+    if rival is not None and _factor(ours.value) <= _factor(rival.value):
         return _judged(found, True)
-    # as factors: of 1.5 and ÷ 1.5 both are 1.5; the least one of an interval that holds 1 is 1
-    low, high = sorted([_factor(own.low), _factor(own.high)])
-    low = 1.0 if own.low <= 1 <= own.high else low
-    return _judged(found, _beyond(-_factor(own.value), -high, -low, -end, decides))
+    # distances as factors: 1.5 and 1 ÷ 1.5 both are 1.5 off; an interval that holds 1 begins at 1
+    low, high = sorted([_factor(ours.low), _factor(ours.high)])
+    low = 1.0 if ours.low <= 1 <= ours.high else low
+    return _judged(found, _beyond(-_factor(ours.value), -high, -low, -end, decides))
 
 
 def _factor(ratio: float) -> float:
@@ -252,7 +252,7 @@ def _judged(found: Criterion, passed: bool | None) -> Criterion:
 def scoring_seconds(model: Any, other: Any, rows: pa.Table) -> tuple[float, float]:
     """Fastest time of scoring rows with each of two models, timed alternately after a first round of warming up.
 
-    It is CPU time of one thread: what else runs on the machine must refuse no challenger.
+    It is CPU time of one thread, so that other work on the machine makes no challenger fail.
     """
     taken: tuple[list[float], list[float]] = ([], [])
     threads = torch.get_num_threads()

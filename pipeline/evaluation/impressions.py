@@ -1,4 +1,4 @@
-"""The log's impressions as flat frames: who was shown what, with which labels, and what the samples say of it."""
+"""The log's impressions as flat frames: who was shown what, with its labels and what the samples hold of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from features.samples.source import SampleSource
 from features.schema import Schema
 
 IDENTITY = ("user_id", "request_id", "item_id", "ts")
-"""What tells impressions apart; request ids may repeat from one partition to the next."""
+"""Columns that identify an impression; request ids may repeat from one partition to the next."""
 
 FREQUENT_VALUES = 10
-"""Values of a category feature that are segments of their own."""
+"""So many of a category feature's most frequent values are segments."""
 
 EVENTS = "visible events"
 
@@ -59,13 +59,15 @@ def read_impressions(source: SampleSource, cut: int, rows: int, candidates: int,
         if not read.num_rows:
             continue
         requests = pl.DataFrame(pl.from_arrow(read)).explode("requests").unnest("requests")
-        one = pl.col("candidates").struct
+        candidate = pl.col("candidates").struct
         light = requests.select("user_id", "request_id", "ts", "candidates").explode("candidates")
-        light = light.with_columns(one.field("item_id"), *map(one.field, labels)).drop_nulls("item_id")
+        light = light.with_columns(candidate.field("item_id"), *map(candidate.field, labels)).drop_nulls("item_id")
         shown.append(light.select(*IDENTITY, *labels))
         is_test = pl.col("ts") >= cut
         drawn = requests.filter(is_test | pl.Series(draw.random(requests.height) < share))
-        drawn = drawn.with_columns(_visible_events(schema)).drop([end_column(one) for one in schema.sequences])
+        drawn = drawn.with_columns(_visible_events(schema)).drop(
+            [end_column(sequence) for sequence in schema.sequences]
+        )
         drawn = drawn.explode("candidates").unnest("candidates").drop_nulls("item_id")
         before.append(drawn.filter(~is_test))
         test.append(drawn.filter(is_test))
@@ -76,19 +78,19 @@ def read_impressions(source: SampleSource, cut: int, rows: int, candidates: int,
 
 def _visible_events(schema: Schema) -> Iterable[pl.Expr]:
     return [
-        pl.col(end_column(one)).clip(0, one.length).cast(pl.Float64).alias(f"{EVENTS} of {one.name}")
-        for one in schema.sequences
+        pl.col(end_column(sequence)).clip(0, sequence.length).cast(pl.Float64).alias(f"{EVENTS} of {sequence.name}")
+        for sequence in schema.sequences
     ]
 
 
 def declared_numbers(schema: Schema) -> Mapping[str, str]:
-    """Names and columns of what a request and a candidate have as numbers, and of how many events are visible."""
-    numbers = {one.name: feature_column(one) for one in schema.features if one.kind == "number"}
-    return numbers | {f"{EVENTS} of {one.name}": f"{EVENTS} of {one.name}" for one in schema.sequences}
+    """Columns by name of the numbers of requests and candidates, and of the counts of visible events."""
+    numbers = {feature.name: feature_column(feature) for feature in schema.features if feature.kind == "number"}
+    return numbers | {f"{EVENTS} of {sequence.name}": f"{EVENTS} of {sequence.name}" for sequence in schema.sequences}
 
 
 def segments(impressions: Impressions, schema: Schema, cut: int) -> dict[str, np.ndarray]:
-    """Parts of the test set by which a model may differ, each as the candidates that belong to it, bool [C].
+    """Parts of the test set on which a model may be better or worse, each as a mask of its candidates, bool [C].
 
     Users by how many events their request sees (thirds of the impressions with any), those without any, items never
     shown before the test set, and the frequent values of every category feature.
@@ -97,7 +99,7 @@ def segments(impressions: Impressions, schema: Schema, cut: int) -> dict[str, np
     known = impressions.shown.filter(pl.col("ts") < cut)["item_id"].unique()
     found = {"new items": ~test["item_id"].is_in(known.implode()).to_numpy()}
     if schema.sequences:
-        columns = [f"{EVENTS} of {one.name}" for one in schema.sequences]
+        columns = [f"{EVENTS} of {sequence.name}" for sequence in schema.sequences]
         events = test.select(pl.sum_horizontal(columns)).to_series().to_numpy()
         seen = events > 0
         found["new users"] = ~seen

@@ -1,4 +1,4 @@
-"""Strong references beside a model: what its declared numbers say without it."""
+"""Strong references beside a model: scores from the declared numbers alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipeline.evaluation.impressions import Impressions, declared_numbers
 def references(impressions: Impressions, schema: Schema, task: Task) -> dict[str, np.ndarray]:
     """Scores of the test set, [C], of the best declared number alone and of gradient boosting on all of them.
 
-    Which number is best, and whether more of it is better, is read off impressions before the test set; on them the
-    booster (scikit-learn's histogram-based one, with its defaults) is fitted too. To the number alone a missing one is
-    their mean. Empty where their labels have not both classes, or nothing is a number.
+    Impressions before the test set decide which number is best and whether more of it is better; the booster
+    (scikit-learn's histogram-based one, with its defaults) is fitted to them, too. A missing best number is replaced by
+    their mean. Empty where their labels have not both classes, or no number is declared.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from threadpoolctl import threadpool_limits
@@ -32,7 +32,7 @@ def references(impressions: Impressions, schema: Schema, task: Task) -> dict[str
     best = int(np.argmax(np.abs(alone - 0.5)))
     sign = 1.0 if alone[best] >= 0.5 else -1.0
     column = np.where(np.isnan(test[:, best]), _means(before)[best], test[:, best])
-    with threadpool_limits(1):  # its threads wait by spinning: beside others' work two are many times slower than one
+    with threadpool_limits(1):  # its threads spin while they wait: on a busy machine two are many times slower than one
         booster = HistGradientBoostingClassifier(random_state=0).fit(before, labels)
         boosted = booster.predict_proba(test)[:, 1]
     return {f"{list(numbers)[best]} alone": sign * column, f"boosting on {len(numbers)} numbers": boosted}
@@ -44,7 +44,7 @@ def _matrix(frame: pl.DataFrame, columns: list[str]) -> np.ndarray:
 
 
 def _means(values: np.ndarray) -> np.ndarray:
-    """Of every column, without what is missing; 0 where all is."""
+    """Mean of every column over the values that are there; 0 where there are none."""
     known = ~np.isnan(values)
     means: np.ndarray = np.where(known, values, 0.0).sum(0) / np.maximum(known.sum(0), 1)
     return means

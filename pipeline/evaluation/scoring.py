@@ -1,4 +1,4 @@
-"""Scoring samples with a model: what every candidate of every request gets, beside its labels."""
+"""Scores samples with a model: the probabilities of every candidate of every request, beside its labels."""
 
 from __future__ import annotations
 

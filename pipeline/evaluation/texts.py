@@ -7,7 +7,7 @@ from typing import Any
 
 
 def number_text(value: float | None) -> str:
-    """A metric, or a dash where it cannot be told."""
+    """A metric, or a dash where it is not defined."""
     return "–" if value is None else f"{value:.4f}"
 
 
@@ -17,7 +17,7 @@ def gain_text(gain: Mapping[str, float] | None) -> str:
 
 
 def classes_text(entry: Mapping[str, Any]) -> str:
-    """What the metrics of a task are made of: positives, and the share of users and requests behind UAUC and so on."""
+    """The basis of a task's metrics: positives, and the shares of users and requests behind UAUC and so on."""
     if not entry["impressions"]:
         return "no label is known"
     return (

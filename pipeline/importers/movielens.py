@@ -45,9 +45,9 @@ GENRES = (
 GROUPLENS_FILES = ("u.data", "u.user", "u.item")
 RECBOLE_FILES = ("ml-100k.inter", "ml-100k.user", "ml-100k.item")
 TABLES = ("users", "items", "events", "impressions")
-"""In the order in which they are written: whoever sees new impressions finds all they refer to."""
+"""In the order of writing, impressions last: all that they refer to is there before them."""
 FORMAT = 1
-"""Raise it whenever the same source gives different tables, so that importing again replaces them."""
+"""To be raised whenever the same source gives different tables, so that a new import replaces them."""
 
 Files = Mapping[str, bytes]
 
@@ -96,7 +96,7 @@ def import_movielens(
         rows per table.
 
     Raises:
-        CorankError: no source could be had or read, or the target holds tables of somebody else.
+        CorankError: no source could be had or read, or the target holds tables that no import wrote.
     """
     content = _parse(_fetch(say) if source is None else _read_local(Path(source).expanduser()))
     tables = _tables(content, buckets)

@@ -51,7 +51,7 @@ WATCHES_PER_DAY, SEARCHES_PER_DAY = 2.0, 0.5
 """Mean number per user and day of what happens without a request."""
 DAY = 86_400 * SECOND
 LAST_REQUEST = DAY - 3_600 * SECOND
-"""No request begins later in the day, so that all it leads to still falls into the same day."""
+"""No request begins later in the day, so that all its consequences fall into the same day."""
 REPORT_SECONDS = 2.0
 WORTH_RAY = 20_000
 """Users × days from which on it is worth starting Ray."""
@@ -219,8 +219,8 @@ def import_synthetic(
     """Simulate days of behaviour into Delta tables, in parallel on Ray.
 
     Tables: impressions, watches, searches, purchases and truth, partitioned by day and user bucket; users and
-    items, profile snapshots. ``truth`` holds the probability of each click, and what it were at the top of
-    the list: the best that a model can know which does not see positions. Days that are there already are
+    items, profile snapshots. ``truth`` holds the probability of each click, and the one it would have at the top of
+    the list: the best that a model without positions can know. Days that are there already are
     left alone, so importing more days later adds just those.
 
     Args:
@@ -238,16 +238,16 @@ def import_synthetic(
 
     Raises:
         ConfigError: a parameter makes no sense.
-        CorankError: the target holds another simulation, or tables of somebody else.
+        CorankError: the target holds another simulation, or tables that no import wrote.
     """
     world = World(users, items, seed, start, buckets, requests_per_user, drift)
     _check(world, days)
     marker = world.marker()
     paths = {table: table_path(target, table) for table in ("users", "items", *SCHEMAS)}
-    held = imported(paths["users"])
-    if held not in (None, marker):
+    earlier = imported(paths["users"])
+    if earlier not in (None, marker):
         raise CorankError(
-            f"{target} holds another import:\n  there {held}\n  now   {marker}\n"
+            f"{target} holds another import:\n  there {earlier}\n  now   {marker}\n"
             "Give the same parameters (only days may differ), or another target."
         )
     _append_new(paths["users"], _user_rows(world, days), ["user_id"], marker)

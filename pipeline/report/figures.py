@@ -40,9 +40,11 @@ def learning_figure(history: Sequence[Mapping[str, Any]], tasks: Sequence[str]) 
 def calibration_figure(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Markup:
     """Observed over predicted rate per task, in bins of equally many impressions, with 95 % intervals."""
     figure = make_subplots(rows=1, cols=len(bins), subplot_titles=list(bins))
-    for column, own in enumerate(bins.values(), start=1):
-        predicted, observed = ([one[name] for one in own] for name in ("predicted", "observed"))
-        errors = [1.96 * (one["observed"] * (1 - one["observed"]) / one["impressions"]) ** 0.5 for one in own]
+    for column, bins_of_task in enumerate(bins.values(), start=1):
+        predicted, observed = ([bin_[name] for bin_ in bins_of_task] for name in ("predicted", "observed"))
+        errors = [
+            1.96 * (bin_["observed"] * (1 - bin_["observed"]) / bin_["impressions"]) ** 0.5 for bin_ in bins_of_task
+        ]
         end = max([*predicted, *observed], default=1.0)
         place = {"row": 1, "col": column, "showlegend": False}
         figure.add_scatter(x=[0, end], y=[0, end], mode="lines", line={"dash": "dot", "color": OTHER}, **place)
@@ -54,7 +56,7 @@ def calibration_figure(bins: Mapping[str, Sequence[Mapping[str, float]]]) -> Mar
 
 
 def life_figure(lives: Mapping[str, Sequence[tuple[str, float | None, float | None]]]) -> Markup:
-    """Per task the AUC on every new partition, before anything trained on it, of the champion of the time and of the
+    """Per task the AUC on every new partition, before anything trained on it: of the champion of the time, and of the
     model that never trained again."""
     figure = make_subplots(rows=1, cols=len(lives), subplot_titles=list(lives))
     for column, points in enumerate(lives.values(), start=1):

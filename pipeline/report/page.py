@@ -1,4 +1,4 @@
-"""What a report says, out of the records and the registry: the log itself is not read."""
+"""The content of a report, from the records and the registry; the log itself is not read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHOWN_LIFE = 90
 
 
 def report_of(workspace: Workspace, number: int | None) -> Path:
-    """Write the report on a version again; its path.
+    """Write the report on a version again; returns its path.
 
     Args:
         number: of the version; None: the champion.
@@ -68,7 +68,7 @@ def write_report(workspace: Workspace, key: str) -> Path:
         key: of the record of its verdict.
 
     Raises:
-        CorankError: records of it are gone or damaged.
+        CorankError: records of the challenger are gone or damaged.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -110,13 +110,13 @@ class _Told:
 def _told(workspace: Workspace, key: str) -> _Told:
     records = workspace.records
     evaluation = records.require(EVALUATION, key)
-    trained = [one for one in records.all(CHALLENGER).values() if one.version == evaluation.model]
+    trained = [challenger for challenger in records.all(CHALLENGER).values() if challenger.version == evaluation.model]
     if not trained:
         raise CorankError(f"model {evaluation.model}: the record of its training is gone; run `corank run` again")
     refit = records.read(REFIT, refit_key(key))
     published = refit.version if refit else evaluation.model
     versions = workspace.registry.versions()
-    version = next((one for one in versions if one.tags.get("content") == published), None)
+    version = next((registered for registered in versions if registered.tags.get("content") == published), None)
     return _Told(evaluation, trained[-1], refit, version, versions)
 
 
@@ -127,12 +127,16 @@ def _sections(workspace: Workspace, key: str, told: _Told) -> dict[str, Any]:
     evaluation, challenger = told.evaluation, told.challenger
     partitions = sorted(evaluation.fingerprints)
     data = [
-        (one, records.read(VALIDATED, one) or ValidatedRecord(), records.read(SAMPLES, one) or SamplesRecord())
-        for one in partitions
+        (
+            partition,
+            records.read(VALIDATED, partition) or ValidatedRecord(),
+            records.read(SAMPLES, partition) or SamplesRecord(),
+        )
+        for partition in partitions
     ]
     shown = {
-        one: (validated.rows.get("impressions", 0) - validated.quarantined, validated.quarantined)
-        for one, validated, _ in data
+        partition: (validated.rows.get("impressions", 0) - validated.quarantined, validated.quarantined)
+        for partition, validated, _ in data
     }
     lives = _lives(workspace, partitions)
     bins = {task: entry.get("calibration") or [] for task, entry in evaluation.tasks.items()}
@@ -148,7 +152,7 @@ def _sections(workspace: Workspace, key: str, told: _Told) -> dict[str, Any]:
         "outcome": outcome.outcome if outcome else "not registered yet",
         "deployed": deployed if deployed and told.version and deployed.number == told.version.number else None,
         "data": data,
-        "findings": [(one, finding["message"]) for one, record, _ in data for finding in record.findings],
+        "findings": [(partition, finding["message"]) for partition, record, _ in data for finding in record.findings],
         "data_docs": data[-1][1].data_docs if data else "–",
         "partitions_figure": partitions_figure(shown),
         "learning_figure": learning_figure(challenger.history, list(evaluation.tasks)),
@@ -158,10 +162,10 @@ def _sections(workspace: Workspace, key: str, told: _Told) -> dict[str, Any]:
             task: (_compared(evaluation, entry), _gains(entry), classes_text(entry))
             for task, entry in evaluation.tasks.items()
         },
-        "criteria": [cells(one) for one in evaluation.criteria],
+        "criteria": [cells(criterion) for criterion in evaluation.criteria],
         "history": history(workspace, told.versions)[:SHOWN_VERSIONS],
         "gate_task": config.gate_task,
-        "costs": [(one.name, spent[one.name]) for one in STAGES if one.name in spent],
+        "costs": [(stage.name, spent[stage.name]) for stage in STAGES if stage.name in spent],
     }
 
 
@@ -169,9 +173,9 @@ def _lives(workspace: Workspace, partitions: Sequence[str]) -> dict[str, list[tu
     """Per task and partition up to now the AUC of the champion and of the frozen model."""
     lives: dict[str, list[tuple[str, float | None, float | None]]] = {}
     found = workspace.records.all(PROGRESSIVE_VALIDATION)
-    for partition in sorted(one for one in found if not partitions or one <= partitions[-1])[-SHOWN_LIFE:]:
+    for partition in sorted(name for name in found if not partitions or name <= partitions[-1])[-SHOWN_LIFE:]:
         record = found[partition]
-        champion, frozen = (record.versions_scored.get(str(one), {}) for one in (record.champion, record.frozen))
+        champion, frozen = (record.versions_scored.get(str(number), {}) for number in (record.champion, record.frozen))
         for task in champion:
             point = (partition, champion[task].get("auc"), frozen.get(task, {}).get("auc"))
             lives.setdefault(task, []).append(point)
@@ -179,7 +183,7 @@ def _lives(workspace: Workspace, partitions: Sequence[str]) -> dict[str, list[tu
 
 
 def _compared(evaluation: EvaluationRecord, entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Whose metrics stand beside each other."""
+    """The models whose metrics stand beside each other."""
     others = {
         "baseline": entry["baseline"],
         **entry.get("references", {}),
@@ -201,7 +205,7 @@ class Life:
     auc: float | None
     gain: dict[str, float] | None
     promoted: bool
-    said: str
+    problem: str
 
 
 def history(workspace: Workspace, versions: Sequence[ModelVersion]) -> list[Life]:
@@ -211,10 +215,10 @@ def history(workspace: Workspace, versions: Sequence[ModelVersion]) -> list[Life
         key = version.tags.get("evaluation", "")
         evaluation, outcome = workspace.records.read(EVALUATION, key), workspace.records.read(CHAMPION, key)
         entry = evaluation.tasks.get(task, {}) if evaluation else {}
-        said = "; ".join(evaluation.reasons) if evaluation else ""
+        problem = "; ".join(evaluation.reasons) if evaluation else ""
         if failure := version.tags.get("failed live"):
-            said = f"failed live: {failure}"
+            problem = f"failed live: {failure}"
         by_hand = PROMOTED_BY_HAND in version.tags
         promoted = bool(version.aliases) or by_hand or bool(outcome and outcome.promoted)
-        lives.append(Life(version, entry.get("auc"), entry.get("auc_gain_over_baseline"), promoted, said))
+        lives.append(Life(version, entry.get("auc"), entry.get("auc_gain_over_baseline"), promoted, problem))
     return lives

@@ -29,7 +29,7 @@ MODEL_SECTIONS = ("features", "sequences", "tasks", "model", "training", "holdou
 """Config sections that shape a training."""
 
 REPLAYED_PARTITIONS = 4
-"""Older partitions out of which a retraining's replay is drawn; bounds what it reads."""
+"""Older partitions from which a retraining's replay is drawn; this limits what it reads."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ def _warm_start(workspace: Workspace, champion: ModelVersion) -> tuple[Mapping[s
             f"retraining starts from model version {champion.number}, whose features differ from the "
             "config's; train from scratch with `corank retrain --full` or `corank run`"
         )
-    own = on_meta(config.schema_, config.model.name, config.model.preset, **config.model.overrides)
-    same = [model.describe() | {"dropout": None} for model in (artifact.model, own)]
+    declared = on_meta(config.schema_, config.model.name, config.model.preset, **config.model.overrides)
+    same = [model.describe() | {"dropout": None} for model in (artifact.model, declared)]
     if same[0] != same[1]:
         raise CorankError(
             f"retraining starts from model version {champion.number}, whose model or sizes differ from "
@@ -225,12 +225,12 @@ def _replay(workspace: Workspace, cuts: Cuts) -> Replay | None:
     from features.samples.source import Replay
 
     options, log = workspace.config.retraining, workspace.log
-    requests = {one: workspace.records.require(SAMPLES, one).requests for one in trainable(workspace)}
-    older = [one for one in requests if log.bounds(one)[1] <= cuts.train and requests[one]]
-    new = sum(count for one, count in requests.items() if log.bounds(one)[0] >= cuts.train)
+    requests = {partition: workspace.records.require(SAMPLES, partition).requests for partition in trainable(workspace)}
+    older = [partition for partition in requests if log.bounds(partition)[1] <= cuts.train and requests[partition]]
+    new = sum(count for partition, count in requests.items() if log.bounds(partition)[0] >= cuts.train)
     if not options.replay or not older:
         return None
     draw = random.Random(f"{workspace.config.training.seed} {workspace.partitions[-1]}")
     drawn = sorted(draw.sample(older, min(REPLAYED_PARTITIONS, len(older))))
-    share = options.replay * new / sum(requests[one] for one in drawn)
+    share = options.replay * new / sum(requests[partition] for partition in drawn)
     return Replay(tuple(drawn), min(share, 1.0), draw.getrandbits(32))

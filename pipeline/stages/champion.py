@@ -26,7 +26,7 @@ class ChampionRecord(LogRecord):
         number: of its version in the registry.
         model: version of its content.
         judged: version of the content that was judged; another, where it was refitted.
-        outcome: as it is told to a user.
+        outcome: in words, for the user.
     """
 
     number: int = 0
@@ -72,7 +72,7 @@ class Champion(Stage[ChampionRecord]):
         with workspace.progress.stage(self.name) as stage:
             stage.say("registering in MLflow")
             registry = workspace.registry
-            if not registry.versions():  # made anew, as its database was lost
+            if not registry.versions():  # the registry is new, as its database was lost
                 for number in restore_versions(workspace):
                     workspace.progress.note(f"version {number} was registered again from its record")
             params = {
@@ -162,25 +162,28 @@ def _registered(
 
 def published_models(workspace: Workspace) -> dict[str, ChallengerRecord | RefitRecord]:
     """Every model that a record names, by the version of its content."""
-    judged = {one.version: one for one in workspace.records.all(CHALLENGER).values()}
-    return {**judged, **{one.version: one for one in workspace.records.all(REFIT).values()}}
+    judged = {challenger.version: challenger for challenger in workspace.records.all(CHALLENGER).values()}
+    return {**judged, **{refit.version: refit for refit in workspace.records.all(REFIT).values()}}
 
 
 def restore_versions(workspace: Workspace) -> list[int]:
-    """Register again, in a registry without versions, all that the records know and whose artifacts are whole; their
-    numbers. Champion is what was deployed or promoted last.
+    """Register again, in a registry without versions, all versions that records name and whose artifacts are whole;
+    returns their numbers. Champion is what was deployed or promoted last.
 
-    What was promoted by hand and never deployed, and the parameters of the trainings, no record has.
+    No record has the parameters of the trainings, nor promotions by hand that were never deployed.
     """
     from models.artifact import problem_of_artifact
 
     records, registry = workspace.records, workspace.registry
-    models, challengers = published_models(workspace), {one.version: one for one in records.all(CHALLENGER).values()}
+    models, challengers = (
+        published_models(workspace),
+        {record.version: record for record in records.all(CHALLENGER).values()},
+    )
     verdicts = records.all(CHAMPION)
     written = {key: (records.get(CHAMPION.name, key) or {})["recorded_at"] for key in verdicts}
     restored: list[int] = []
-    for number in range(1, max((one.number for one in verdicts.values()), default=0) + 1):
-        for key, verdict in sorted(verdicts.items(), key=lambda one: written[one[0]]):
+    for number in range(1, max((verdict.number for verdict in verdicts.values()), default=0) + 1):
+        for key, verdict in sorted(verdicts.items(), key=lambda entry: written[entry[0]]):
             published, evaluation = models.get(verdict.model), records.read(EVALUATION, key)
             challenger = challengers.get(verdict.judged or verdict.model)
             if verdict.number != number or published is None or challenger is None or evaluation is None:
@@ -189,9 +192,9 @@ def restore_versions(workspace: Workspace) -> list[int]:
                 partitions = sorted(verdict.fingerprints)
                 _registered(workspace, published, challenger, key, evaluation, partitions, {})
                 restored.append(number)
-        if number not in restored:  # later ones keep their numbers
+        if number not in restored:  # takes the number, so that later versions keep theirs
             registry.drop(registry.register("gone", "", {}).number)
-    promoted = [(written[key], one.number) for key, one in verdicts.items() if one.promoted]
+    promoted = [(written[key], verdict.number) for key, verdict in verdicts.items() if verdict.promoted]
     if deployed := records.get("deployment", "current"):
         promoted.append((deployed["recorded_at"], deployed["number"]))
     served = list(dict.fromkeys(number for _, number in sorted(promoted, reverse=True) if number in restored))

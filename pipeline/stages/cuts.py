@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Cuts:
     """Chronological split by request ts: train ≤ … < validation ≤ … < test ≤ …, microseconds UTC.
 
-    Where validation = test, the epoch is not chosen, and progress is told on the test set.
+    Where validation = test, no epoch is chosen, and progress is measured on the test set.
     """
 
     train: int
@@ -35,7 +35,7 @@ class Cuts:
 def trained_until(version: ModelVersion) -> int:
     """ts up to which a version, with those it started from, has trained on every request; microseconds UTC."""
     lineage = version.lineage()
-    # versions of before say only what they held out
+    # versions by earlier code name only the requests that they held out
     return int(lineage.get("trained_until", lineage["cuts"]["validation"]))
 
 
@@ -85,7 +85,7 @@ def cuts_of_retraining(workspace: Workspace, champion: ModelVersion) -> Cuts:
 
 def _requests(workspace: Workspace) -> dict[str, int]:
     """Requests of every partition that can be trained on and has any, oldest first."""
-    counts = {one: workspace.records.require(SAMPLES, one).requests for one in trainable(workspace)}
+    counts = {partition: workspace.records.require(SAMPLES, partition).requests for partition in trainable(workspace)}
     if not counts:
         known = workspace.log.bounds(workspace.partitions[0])[1] + workspace.config.schema_.attribution_window
         raise CorankError(
@@ -98,7 +98,7 @@ def _requests(workspace: Workspace) -> dict[str, int]:
 def _cut(
     workspace: Workspace, requests: Mapping[str, int], before: int, rank: int, text: str, total: int | None = None
 ) -> int:
-    """ts from which on the newest requests before another ts make up so much.
+    """ts such that the requests from it up to another ts are the configured extent.
 
     Args:
         before: the other ts.
@@ -119,10 +119,10 @@ def _cut(
 def _requests_before(workspace: Workspace, requests: Mapping[str, int], cut: int) -> int:
     """Requests with ts < cut; reads the partition that holds it."""
     count = 0
-    for partition, own in requests.items():
+    for partition, requests_of_partition in requests.items():
         opening, close = workspace.log.bounds(partition)
         if close <= cut:
-            count += own
+            count += requests_of_partition
         elif opening < cut:
             count += sum(ts < cut for ts in _times(workspace, partition))
     return count

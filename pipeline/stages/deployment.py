@@ -31,7 +31,7 @@ SERVED = ("serving", "current")
 """Folder and key of the document that names what is served; a running service follows it."""
 
 SWITCH_SECONDS = 120.0
-"""In which a running service must have taken a version over."""
+"""Seconds within which a running service must have taken a version over."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DeploymentRecord(LogRecord):
         model: version of its content.
         artifact: directory of the published model.
         url: of the endpoint.
-        beside: it was verified at an endpoint of its own alone, as another process serves that does not take it over.
+        beside: verified at a private endpoint only, as another process serves and does not take it over.
         verified: what was compared (:func:`pipeline.deployment.verification.verify_endpoint`).
     """
 
@@ -154,12 +154,12 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
     """Have the running service take a version over; False when it was started by a corank that cannot.
 
     Raises:
-        CorankError: it refuses the version, or does not take it over in time; it goes on with the one before.
+        CorankError: the service refuses the version, or does not take it over in time; it keeps the one before.
     """
     from serving.client import RankingClient
 
     before = workspace.records.get(*SERVED)
-    with RankingClient(url) as client:
+    with RankingClient(url, token=workspace.config.serving.own_token) as client:
         if before is None or "refused" not in client.model():
             return False
         name_served(workspace, champion)
@@ -168,12 +168,12 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
         while time.monotonic() < until:
             try:
                 model = client.model()
-            except CorankError as error:  # a replica that is gone for a moment says nothing of the version
+            except CorankError as error:  # a replica may be gone for a moment, whatever the version is
                 taken, why = 0, f"does not answer: {error}"
                 time.sleep(0.2)
                 continue
             taken = taken + 1 if model["model_version"] == champion.tags.get("content") else 0
-            if taken >= 3 * replicas:  # whichever replica answers
+            if taken >= 3 * replicas:  # so often that all replicas are likely to have answered
                 return True
             refused = model["refused"] or {}
             if refused.get("artifact") == champion.artifact:
@@ -186,7 +186,7 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
 
 @contextmanager
 def _or_rolled_back(workspace: Workspace, champion: ModelVersion) -> Iterator[None]:
-    """A version that fails here is champion no longer, if another one was verified before."""
+    """If the block fails, make the version that was verified before, if any, the champion again."""
     try:
         yield
     except CorankError as error:
@@ -202,13 +202,15 @@ def _or_rolled_back(workspace: Workspace, champion: ModelVersion) -> Iterator[No
 
 def _verify(workspace: Workspace, url: str, artifact: Artifact, stage: Line) -> dict[str, Any]:
     from pipeline.deployment.verification import verify_endpoint
+    from serving.client import RankingClient
 
     stage.say("comparing its answers with offline scores")
-    stored = workspace.records.require(FEATURE_STORE, ONLINE)  # of later partitions than ``until``, too
+    stored = workspace.records.require(FEATURE_STORE, ONLINE)  # it may cover later partitions than ``until``
     if stored.close is None:
         raise CorankError("the online store was never filled; run `corank run` first")
     build = build_settings(workspace, stored.versions)
-    return verify_endpoint(url, artifact, build, sorted(stored.partitions), stored.close)
+    with RankingClient(url, token=workspace.config.serving.own_token) as client:
+        return verify_endpoint(client, artifact, build, sorted(stored.partitions), stored.close)
 
 
 def require_own_features(workspace: Workspace, champion: ModelVersion) -> None:
@@ -239,15 +241,16 @@ def serves_already(workspace: Workspace) -> bool:
     options = workspace.config.serving
     if is_free(options.host, options.port):
         return False
-    if not is_free(options.host, 0):  # no address of this machine, where nobody can be asked
+    if not is_free(options.host, 0):  # not an address of this machine, so that nobody can be asked there
         require_free(options.host, options.port)
     try:
-        with RankingClient(endpoint_url(options.host, options.port), timeout=10.0) as client:
+        url = endpoint_url(options.host, options.port)
+        with RankingClient(url, timeout=10.0, token=options.own_token) as client:
             model = client.model()["model_version"]
     except NoEndpointError:
         require_free(options.host, options.port)
         return False
-    except CorankError:  # it is one, without a model at the moment
+    except CorankError:  # an endpoint of corank, without a model at the moment
         return True
     if model not in [version.tags.get("content") for version in workspace.registry.versions()]:
         raise CorankError(

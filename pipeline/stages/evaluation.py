@@ -34,7 +34,7 @@ class EvaluationRecord(LogRecord):
         model: version of the challenger's content.
         tasks: per task the metrics of challenger, baseline, references and champion, and gains
             (:meth:`pipeline.evaluation.comparison.TaskReport.as_dict`).
-        impressions: that it was judged on.
+        impressions: number of those that it was judged on.
         criteria: of the gate; it passed when none of them failed.
         reasons: why it did not pass.
         champion: number of the version compared with, if any.
@@ -99,7 +99,9 @@ class Evaluation(Stage[EvaluationRecord]):
                 workspace.progress.note(f"not compared with champion version {champion.number}: {without}")
             stage.say("fitting the baseline and stronger references")
             everything = sample_source(workspace, 0, FOREVER)
-            candidates = sum(workspace.records.require(SAMPLES, one).candidates for one in trainable(workspace))
+            candidates = sum(
+                workspace.records.require(SAMPLES, partition).candidates for partition in trainable(workspace)
+            )
             impressions = read_impressions(everything, cuts.test, limits.reference_rows, candidates)
             assert (impressions.test["item_id"].to_numpy() == scored.item_id).all()
             tasks = config.schema_.tasks
@@ -180,17 +182,17 @@ def _rival(
     if not (scored.ts >= since).any():
         return None, "it has trained on the challenger's test set"
     found = score_source(path, test, *budget)
-    if not np.isfinite(found.scores).all():  # no reason to keep it
+    if not np.isfinite(found.scores).all():  # such a champion is no reason to refuse a challenger
         return None, "it gives scores that are not finite"
-    own = load_artifact(challenger.artifact)
-    rows = selfcheck_rows(schema, own.metadata["selfcheck"])
-    seconds = scoring_seconds(own.model, artifact.model, rows) if rows.num_rows else (None, None)
+    judged = load_artifact(challenger.artifact)
+    rows = selfcheck_rows(schema, judged.metadata["selfcheck"])
+    seconds = scoring_seconds(judged.model, artifact.model, rows) if rows.num_rows else (None, None)
     return Rival(f"champion version {champion.number}", found, since, own_seconds=seconds[0], seconds=seconds[1]), ""
 
 
 def _comparable(champion: ModelVersion, cuts: Cuts) -> tuple[str, int]:
-    """The artifact to compare with, and the ts from which on it has trained on nothing: that of the champion, or, where
-    it was refitted on what the challenger is judged by, the one that was judged before."""
+    """The artifact to compare with, and the ts from which on it has not trained. It is the champion's; where that was
+    refitted on requests that the challenger is judged by, it is the one judged before the refit."""
     until, lineage = trained_until(champion), champion.lineage()
     judged = lineage.get("judged", {}).get("artifact", "")
     if until > cuts.test and Path(judged, "SHA256SUMS").is_file():

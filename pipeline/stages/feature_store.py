@@ -24,7 +24,7 @@ STORE_LAYOUT = 2
 """Version of the views' names and columns; a store of another one is filled anew."""
 
 UNFINISHED = "unfinished"
-"""In place of what a partition was made from, while the online store is being filled with it."""
+"""Stands for what a partition was made from while the online store is being filled with it."""
 
 ONLINE = "online"
 """Key of the only record: an online store knows only the present."""
@@ -36,9 +36,9 @@ class FeatureStoreRecord(LogRecord):
 
     Attributes:
         partitions: per partition what it was made from.
-        close: up to when it knows the log, microseconds UTC; None until it was filled once.
-        logged_until: later events came by pushes, microseconds UTC.
-        rows: per view, those written last.
+        close: time up to which it knows the log, microseconds UTC; None until it was filled once.
+        logged_until: events after this time came by pushes, microseconds UTC.
+        rows: written last, per view.
     """
 
     partitions: dict[str, str] = field(default_factory=dict)
@@ -61,8 +61,8 @@ class FeatureStore(Stage[FeatureStoreRecord]):
         return {partition: digest([inputs, settings]) for partition, inputs in state_inputs(workspace).items()}
 
     def stale(self, workspace: Workspace) -> list[str]:
-        """The partitions to materialise: all after the first that changed, or any when others have gone; all when the
-        online store is lost, and one, to register anew, when the registry is."""
+        """The partitions to materialise: from the first that changed on; all when the online store is lost; the newest
+        when the registry is lost, to register anew, or when the log has lost partitions that the store holds."""
         record, wanted = online_record(workspace), self.inputs(workspace)
         if store_problem(workspace, pages=False) and record.partitions:
             return workspace.partitions
@@ -73,8 +73,8 @@ class FeatureStore(Stage[FeatureStoreRecord]):
         if registry_problem(workspace):
             return [newest]
         if lost_partitions(workspace, record.partitions):
-            return [newest]  # what the store holds of later partitions has to go
-        # it was filled before the newest counts became known, and now they are
+            return [newest]  # the store has to drop what it holds of those partitions
+        # counts that were not known yet when it was filled are known now
         known = workspace.log.bounds(newest)[1] + workspace.config.aggregates_delay
         return [newest] if record.close is None or record.close < known <= workspace.log.now else []
 
@@ -93,23 +93,23 @@ class FeatureStore(Stage[FeatureStoreRecord]):
         config, log, filled = workspace.config, workspace.log, online_record(workspace)
         stored, inputs = filled.partitions, self.inputs(workspace)
         lost = lost_partitions(workspace, stored)
-        # what a killed fill brought of later ones goes, as it fills anew
-        finished = [one for one, made_from in stored.items() if made_from != UNFINISHED]
-        later = [one for one in finished if one > parts[-1] and one not in lost]
+        # later partitions that a killed fill began with do not count: this fills anew, which drops them
+        finished = [partition for partition, made_from in stored.items() if made_from != UNFINISHED]
+        later = [partition for partition in finished if partition > parts[-1] and partition not in lost]
         if later:
             raise ConfigError(
                 f"the online store already holds partitions up to {max(later)} and cannot go back to {parts[-1]}; "
                 f"fill it up to {max(later)} or later"
             )
-        changed = any(inputs.get(one) != made_from for one, made_from in stored.items())
+        changed = any(inputs.get(partition) != made_from for partition, made_from in stored.items())
         index = workspace.partitions.index(parts[0])
         anew = changed or index == 0
-        # from the close of the partition before: between two, there may be days without any
+        # from the close of the partition before, as days without any may lie between the two
         start = 0 if anew else log.bounds(workspace.partitions[index - 1])[1]
         close = log.bounds(parts[-1])[1]
         # counts become known some time after the close, by then or by now
         end = max(close, min(close + config.aggregates_delay, log.now))
-        # events of a partition that has gone were logged too, and must not pass for pushed ones
+        # events of partitions that have gone were logged, too, and must not be taken for pushed ones
         before = filled.close or 0 if filled.logged_until is None else filled.logged_until
         logged_until = max(close, before)
         with workspace.progress.stage(self.name) as stage:
@@ -123,11 +123,11 @@ class FeatureStore(Stage[FeatureStoreRecord]):
                 )
                 remove_database(Path(settings.sqlite_path))
             apply(settings)
-            # a larger table is read by slices, in Ray tasks
+            # a table larger than a slice is read slice by slice in Ray tasks
             if config.ray.address or any(table.size() > settings.slice_bytes for table in settings.tables):
                 stage.say("starting Ray")
                 ensure_ray(config.ray)
-            # killed from here on, it is filled anew: nobody knows then what was written
+            # after a kill from here on nobody knows what was written: the store is filled anew
             begun = stored | dict.fromkeys(parts, UNFINISHED)
             workspace.records.write(self, ONLINE, replace(filled, partitions=begun, logged_until=logged_until))
             rows = materialize(
@@ -135,7 +135,7 @@ class FeatureStore(Stage[FeatureStoreRecord]):
             )
             erased = erase_absent(settings, end, close, logged_until) if anew else {}
             record = FeatureStoreRecord(
-                partitions={one: made_from for one, made_from in inputs.items() if one <= parts[-1]},
+                partitions={partition: made_from for partition, made_from in inputs.items() if partition <= parts[-1]},
                 close=end,
                 logged_until=close,
                 rows=rows,
@@ -185,7 +185,7 @@ def registry_problem(workspace: Workspace) -> str | None:
 def require_store(workspace: Workspace) -> None:
     """
     Raises:
-        CorankError: what a service reads its features from is damaged; the file is named.
+        CorankError: the online store or the registry, which a service reads, is damaged; the file is named.
     """
     settings = store_settings(workspace)
     found = {settings.registry: registry_problem(workspace), settings.sqlite_path: store_problem(workspace, pages=True)}
@@ -198,11 +198,13 @@ def require_store(workspace: Workspace) -> None:
 
 
 def lost_partitions(workspace: Workspace, partitions: Iterable[str]) -> list[str]:
-    """Those of some partitions that the log, or the config's ``start``, has no more, as far as ``until`` shows."""
-    others = [one for one in partitions if one not in workspace.partitions]
+    """The given partitions that the log has lost or the config's ``start`` leaves out, as far as ``until`` shows."""
+    others = [partition for partition in partitions if partition not in workspace.partitions]
     if workspace.until is None:
         return others
-    return [one for one in others if one <= workspace.until and one not in workspace.log.held]
+    return [
+        partition for partition in others if partition <= workspace.until and partition not in workspace.log.present
+    ]
 
 
 def _drop_gone_states(workspace: Workspace) -> None:
@@ -233,7 +235,7 @@ def store_settings(workspace: Workspace) -> FeatureStoreSettings:
         schema=config.schema_,
         users=log.tables.get("users"),
         items=log.tables.get("items"),
-        events={one.events: log.tables[one.events] for one in config.schema_.sequences},
+        events={sequence.events: log.tables[sequence.events] for sequence in config.schema_.sequences},
         state_uri=config.path("tables", "state"),
         user_aggregates=Table("user_aggregates", config.path("tables", "user_aggregates")),
         item_aggregates=Table("item_aggregates", config.path("tables", "item_aggregates")),
@@ -244,15 +246,15 @@ def store_settings(workspace: Workspace) -> FeatureStoreSettings:
 
 
 def registered_settings(workspace: Workspace) -> FeatureStoreSettings:
-    """The store with all that is registered: what live models read, too, whatever the config declares now."""
-    own = workspace.config.schema_
-    live = tuple(one for one in live_schemas(workspace) if one != own)
+    """The store with all that is registered: the config's features, and those that live models read."""
+    declared = workspace.config.schema_
+    live = tuple(schema for schema in live_schemas(workspace) if schema != declared)
     return replace(store_settings(workspace), live=live)
 
 
 def live_schemas(workspace: Workspace) -> list[Schema]:
-    """Of the models that are served, or may be from one moment to the next: champion, the one before it, and those
-    that were last deployed and last served."""
+    """Schemas of the models that are or may soon be served: the champion, the one before it, and those that were last
+    deployed and last served."""
     from pipeline.workspace.registry import PREVIOUS, published_schema
 
     versions = [workspace.registry.champion(), workspace.registry.champion(PREVIOUS)]
@@ -260,4 +262,4 @@ def live_schemas(workspace: Workspace) -> list[Schema]:
     artifacts = [version.artifact for version in versions if version is not None]
     artifacts += [record["artifact"] for record in recorded if record is not None]
     schemas = [published_schema(artifact) for artifact in dict.fromkeys(artifacts)]
-    return [one for one in schemas if one is not None]
+    return [schema for schema in schemas if schema is not None]

@@ -1,4 +1,4 @@
-"""Training as a stage does it: progress on its line, and a model published with its lineage."""
+"""Training inside a stage: it shows progress on the stage's line and publishes the model with its lineage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def fit(workspace: Workspace, line: Line, job: TrainingJob) -> TrainingResult:
-    """Train, and tell epoch, candidates, speed and time left.
+    """Train, and show epoch, candidates, speed and time left.
 
     Raises:
         CorankError: training met what is not finite.
@@ -45,10 +45,10 @@ def fit(workspace: Workspace, line: Line, job: TrainingJob) -> TrainingResult:
 def publish(
     workspace: Workspace, name: str, result: TrainingResult, lineage: Mapping[str, Any], test: SampleSource
 ) -> tuple[Path, str]:
-    """Write the artifact of a training, whole or not at all; its folder and the version of its content.
+    """Write the artifact of a training, whole or not at all; returns its folder and the version of its content.
 
     Args:
-        test: of whose requests the self-check is made.
+        test: samples from whose requests the self-check is made.
     """
     from models.artifact import save_artifact
     from pipeline.deployment.selfcheck import selfcheck_document
@@ -63,7 +63,7 @@ def publish(
 
 
 def optimizer_states(workspace: Workspace, checkpoint: str) -> Sequence[dict[str, Any]] | None:
-    """What the optimizers of a training knew in the end; None, and said so, where its checkpoints are gone."""
+    """The optimizers' states at the end of a training; None, with a note to the user, if its checkpoints are gone."""
     checkpoints = Checkpoints(checkpoint)
     epoch = checkpoints.newest(workspace.progress.note)
     if not epoch:

@@ -43,17 +43,17 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
     kinds = ("ray",)
 
     def inputs(self, workspace: Workspace) -> dict[str, str]:
-        """Of the partitions with requests that are newer than what the champion was made from."""
+        """For the partitions with requests that are newer than those the champion was made from."""
         champion = workspace.registry.champion()
         if champion is None:
             return {}
         samples = SAMPLES.inputs(workspace)
         newest = champion.tags.get("trained", champion.tags["partition"])
         content = champion.tags.get("content", "")
-        newer = [one for one in trainable(workspace) if one > newest]
-        built = {one: workspace.records.read(SAMPLES, one) for one in newer}
-        empty = {one for one, record in built.items() if record is not None and not record.requests}
-        return {one: digest([content, samples[one]]) for one in newer if one not in empty}
+        newer = [partition for partition in trainable(workspace) if partition > newest]
+        built = {partition: workspace.records.read(SAMPLES, partition) for partition in newer}
+        empty = {partition for partition, record in built.items() if record is not None and not record.requests}
+        return {partition: digest([content, samples[partition]]) for partition in newer if partition not in empty}
 
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, ProgressiveRecord]:
         """Score partitions with the champion, and with the oldest version.
@@ -65,7 +65,7 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
 
         champion, inputs = workspace.registry.champion(), self.inputs(workspace)
         assert champion is not None
-        parts = [one for one in parts if one in inputs]  # it is known now which have requests
+        parts = [part for part in parts if part in inputs]  # some have no requests, which is known only now
         if not parts:
             return {}
         frozen = _oldest_alike(workspace, champion)
@@ -75,7 +75,7 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
             for done, part in enumerate(parts, start=1):
                 stage.say(f"{part} ({done}/{len(parts)}), champion version {champion.number}")
                 scored: dict[str, dict[str, Any]] = {}
-                for version in {one.number: one for one in (champion, frozen)}.values():
+                for version in {version.number: version for version in (champion, frozen)}.values():
                     found = score_source(version.artifact, sample_source(workspace, 0, FOREVER, (part,)))
                     scored[str(version.number)] = scored_metrics(workspace.config.schema_, found)
                 records[part] = ProgressiveRecord(
@@ -94,16 +94,18 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
 
     def rows(self, record: ProgressiveRecord) -> int:
         scored = record.versions_scored.values()
-        return sum(int(max(one["impressions"] or 0 for one in tasks.values())) for tasks in scored)
+        return sum(int(max(metrics["impressions"] or 0 for metrics in tasks.values())) for tasks in scored)
 
 
 PROGRESSIVE_VALIDATION = ProgressiveValidation()
 
 
 def _oldest_alike(workspace: Workspace, champion: ModelVersion) -> ModelVersion:
-    """The oldest version that is there and reads the features that the champion reads."""
+    """The oldest version whose artifact is there and that reads the same features as the champion."""
     from pipeline.workspace.registry import published_schema
 
-    own = published_schema(champion.artifact)
-    alike = [one for one in workspace.registry.versions() if published_schema(one.artifact) == own]
+    features_read = published_schema(champion.artifact)
+    alike = [
+        version for version in workspace.registry.versions() if published_schema(version.artifact) == features_read
+    ]
     return alike[-1] if alike else champion

@@ -20,14 +20,14 @@ from pipeline.workspace import Workspace, close_text
 
 @dataclass(frozen=True)
 class RefitRecord(LogRecord):
-    """Which model is registered: the judged one, or that one trained on with what was held out.
+    """Which model is registered: the judged one, or the one trained further on the held-out requests.
 
     Attributes:
         artifact: directory of the published model.
         version: of its content.
         judged: version of the judged model's content.
         refitted: whether the two differ.
-        why: as it is told to a user.
+        why: in words, for the user.
         trained_until: ts up to which it has trained on every request, microseconds UTC.
         predictions: per task the mean prediction on the held-out requests, judged and refitted.
     """
@@ -42,7 +42,7 @@ class RefitRecord(LogRecord):
 
 
 def refit_key(evaluation: str) -> str:
-    """Key of the record that follows a verdict, by the key of that."""
+    """Key of the refit's record for a verdict, made from the verdict's key."""
     return digest(["refit", evaluation])
 
 
@@ -125,7 +125,7 @@ def _refitted(workspace: Workspace, line: Any, kept: RefitRecord, challenger: Ch
         schema=config.schema_,
         model=config.model,
         training=config.training.model_copy(update={"epochs": 1}),
-        # a batch as large as before, and learning rates that need not rise again
+        # the batch size of before, and no warm-up, as the learning rates need not rise again
         pace=replace(challenger.pace, candidates=summary.candidates, warmup_steps=0),
         train=held_out,
         validation=None,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from features.delta.damage import lost_files
 from features.delta.table import Table
 from features.digest import digest
 from pipeline.records import Record
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from features.samples.source import SampleSource
 
 RUN_PARTITIONS = 32
-"""Partitions that are built together: what a bucket, and the counts of items, hold in memory meanwhile is theirs."""
+"""Most partitions that are built together, which bounds the memory of a bucket and of the counts of items."""
 
 FOREVER = 2**62
 
@@ -30,7 +31,7 @@ class SamplesRecord(Record):
     """What went in and out of a partition.
 
     Attributes:
-        impressions: that came in; candidates + quarantined + forgotten.
+        impressions: number that came in; candidates + quarantined + forgotten.
         users: rows of the sample table, each a user's timelines.
         fingerprint: of the partition, per table.
         versions: of the tables.
@@ -61,12 +62,15 @@ class Samples(Stage[SamplesRecord]):
     kinds = ("ray", "deltalake")
 
     def inputs(self, workspace: Workspace) -> dict[str, str]:
-        """Of a partition's samples: its states, and labels that came later."""
-        return {one: digest([inputs, workspace.log.labels(one)]) for one, inputs in state_inputs(workspace).items()}
+        """A partition's samples are made from its states and from labels that came later."""
+        return {
+            partition: digest([inputs, workspace.log.labels(partition)])
+            for partition, inputs in state_inputs(workspace).items()
+        }
 
     def stale(self, workspace: Workspace) -> list[str]:
-        """Also those of whose files, in any of the builder's tables, some are lost."""
-        stale = {*super().stale(workspace), *(partition for _, partition, _ in lost_files(workspace))}
+        """As for any stage; also partitions that have lost files in any of the builder's tables."""
+        stale = {*super().stale(workspace), *(partition for _, partition, _ in lost_built_files(workspace))}
         return [partition for partition in workspace.partitions if partition in stale]
 
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, SamplesRecord]:
@@ -82,22 +86,22 @@ class Samples(Stage[SamplesRecord]):
         with workspace.progress.stage(self.name) as stage:
             stage.say("starting Ray")
             ensure_ray(config.ray)
-            for table, partition, problem in lost_files(workspace):
+            for table, partition, problem in lost_built_files(workspace):
                 workspace.progress.note(f"table {table}, partition {partition}: {problem}; it is built again")
             settings, inputs = build_settings(workspace), self.inputs(workspace)
             stage.say(f"{len(parts)} partitions, {config.buckets} buckets")
             rows = {partition: workspace.records.require(VALIDATED, partition).rows for partition in parts}
-            shown = {partition: own.get("impressions", 0) for partition, own in rows.items()}
+            shown = {partition: counts_of_tables.get("impressions", 0) for partition, counts_of_tables in rows.items()}
             records: dict[str, SamplesRecord] = {}
             for consecutive in _runs(workspace.partitions, parts):
                 earlier, which = workspace.partitions[: workspace.partitions.index(consecutive[0])], ""
                 if len(consecutive) < len(parts):
                     which = f", partitions {consecutive[0]} … {consecutive[-1]}"
 
-                def said(what: str, done: int, total: int, which: str = which) -> None:
+                def tell(what: str, done: int, total: int, which: str = which) -> None:
                     stage.say(f"{done}/{total} {what}{which}")
 
-                counts = build_partitions(settings, consecutive, earlier, shown, said)
+                counts = build_partitions(settings, consecutive, earlier, shown, tell)
                 for partition in consecutive:
                     records[partition] = SamplesRecord(
                         inputs=inputs[partition],
@@ -140,7 +144,7 @@ def _total(records: Iterable[SamplesRecord]) -> dict[str, int]:
 
 
 def _runs(known: Sequence[str], partitions: Sequence[str]) -> list[list[str]]:
-    """The partitions in runs of consecutive ones, which are committed together."""
+    """The partitions, split into runs of consecutive ones, which are committed together."""
     runs: list[list[str]] = []
     for partition in partitions:
         index = known.index(partition)
@@ -164,7 +168,7 @@ def state_inputs(workspace: Workspace) -> dict[str, str]:
 def build_settings(workspace: Workspace, versions: dict[str, int] | None = None) -> BuildSettings:
     """
     Args:
-        versions: of a record; the user's tables are read as they were when it was made. Default: as the log has them.
+        versions: from a record, to read the user's tables as they were when it was made. Default: the log's.
     """
     from features.builder.states import BuildSettings
 
@@ -183,10 +187,10 @@ def build_settings(workspace: Workspace, versions: dict[str, int] | None = None)
     )
 
 
-def lost_files(workspace: Workspace) -> list[tuple[str, str, str]]:
-    """Table, partition and problem of what is gone or of another size than written, of partitions that were built.
+def lost_built_files(workspace: Workspace) -> list[tuple[str, str, str]]:
+    """Table, partition and problem of files of built partitions that are gone or have another size than when written.
 
-    Costs one listing per table. What is damaged otherwise, `corank repair` finds (:mod:`pipeline.repair`).
+    It costs one listing per table. `corank repair` finds all other damage (:mod:`pipeline.repair`).
     """
     from features.builder.states import ITEM_AGGREGATES, STATE, USER_AGGREGATES
 
@@ -198,7 +202,7 @@ def lost_files(workspace: Workspace) -> list[tuple[str, str, str]]:
         if not table.exists():
             lost += [(name, partition, f"there is no table at {table.uri}") for partition in built]
             continue
-        files = table.lost_files()
+        files = lost_files(table)
         if name == SAMPLES.name:
             known = set(table.partitions())
             lost += [
@@ -206,12 +210,12 @@ def lost_files(workspace: Workspace) -> list[tuple[str, str, str]]:
                 for partition in built
                 if (record := records[partition]) and record.users and not record.retired and partition not in known
             ]
-        lost += [(name, one.partition or "", f"file {table.uri}/{one.path} {one.problem}") for one in files]
-    return [one for one in lost if one[1] in built]
+        lost += [(name, file.partition or "", f"file {table.uri}/{file.path} {file.problem}") for file in files]
+    return [entry for entry in lost if entry[1] in built]
 
 
 def kept(workspace: Workspace) -> list[str]:
-    """The partitions but for those whose samples retention dropped (pipeline/maintenance.py).
+    """The partitions except those whose samples retention dropped (pipeline/maintenance.py).
 
     A retired partition keeps its record, so that it counts as built and nothing rebuilds it.
     """
@@ -225,7 +229,7 @@ def trainable(workspace: Workspace) -> list[str]:
 
 
 def sample_source(workspace: Workspace, low: int, high: int, partitions: tuple[str, ...] | None = None) -> SampleSource:
-    """Samples of requests with low ≤ ts < high, out of the partitions that can hold them."""
+    """Samples of requests with low ≤ ts < high, from the partitions that can hold them."""
     from features.samples.source import SampleSource
 
     log = workspace.log

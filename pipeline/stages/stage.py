@@ -15,18 +15,18 @@ class Stage(ABC, Generic[R]):
     """A step of the DAG. It does its work in parts: those that are stale, or that a caller names.
 
     A stage that is done partition by partition has a part for every partition of the log; another has a single part,
-    the key of its record. What it made is told by records of its own kind, written last, so that a killed run
-    continues where it stopped and ends the same. The docstring of a stage is its description in Dagster.
+    the key of its record. It writes the record of a part when the part is made, so that a killed run continues where it
+    stopped and ends the same. The docstring of a stage is its description in Dagster.
 
     Attributes:
         name: of the stage, its asset and the folder of its records.
         depends: names of the stages that come before it.
         record: the frozen dataclass of its records.
         partitioned: whether its parts are the partitions of the log.
-        trains: it trains or judges a model; left out when there is nothing new to train on.
-        follows: it also has work whenever a stage that it depends on had.
+        trains: whether it trains or judges a model; it is left out when there is nothing new to train on.
+        follows: whether it also has work whenever a stage that it depends on had.
         check: name of the asset check that fails when a data-validation gate stops the stage.
-        kinds: what Dagster shows beside its name.
+        kinds: labels that Dagster shows beside its name.
     """
 
     name: ClassVar[str]
@@ -40,7 +40,7 @@ class Stage(ABC, Generic[R]):
 
     @abstractmethod
     def inputs(self, workspace: Workspace) -> Mapping[str, str]:
-        """Per part the digest of what it would be made from now, in order."""
+        """By part, in order, the digest of what it would be made from now."""
 
     def stale(self, workspace: Workspace) -> list[str]:
         """The parts whose record is missing or was made from something else."""
@@ -50,10 +50,10 @@ class Stage(ABC, Generic[R]):
 
     @abstractmethod
     def run(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, R]:
-        """Make these parts, whatever there is of them; returns the records written, by key."""
+        """Make these parts, even if they are up to date; returns the records written, by key."""
 
     def counts(self, workspace: Workspace) -> tuple[str, str] | None:
-        """What came in and went out, for the summary of a run; None without a record, or when others tell it."""
+        """What came in and went out, for the summary of a run; None without a record, or when other stages show it."""
         return None
 
     def rows(self, record: R) -> int | None:
@@ -61,10 +61,10 @@ class Stage(ABC, Generic[R]):
         return None
 
     def notes(self, record: R) -> list[str]:
-        """What of a record just made a user should know, although it stopped nothing."""
+        """What the user should know of a new record although it stopped nothing."""
         return []
 
     def shown(self, workspace: Workspace, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """What Dagster keeps of these parts, for ever, as ``forget`` does not reach it: nothing personal."""
+        """What Dagster shows of these parts. It keeps it for ever, out of reach of ``forget``: nothing personal."""
         records = {part: workspace.records.read(self, part) for part in parts}
         return {part: asdict(record) for part, record in records.items() if record is not None}

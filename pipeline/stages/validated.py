@@ -21,10 +21,10 @@ class ValidatedRecord(Record):
     """The verdict on a partition.
 
     Attributes:
-        rows: per table.
+        rows: number per table.
         quarantined: rows of impressions that are set aside.
-        checks: how many were made.
-        findings: of rules that rows broke; what each is, :class:`features.validation.Finding` says.
+        checks: number of checks made.
+        findings: one per rule that rows broke, as :class:`features.validation.Finding` describes.
         data_docs: where Great Expectations' pages lie.
         fingerprint: of the partition, per table.
     """
@@ -53,7 +53,7 @@ class Validated(Stage[ValidatedRecord]):
         return {partition: digest([settings, log.fingerprint(partition)]) for partition in log.partitions}
 
     def stale(self, workspace: Workspace) -> list[str]:
-        """Those that did not pass, too."""
+        """As for any stage; also partitions that did not pass."""
         inputs = self.inputs(workspace)
         records = {part: workspace.records.read(self, part) for part in inputs}
         return [
@@ -73,7 +73,7 @@ class Validated(Stage[ValidatedRecord]):
         with workspace.progress.stage(self.name) as stage:
             done = 0
 
-            def said(result: Any) -> None:
+            def tell(result: Any) -> None:
                 nonlocal done
                 done += 1
                 stage.say(f"{done}/{len(parts)} partitions, now {result.partition}")
@@ -88,11 +88,11 @@ class Validated(Stage[ValidatedRecord]):
                     config.local_path("great_expectations"),
                     config.path("quarantine"),
                     log.now,
-                    said,
+                    tell,
                     set(log.partitions) - set(log.shown),
                 )
             failed = [result for result in results if not result.passed]
-            if not failed:  # before the records: with these alone a changed type would pass the next time
+            if not failed:  # before the records: if only these were written, a changed type would pass the next time
                 log.keep_types(workspace.records)
             inputs, records = self.inputs(workspace), {}
             for result in results:
@@ -147,7 +147,7 @@ VALIDATED = Validated()
 def require_no_gaps(workspace: Workspace) -> None:
     """
     Raises:
-        DataGateError: between the oldest and the newest partition some have no impressions, and may not.
+        DataGateError: a partition between the oldest and the newest has no impressions, and gaps are not allowed.
     """
     gaps = [] if workspace.config.validation.allow_gaps else workspace.log.gaps()
     if gaps:

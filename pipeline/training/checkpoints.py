@@ -29,7 +29,7 @@ class Checkpoints:
         self.fs, self.root = file_system(uri)
 
     def newest(self, say: Callable[[str], None]) -> int:
-        """Epoch of the newest checkpoint that is whole, or 0; every newer one that is not is said."""
+        """Epoch of the newest whole checkpoint, or 0; ``say`` is told of every newer one that is damaged."""
         epochs = self._epochs()
         for epoch in reversed(epochs):
             if self._digest(epoch) == self._expected(epoch):
@@ -58,7 +58,7 @@ class Checkpoints:
             return dict(torch.load(stream, weights_only=True))
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
-        """Write the state after an epoch and drop all but the newest two; killed half-way, it does not count."""
+        """Write the state after an epoch and drop all but the newest two; a half-written checkpoint does not count."""
         folder = self.folder(epoch)
         if epoch in self._epochs():
             self.fs.delete_dir(folder)
@@ -83,7 +83,7 @@ class Checkpoints:
 
     def _epochs(self) -> list[int]:
         found = self.fs.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
-        names = [one.base_name.removeprefix("epoch-") for one in found if one.base_name.startswith("epoch-")]
+        names = [entry.base_name.removeprefix("epoch-") for entry in found if entry.base_name.startswith("epoch-")]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _expected(self, epoch: int) -> str:

@@ -18,7 +18,7 @@ PARTITION = "partition"
 
 
 class TooFewError(CorankError):
-    """There are too few requests to train on or to judge by; more partitions mend it."""
+    """There are too few requests to train on or to judge by; later partitions can bring enough."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class TrainingConfig(Declaration):
     )
 
     def pace(self, candidates: int) -> Pace:
-        """What is left out follows the number of training candidates, so that small data have enough steps, too."""
+        """Values left out follow from the number of training candidates, so that small data have enough steps."""
         batch = self.batch_candidates or min(max(candidates // 40, 100), 1_500)
         steps = self.epochs * -(-candidates // batch)
         return Pace(candidates, batch, min(50, steps // 5) if self.warmup_steps is None else self.warmup_steps)

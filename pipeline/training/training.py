@@ -44,9 +44,9 @@ class TrainingJob:
 
     Attributes:
         name: names the run and its checkpoints; the same job always has the same name.
-        pace: what ``training`` leaves to the data.
+        pace: the values that the section ``training`` leaves to be chosen from the data.
         statistics: mean and deviation of every number's embedding.
-        validation: by it the best epoch is chosen; None: the last one is taken.
+        validation: samples by which the best epoch is chosen; None: the last epoch is taken.
         warm_start: weights to begin with, or None.
         optimizers: states of the optimizers to begin with, or None.
     """
@@ -74,7 +74,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What is counted in some samples before they are trained on or judged by.
+    """Counts of some samples, made before they are trained on or judged by.
 
     Attributes:
         candidates: of all requests.
@@ -185,12 +185,12 @@ def train(
     Args:
         storage: folder or s3:// prefix of the checkpoints.
         progress: called with every report of the first worker; one with ``note`` is for the user to keep.
-        elastic: the cluster grows on demand, so what is free now says nothing.
+        elastic: whether the cluster grows on demand, so that the CPUs free now are no limit.
 
     Raises:
         CorankError: the model cannot be built, or something in training or validation is not finite.
     """
-    model = initial_model(job)  # what cannot be built fails here, not in every worker
+    model = initial_model(job)  # a model that cannot be built fails here and not in every worker
     options = job.training
     checkpoints = Checkpoints(f"{storage}/{job.name}")
 
@@ -239,7 +239,8 @@ def _on_ray(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any
     try:
         ended = False
         while not ended:
-            ended = bool(ray.wait([running], timeout=0)[0])  # what was put before it ended is still told
+            # asked before the queue is read, so that reports from before the end are still passed on
+            ended = bool(ray.wait([running], timeout=0)[0])
             try:
                 while True:
                     progress(reports.get(timeout=0.5 if not ended else 0.01))
@@ -254,16 +255,16 @@ def _on_ray(job: TrainingJob, storage: str, progress: Callable[[Mapping[str, Any
 def _fit(trainer: Any) -> Any:
     """Run the trainer in a Ray task, which ends with Ray; returns why it stopped, or None when it is done.
 
-    In the driver's main thread it would take over Ctrl-C and keep it; in another thread of the driver it may reach
-    for Ray after an interrupt has stopped it, and Ray then starts anew and waits for ever. Here, too, it would keep it,
-    and no later task of this process could be cancelled.
+    In the driver's main thread it would replace the handler of Ctrl-C for good. In another thread of the driver it may
+    call Ray after an interrupt has stopped Ray, which then starts anew and waits for ever. In the task it would replace
+    the handler, too, and no later task of this process could be cancelled; so the handler is set back.
     """
     before = signal.getsignal(signal.SIGINT)
     try:
         return trainer.fit().return_value
     except Exception as error:
         failures = getattr(error, "worker_failures", {}).values()  # Ray Train keeps them out of the chain of causes
-        for failure in (getattr(one, "_base_exc", one) for one in failures):
+        for failure in (getattr(wrapped, "_base_exc", wrapped) for wrapped in failures):
             if isinstance(failure, CorankError):
                 return str(failure)
         raise
@@ -291,8 +292,8 @@ class _Place:
         world: workers in all.
         local_world: workers on this machine.
         prepare: makes a model average its gradients over the workers.
-        agree: the first worker's value, for all.
-        tell: what the first worker has to say on the way.
+        agree: gives all workers the first one's value.
+        tell: sends a report of the first worker during an epoch.
         report: ends an epoch, on all workers together.
     """
 
@@ -339,26 +340,26 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
     """
     options = job.training
     rank, world, device = place.rank, place.world, place.device
-    # the batches are the same; a plan of Ray Data takes seconds to start, twice an epoch
+    # the same batches without Ray Data, whose plans take seconds to start, twice per epoch
     in_process = world == 1 and device.type == "cpu"
-    # Ray gives a worker as many threads as CPUs it reserves; the data tasks leave the others idle most of the time
+    # Ray gives a worker one thread per reserved CPU; the data tasks leave the other CPUs idle most of the time
     keep_freed_memory()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
-    own = initial_model(job).to(device)
-    model: nn.Module = place.prepare(own) if world > 1 else own
-    dense, tables = own.dense_parameters(), own.inputs.tables
+    unwrapped = initial_model(job).to(device)
+    model: nn.Module = place.prepare(unwrapped) if world > 1 else unwrapped
+    dense, tables = unwrapped.dense_parameters(), unwrapped.inputs.tables
     optimizers = [
         torch.optim.AdamW(dense, lr=options.learning_rate, weight_decay=options.weight_decay),
         tables.optimizer(options.embedding_learning_rate),
     ]
-    averaged = AveragedModel(own, multi_avg_fn=get_ema_multi_avg_fn(options.average)) if options.average else None
+    averaged = AveragedModel(unwrapped, multi_avg_fn=get_ema_multi_avg_fn(options.average)) if options.average else None
     weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
     state: dict[str, Any] = {"epoch": 0, "step": 0, "best": None, "best_auc": -math.inf, "history": []}
-    # a worker that was lost comes back here: then the newest checkpoint is another than the driver saw
+    # not looked up by the driver: after the loss of a worker this begins again, from a newer checkpoint
     resumed = place.agree(checkpoints.newest(lambda text: place.tell({"note": text})) if rank == 0 else 0)
     if resumed:
         state = checkpoints.load(resumed)
-        own.load_state_dict(state["model"])
+        unwrapped.load_state_dict(state["model"])
     if saved_states := state["optimizers"] if resumed else job.optimizers:
         for optimizer, saved in zip(optimizers, saved_states, strict=True):
             optimizer.load_state_dict(saved)
@@ -366,7 +367,7 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
         averaged.load_state_dict(state["averaged"])
     for epoch in range(state["epoch"], options.epochs):
         torch.manual_seed(options.seed * 1_000_003 + epoch * world + rank)
-        own.train()
+        unwrapped.train()
         seen, loss_sum, steps = 0, 0.0, 0
         seed = options.seed * 1_000_003 + epoch
         budget = job.pace.batch_candidates, options.batch_events
@@ -382,7 +383,7 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
                 torch.distributed.all_reduce(lost)
             if lost:
                 where = f"training stopped in epoch {epoch + 1}, step {steps + 1}"
-                return f"{where}: {_explain(job, own, rows, world, device)}" if rank == 0 else None
+                return f"{where}: {_explain(job, unwrapped, rows, world, device)}" if rank == 0 else None
             warm = min(1.0, state["step"] / max(job.pace.warmup_steps, 1))
             for optimizer, rate in zip(
                 optimizers, (options.learning_rate, options.embedding_learning_rate), strict=True
@@ -391,12 +392,12 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
                     group["lr"] = rate * warm
                 optimizer.step()
             if averaged is not None:
-                averaged.update_parameters(own)
+                averaged.update_parameters(unwrapped)
             seen += candidate_counts(rows)["candidates"]
             loss_sum, steps = loss_sum + float(loss.detach()), steps + 1
             if rank == 0 and steps % 10 == 0:
                 place.tell({"epoch": epoch + 1, "candidates": seen})
-        published: Any = averaged.module if averaged is not None else own
+        published: Any = averaged.module if averaged is not None else unwrapped
         metrics: dict[str, float | None] = {}
         failure = None
         if rank == 0 and job.validation is not None:
@@ -420,7 +421,7 @@ def _epochs(job: TrainingJob, checkpoints: Checkpoints, place: _Place) -> str | 
                 state["best_auc"] = score if score is not None else state["best_auc"]
                 state["best"] = {name: value.detach().cpu().clone() for name, value in published.state_dict().items()}
             state["epoch"] = epoch + 1
-            state["model"] = own.state_dict()
+            state["model"] = unwrapped.state_dict()
             state["averaged"] = averaged.state_dict() if averaged is not None else None
             state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             place.tell(metrics)
@@ -436,7 +437,7 @@ def _loss(
     share = _share(rows, rank, world)
     empty = share.num_rows == 0
     batch = compress(collate(rows.slice(0, 1) if empty else share, job.schema)).to(device)
-    # an empty share takes part in the all-reduce with zero loss and weight
+    # a worker with an empty share joins the all-reduce with zero loss and weight
     mask = torch.zeros_like(batch.label_mask) if empty else batch.label_mask
     loss, weight = task_losses(model(batch), batch.labels, mask, batch.weight)
     if world > 1:
@@ -451,13 +452,17 @@ def _share(rows: pa.Table, rank: int, world: int) -> pa.Table:
 
 def _not_finite(loss: Tensor, norm: Tensor, of_tables: list[Tensor]) -> Tensor:
     """1.0 when the loss or a gradient is not finite, else 0.0."""
-    return (~torch.stack([loss.detach(), norm.detach(), *(one.sum() for one in of_tables)]).isfinite()).any().float()
+    return (
+        (~torch.stack([loss.detach(), norm.detach(), *(gradient.sum() for gradient in of_tables)]).isfinite())
+        .any()
+        .float()
+    )
 
 
 @torch.no_grad()
 def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, device: torch.device) -> str:
-    """What of a step is not finite: the weights before it, a column, or the scores of some candidates."""
-    lost = [name for name, one in model.named_parameters() if not one.isfinite().all()]
+    """Where a step is not finite: in the weights before it, in a column, or in the scores of some candidates."""
+    lost = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if lost:
         remedy = "train from scratch with `corank run`" if job.warm_start else "lower training.learning_rate"
         return f"the weights are not finite ({lost[0]} and {len(lost) - 1} more); {remedy}"
@@ -477,7 +482,7 @@ def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, 
                 places.append(
                     f"item {batch.item_id[index]} in request {batch.request_id[row]} of user {batch.user_id[row]}"
                 )
-    for what, places in found.items():  # the first is the cause of those after it
+    for what, places in found.items():  # in order: the first is the cause of the others
         if places:
             return f"{len(places):,} {what} are not finite, the first of {places[0]}; {remedies[what]} and run again"
     return "the loss or its gradient is not finite, though weights and scores are; lower training.learning_rate"
@@ -486,7 +491,7 @@ def _explain(job: TrainingJob, model: RankingModel, rows: pa.Table, world: int, 
 def _validate(
     job: TrainingJob, source: SampleSource, model: RankingModel, device: torch.device, in_process: bool
 ) -> dict[str, float | None]:
-    """AUC and UAUC of every task on the validation set; None where they cannot be told.
+    """AUC and UAUC of every task on the validation set; None where they are not defined.
 
     Raises:
         CorankError: a score is not finite, or of the gate's task there is no AUC.
@@ -505,7 +510,7 @@ def _validate(
     metrics: dict[str, float | None] = {}
     for index, task in enumerate(job.schema.tasks if scores else ()):
         known = np.concatenate(masks)[:, index]
-        label, score, user, request = (np.concatenate(one)[known] for one in (labels, scores, users, requests))
+        label, score, user, request = (np.concatenate(parts)[known] for parts in (labels, scores, users, requests))
         found = task_metrics(label[:, index], score[:, index], user, request)
         metrics |= {f"{task.name}_auc": found.auc, f"{task.name}_uauc": found.uauc}
     if metrics.get(f"{job.gate_task}_auc") is None:

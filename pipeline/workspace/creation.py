@@ -18,7 +18,7 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; others wait. The operating system frees the lock of one that was killed."""
+    """Let one process at a time into the block; others wait. The operating system frees the lock of a killed one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -26,11 +26,11 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_whole(path: Path, make: Callable[[Path], None]) -> None:
-    """Have a file or folder made elsewhere, then give it its place. The caller holds a lock."""
+    """Have a file or folder made under another name, then move it to its place. The caller holds a lock."""
     prefix = f".{path.name}.new-"
-    for left in path.parent.glob(f"{prefix}*"):  # of a killed one
+    for left in path.parent.glob(f"{prefix}*"):  # left by a killed process
         remove(left)
-    # a name of its own: libraries keep connections by name
+    # a new name each time, as libraries keep connections by name
     scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
     try:
         make(scratch / path.name)
@@ -57,8 +57,8 @@ def remove(path: Path) -> None:
 
 
 def plain_path(path: Path) -> Path:
-    """The same place under a name in which no library reads more than a path: SQLAlchemy takes what follows a ``?`` for
-    options, and Dagster looks for its settings by a pattern."""
+    """Another path to the same place, without characters that a library reads as more than a path: SQLAlchemy takes
+    what follows a ``?`` for options, and Dagster looks for its settings by a pattern."""
     if not set("?*[]") & set(str(path)):
         return path
     alias = (

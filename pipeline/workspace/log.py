@@ -13,6 +13,7 @@ import polars as pl
 
 from features.builder.log_rows import feedback_partitions
 from features.delta.columns import reads_as
+from features.delta.damage import check_files
 from features.delta.fingerprints import WHOLE_TABLE
 from features.delta.table import Table
 from features.digest import digest
@@ -31,15 +32,15 @@ def now_us() -> int:
 class Log:
     """The user's tables as partitions with fingerprints, as of the moment this object was made.
 
-    Whatever is written to the tables meanwhile belongs to the next one: every stage reads these versions.
+    Every stage reads these versions; what is written to the tables later belongs to a later log.
 
     Attributes:
         tables: each at one version.
-        versions: of the tables that are there.
+        versions: those of the tables that exist.
         now: microseconds UTC; later partitions are not closed yet, later times lie in the future.
         shown: the closed and selected partitions of impressions, oldest first.
-        held: what any log has from ``start`` on, closed or not, also after ``until``.
-        partitions: of these, all up to the newest shown; those that hold only events are history.
+        present: partitions of any log from ``start`` on, closed or not, also after ``until``.
+        partitions: those of ``present`` up to the newest of ``shown``; some hold only events, as history.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Log:
     ) -> None:
         """
         Args:
-            as_of: ``versions`` and ``now`` of an earlier log, as a record's lineage has them, to read it once more.
+            as_of: ``versions`` and ``now`` of an earlier log, from a record's lineage, to read that log again.
 
         Raises:
             ConfigError: ``start`` or ``until`` is no partition of this grain.
@@ -91,7 +92,7 @@ class Log:
                 f"table impressions, partition {future[0]}: {count:,} rows lie in the future (partitions "
                 f"{', '.join(future[:5])}); correct ts and dt"
             )
-        # names are exactly what the grain's format writes (partition_bounds), so their order is that of time
+        # names have exactly the grain's format (partition_bounds), so that they sort by time
         self.shown = [
             partition
             for partition in found
@@ -106,8 +107,8 @@ class Log:
         events = [self._partitions_of(role) for role in config.schema_.logs[1:]]  # the first is impressions
         if FEEDBACK in config.tables:
             self._partitions_of(FEEDBACK)
-        self.held = {one for one in {*found, *chain(*events)} if one >= (config.start or "")}
-        self.partitions = sorted(one for one in self.held if one <= self.shown[-1])
+        self.present = {name for name in {*found, *chain(*events)} if name >= (config.start or "")}
+        self.partitions = sorted(name for name in self.present if name <= self.shown[-1])
         self._fingerprints = self._read_fingerprints(records, cached=as_of is None)
         self._chains: dict[str, dict[str, str]] = {}
 
@@ -115,7 +116,7 @@ class Log:
         """Partitions of a log, oldest first.
 
         Raises:
-            DataGateError: a name is none of the grain.
+            DataGateError: a partition's name has not the grain's format.
         """
         table = self.tables[role]
         known = table.partitions()
@@ -144,7 +145,7 @@ class Log:
         return partition_bounds(partition, self.config.grain)
 
     def fingerprint(self, partition: str) -> dict[str, str]:
-        """What this partition is made of: per table its last commit with data change."""
+        """What this partition is made of: per table the last commit that changed its data."""
         return self._fingerprints[partition]
 
     def chain(self, *made_with: Any) -> dict[str, str]:
@@ -160,7 +161,7 @@ class Log:
         return dict(self._chains[key])
 
     def keep_types(self, records: Records) -> None:
-        """Record the types of every table's columns, once the tables were validated: later ones are compared."""
+        """Record the types of every table's columns after validation; later types are compared with them."""
         for role, table in self.tables.items():
             if table.exists():
                 records.put("types", role, table.types())
@@ -174,8 +175,8 @@ class Log:
             for column in sorted(columns_read(role, self.config.schema_) & set(types) & set(known or {})):
                 old, new = (known or {})[column], types[column]
                 if not reads_as(old, new):
-                    own = table.columns.get(column, column)
-                    changed.append(f"  table {role} at {table.uri}: column {own} was {old}, now it is {new}")
+                    source = table.columns.get(column, column)
+                    changed.append(f"  table {role} at {table.uri}: column {source} was {old}, now it is {new}")
         if changed:
             raise DataGateError(
                 "columns changed their type since they were validated:\n"
@@ -199,7 +200,7 @@ class Log:
             opening, close = self.bounds(partition)
             known = [task.name for task in schema.delayed_tasks if close + (task.attribution_window or 0) <= self.now]
             made_of = feedback_partitions(by_partition, opening, close + schema.attribution_window, grain)
-            fingerprints = {one: by_partition[one] for one in made_of}
+            fingerprints = {name: by_partition[name] for name in made_of}
             labels[partition] = digest([known, fingerprints if known else {}])
         return labels
 
@@ -221,7 +222,7 @@ class Log:
         return result
 
     def _profile_fingerprints(self, role: Any, cache: dict[str, Any]) -> dict[str, str]:
-        """Profiles have no partitions: what counts is the snapshots that a partition can see, with their values.
+        """Per partition a checksum of the profile snapshots that it can see, as profile tables have no partitions.
 
         A snapshot that becomes valid later changes no earlier partition; a late or corrected one does.
         """
@@ -230,11 +231,12 @@ class Log:
         version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
         if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):
             return dict(cache["partitions"])
-        table.check_files()
+        check_files(table)
         rows = table.collect(table.scan().select(columns).drop_nulls("updated_at").sort("updated_at"))
         closes = pl.Series([self.bounds(partition)[1] for partition in self.partitions])
         seen = rows["updated_at"].search_sorted(closes, side="left").to_list()
-        sums = rows.hash_rows(seed=0).to_numpy().cumsum(dtype="uint64")  # wraps around: a checksum of any order
+        # sums wrap around: a checksum that does not depend on order
+        sums = rows.hash_rows(seed=0).to_numpy().cumsum(dtype="uint64")
         cache.clear()
         cache["version"] = version
         cache["partitions"] = {

@@ -24,13 +24,13 @@ from pipeline.workspace.creation import locked, make_whole, plain_path, remove, 
 CHAMPION, PREVIOUS = "champion", "previous"
 
 REFUSED, PROMOTED_BY_HAND = "refused", "promoted by hand"
-"""Tags of a version: why its gate refused it, and its promotions by a user; a line each."""
+"""Tags of a version: why its gate refused it, and when a user promoted it, one line each."""
 
 TAG_LENGTH = 5_000
-"""Characters that MLflow takes of a tag."""
+"""Most characters of a tag in MLflow."""
 
 WHOLE = int.from_bytes(b"rank")
-"""SQLite's application_id of a database that was opened once after all its tables were made."""
+"""The application_id that marks an SQLite database as whole: it was opened after all its tables were made."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelVersion:
 
 
 def verdict_tags(evaluation: str, reasons: Sequence[str]) -> dict[str, str]:
-    """What a version says of its verdict: the key of its record, and why it was refused, if it was."""
+    """Tags about a version's verdict: the key of the record, and why it was refused, if it was."""
     return {"evaluation": evaluation, REFUSED: "\n".join(reasons)[:TAG_LENGTH]}
 
 
@@ -96,7 +96,7 @@ def local_database(folder: Path) -> str:
 
 
 def forget_connections() -> None:
-    """Have MLflow open its database anew: it keeps its connections by name, also to a file that has gone."""
+    """Make MLflow open its database anew; it keeps connections by name, even to a file that has gone."""
     from mlflow.store.model_registry import sqlalchemy_store as models
     from mlflow.store.tracking import sqlalchemy_store as runs
 
@@ -126,9 +126,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def _problem_of(path: Path) -> str:
-    """Why MLflow cannot open a database; empty if it can, and it is marked then.
+    """Why MLflow cannot open a database; empty if it can, and then the database is marked as whole.
 
-    A copy is opened: MLflow would migrate it on the way, and keep its connections to what is to be replaced.
+    A copy is opened, as MLflow would migrate the database and keep connections to a file that may be replaced.
     """
     if not path.stat().st_size:
         return "it is empty"
@@ -136,7 +136,7 @@ def _problem_of(path: Path) -> str:
         copy = Path(shutil.copy(path, folder))
         try:
             _open_database(copy)
-        except Exception as error:  # of a half-made one MLflow and its migrations raise anything
+        except Exception as error:  # MLflow and its migrations raise any kind of error for a half-made database
             if no_space(error):
                 raise
             return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -158,7 +158,7 @@ def _may_hold_content(path: Path) -> bool:
 
 
 def published_schema(artifact: str) -> Schema | None:
-    """What a published model reads; None when its artifact is gone, so that nothing can serve it.
+    """The schema of a published model; None when its artifact is gone, so that nothing can serve it.
 
     Raises:
         CorankError: it cannot be read.
@@ -236,7 +236,7 @@ class ModelRegistry:
         for left in self.client.search_runs(
             [identity], f"tags.content = '{content}' and attributes.status = 'RUNNING'"
         ):
-            self.client.set_terminated(left.info.run_id, "KILLED")  # before it was whole
+            self.client.set_terminated(left.info.run_id, "KILLED")  # it was killed before it was whole
         run = self.client.create_run(identity, run_name=name, tags={"content": content})
         logged = [Metric(key, float(value), 0, 0) for key, value in metrics.items()]
         for entry in history:
@@ -286,7 +286,7 @@ class ModelRegistry:
     def versions(self) -> list[ModelVersion]:
         """All versions, newest first."""
         found = self.client.search_model_versions(f"name = '{self.name}'")
-        names = self.client.get_registered_model(self.name).aliases if found else {}  # a search leaves them out
+        names = self.client.get_registered_model(self.name).aliases if found else {}  # a search does not return aliases
         aliases: dict[int, list[str]] = {}
         for alias, number in names.items():
             aliases.setdefault(int(number), []).append(alias)
@@ -324,7 +324,7 @@ class ModelRegistry:
     def promote_by_hand(self, number: int) -> ModelVersion:
         """Make a version the champion whatever its gate said, and record when, in whose place, and what had failed.
 
-        The tag is written first: killed between the two, a promotion is recorded that can be repeated.
+        The tag is written first: after a kill in between, a promotion is recorded and can be repeated.
         """
         version, before = self.version(number), self.champion()
         place = f" in place of version {before.number}" if before is not None else ""

@@ -58,7 +58,7 @@ class Workspace:
         return ModelRegistry(self.config)
 
     def close_registry(self) -> None:
-        """Open another the next time, as the database was taken away."""
+        """Drop the open registry, whose database was removed; the next use opens a new one."""
         from pipeline.workspace.registry import forget_connections
 
         self.__dict__.pop("registry", None)
@@ -66,7 +66,7 @@ class Workspace:
 
     @property
     def partitions(self) -> list[str]:
-        """The log's, oldest first."""
+        """The log's partitions, oldest first."""
         return self.log.partitions
 
     def lineage(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def exclusive(config: Config) -> Iterator[bool]:
     """One run per workspace at a time; a lock of a killed run is released by the operating system.
 
     Yields:
-        whether the one before ended in good order. Who does not leaves the number of its process behind.
+        whether the run before ended in good order; one that does not leaves the number of its process behind.
 
     Raises:
         CorankError: another run is working in this workspace.
@@ -133,7 +133,7 @@ def typed_command(words: Sequence[str]) -> str:
 def holder(config: Config) -> tuple[int, bool] | None:
     """The process that has the workspace, and whether it still runs: one that was killed left its number behind.
 
-    None when nobody has it. It is only looked at: to try the lock would keep a command from it that begins just now.
+    None when nobody has it. The lock is not tried, as that could keep it from a command that begins at that moment.
     """
     import psutil
 
@@ -142,9 +142,9 @@ def holder(config: Config) -> tuple[int, bool] | None:
     if not text:
         return None
     try:
-        runs = str(path.resolve()) in {one.path for one in psutil.Process(int(text)).open_files()}
+        runs = str(path.resolve()) in {file.path for file in psutil.Process(int(text)).open_files()}
     except psutil.NoSuchProcess:
         runs = False
-    except psutil.AccessDenied:  # somebody else's
+    except psutil.AccessDenied:  # another user's process
         runs = True
     return int(text), runs

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from pipeline.importers.synthetic import import_synthetic
+from tests.pipeline.commands import corank
 from tests.pipeline.workspaces import START, write_config
 from tests.servers import http_server
 
@@ -34,7 +35,7 @@ COMMANDS = [
 ]
 
 
-def corank(*arguments: str) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -75,13 +76,13 @@ def data(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
 
 def test_a_wrong_config_exits_2_without_a_stack_trace(tmp_path: Path, data: Path) -> None:
     path = write_config(tmp_path, data, grain="fortnight")
-    done = corank("run", "--config", str(path))
+    done = process("run", "--config", str(path))
     assert done.returncode == 2
     assert "grain" in done.stderr
     assert "'fortnight'" in done.stderr
     assert "Traceback" not in done.stderr
-    assert corank("run", "--config", str(tmp_path / "none.yaml")).returncode == 2
-    assert corank("run", "--confg").returncode == 2
+    assert process("run", "--config", str(tmp_path / "none.yaml")).returncode == 2
+    assert process("run", "--confg").returncode == 2
 
 
 def test_an_unforeseen_error_in_a_stage_names_stage_and_place_and_shows_its_trace_only_when_asked(
@@ -92,7 +93,7 @@ def test_an_unforeseen_error_in_a_stage_names_stage_and_place_and_shows_its_trac
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "great_expectations").touch()  # where a folder goes
     done = corank("run", "--config", str(path), "--debug")
-    assert done.returncode == 1
+    assert done.exit_code == 1
     trace, _, message = done.stderr.partition("error: ")
     assert "Traceback" in trace
     assert "Traceback" not in message
@@ -102,10 +103,14 @@ def test_an_unforeseen_error_in_a_stage_names_stage_and_place_and_shows_its_trac
 def test_a_port_that_another_program_has_is_named_before_anything_runs(tmp_path: Path, data: Path) -> None:
     with http_server("127.0.0.1", "no JSON") as (_, port):
         done = corank("run", "--config", str(write_config(tmp_path, data, serving={"port": port})))
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
-    elsewhere = corank("run", "--config", str(write_config(tmp_path, data, serving={"host": "192.0.2.1"})))
-    assert elsewhere.returncode == 1
+    tokens = tmp_path / "tokens"
+    tokens.touch(0o600)
+    tokens.write_text("shop 0123456789abcdef")
+    serving = {"host": "192.0.2.1", "tokens": str(tokens)}
+    elsewhere = corank("run", "--config", str(write_config(tmp_path, data, serving=serving)))
+    assert elsewhere.exit_code == 1
     assert "cannot listen on 192.0.2.1:8000" in elsewhere.stderr
     assert not (tmp_path / "work" / "tables").exists()
 
@@ -121,13 +126,13 @@ def test_bad_data_exits_3_names_it_and_leaves_nothing_visible(tmp_path: Path, da
     bad.write_delta(str(own / "impressions"), mode="append")
     path = write_config(tmp_path, own)
     done = corank("run", "--config", str(path))
-    assert done.returncode == 3, done.stderr
+    assert done.exit_code == 3, done.stderr
     assert "table impressions, partition 2026-01-06: 2 of" in done.stderr
     assert "label click outside {0, 1}" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "work" / "tables").exists()
-    assert corank("validate", "--config", str(path), "--partition", "2026-01-05").returncode == 0
-    assert corank("validate", "--config", str(path), "--partition", "2026-02-01").returncode == 3
+    assert corank("validate", "--config", str(path), "--partition", "2026-01-05").exit_code == 0
+    assert corank("validate", "--config", str(path), "--partition", "2026-02-01").exit_code == 3
 
 
 @pytest.mark.parametrize(
@@ -155,7 +160,7 @@ def test_missing_tables_and_columns_exit_3_before_anything_starts(
             shutil.rmtree(own / table)
             frame.write_delta(str(own / table), delta_write_options={"partition_by": ["dt", "bucket"]})
     done = corank("run", "--config", str(write_config(tmp_path, own)))
-    assert done.returncode == 3, done.stderr
+    assert done.exit_code == 3, done.stderr
     assert message in done.stderr
     assert not (tmp_path / "work" / "tables").exists()
 
@@ -167,7 +172,7 @@ def test_a_missing_day_inside_the_log_is_named(tmp_path: Path, local_ray: None) 
 
     DeltaTable(str(own / "impressions")).delete("dt = '2026-01-06'")
     done = corank("run", "--config", str(write_config(tmp_path, own)))
-    assert done.returncode == 3, done.stderr
+    assert done.exit_code == 3, done.stderr
     assert "partition 2026-01-06" in done.stderr
 
 
@@ -177,7 +182,7 @@ def test_a_missing_day_inside_the_log_is_named(tmp_path: Path, local_ray: None) 
 )
 def test_wrong_partitions_are_named(tmp_path: Path, data: Path, arguments: list[str], message: str) -> None:
     done = corank(*arguments, "--config", str(write_config(tmp_path, data)))
-    assert done.returncode in (1, 2)
+    assert done.exit_code in (1, 2)
     assert message in done.stderr
 
 
@@ -185,7 +190,7 @@ def test_a_partition_in_the_future_is_named(tmp_path: Path, local_ray: None) -> 
     own = tmp_path / "data"
     import_synthetic(own, days=1, users=20, items=30, seed=4, start="2100-01-04", buckets=2, say=lambda _: None)
     done = corank("run", "--config", str(write_config(tmp_path, own)))
-    assert done.returncode == 3, done.stderr
+    assert done.exit_code == 3, done.stderr
     assert "table impressions, partition 2100-01-04" in done.stderr
     assert "in the future" in done.stderr
 
@@ -195,25 +200,25 @@ def test_asking_before_anything_runs_says_what_to_do(tmp_path: Path, data: Path)
     hints = {"query": "no deployment yet"} | dict.fromkeys(("serve", "retrain", "report"), "corank run")
     for command, hint in hints.items():
         done = corank(command, "--config", str(path))
-        assert done.returncode in (1, 2), done.stderr
+        assert done.exit_code in (1, 2), done.stderr
         assert hint in done.stderr
     done = corank("status", "--config", str(path))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert "2 closed partitions" in done.stdout
 
 
 def test_models_profile_prints_sizes_and_where_the_papers_ratio_lies() -> None:
     done = corank("models", "profile", "mixformer-medium", "--candidates", "200", "--length", "100")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     for part in ("dense parameters", "200 candidates, 100 events", "request-level batching", "0.64", "UserState"):
         assert part in done.stdout
     own = corank("models", "profile", "hyformer-tiny", "--config", "pipeline/examples/synthetic.yaml")
-    assert own.returncode == 0, own.stderr
+    assert own.exit_code == 0, own.stderr
     assert "schema of the config" in own.stdout
 
 
 def test_an_unknown_preset_exits_2_and_lists_what_there_is() -> None:
     done = corank("models", "profile", "mixformer-huge")
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "mixformer-medium" in done.stderr
     assert "Traceback" not in done.stderr

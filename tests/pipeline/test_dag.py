@@ -7,9 +7,10 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -309,22 +310,30 @@ def test_killed_replicas_are_answered_503_and_answer_as_before_when_restarted_be
         def scores() -> Any:
             return client.rank("somebody", [item] * 2_000, {"device": "tv"}, close)["scores"]
 
-        def failure(until: float) -> str | None:
-            while time.monotonic() < until:
+        def failure(ended: threading.Event) -> str | None:
+            """What the first request that is not answered is told; requests are asked until then, or until the end."""
+            while not ended.is_set():
                 try:
                     scores()
+                    answered.append(time.monotonic())
                 except CorankError as error:
                     return str(error)
             return None
 
+        answered: list[float] = []
         before = scores()
         for name, message in (("Ranker", "the model does not answer"), ("RankingService", "no process of the service")):
-            replica = replica_process(name)
-            asked = [pool.submit(failure, time.monotonic() + 2) for _ in range(6)]
-            time.sleep(1.0)
-            replica.suspend()  # with requests in it
-            time.sleep(0.5)  # and more that are sent to it
+            replica, ended = replica_process(name), threading.Event()
+            asked = [pool.submit(failure, ended) for _ in range(6)]
+            time.sleep(0.5)
+            replica.suspend()
+            answered.append(time.monotonic())
+            while time.monotonic() - answered[-1] < 2.0:  # until all requests wait for it
+                time.sleep(0.1)
             replica.kill()
+            wait(asked, timeout=20, return_when=FIRST_COMPLETED)
+            time.sleep(1.0)
+            ended.set()
             failures = {one.result() for one in asked} - {None}  # what was not in it, the next replica answers
             assert failures, name
             assert all(f"503: {message}" in str(one) and "try again" in str(one) for one in failures), failures

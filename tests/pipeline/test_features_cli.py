@@ -20,7 +20,7 @@ from pipeline.stages.feature_store import FEATURE_STORE, online_record, store_se
 from pipeline.stages.samples import SAMPLES, build_settings
 from pipeline.stages.validated import VALIDATED
 from pipeline.workspace import Workspace
-from tests.pipeline.test_cli import corank
+from tests.pipeline.commands import corank
 from tests.pipeline.workspaces import START, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
@@ -55,7 +55,7 @@ def config(data: Path, local_ray: None) -> Path:
 )
 def test_a_fresh_workspace_is_told_what_to_run(tmp_path: Path, data: Path, command: list[str], message: str) -> None:
     done = corank("features", *command, "--config", str(write_config(tmp_path, data)))
-    assert done.returncode == 1, done.stderr
+    assert done.exit_code == 1, done.stderr
     assert message in done.stderr
     assert "corank run" in done.stderr
     assert "Traceback" not in done.stderr
@@ -64,7 +64,7 @@ def test_a_fresh_workspace_is_told_what_to_run(tmp_path: Path, data: Path, comma
 
 def test_features_are_registered_materialized_once_and_listed(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     applied = corank("features", "apply", "--config", str(config))
-    assert applied.returncode == 0, applied.stderr
+    assert applied.exit_code == 0, applied.stderr
     workspace = Workspace(load_config(config), Progress())
     _print_registry(store_settings(workspace))
     before = capsys.readouterr().out
@@ -73,10 +73,10 @@ def test_features_are_registered_materialized_once_and_listed(config: Path, caps
     assert "not online yet" in before
 
     first = corank("features", "materialize", "--until", DAYS[0], "--config", str(config))
-    assert first.returncode == 0, first.stderr
+    assert first.exit_code == 0, first.stderr
     assert FEATURE_STORE.stale(workspace) == [DAYS[1]]
     rest = corank("features", "materialize", "--config", str(config))
-    assert rest.returncode == 0, rest.stderr
+    assert rest.exit_code == 0, rest.stderr
     written = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in rest.stdout.splitlines()}
     assert written == online_record(workspace).rows
     assert FEATURE_STORE.stale(workspace) == []
@@ -92,7 +92,7 @@ def test_stats_and_export_count_the_candidates_of_the_log(config: Path, data: Pa
     shown = pl.read_delta(str(data / "impressions")).filter(pl.col("dt") == DAYS[1]).height
     chosen = ["--partition", DAYS[1], "--config", str(config)]
     counted = corank("features", "stats", "--json", *chosen)
-    assert counted.returncode == 0, counted.stderr
+    assert counted.exit_code == 0, counted.stderr
     figures = json.loads(counted.stdout)
     assert figures["partitions"] == [DAYS[1]]
     assert figures["candidates"] == shown
@@ -100,12 +100,12 @@ def test_stats_and_export_count_the_candidates_of_the_log(config: Path, data: Pa
 
     target = tmp_path / "flat"
     exported = corank("features", "export", "--target", str(target), *chosen)
-    assert exported.returncode == 0, exported.stderr
+    assert exported.exit_code == 0, exported.stderr
     assert f"{shown:,} candidates in = {shown:,} rows out" in exported.stderr
     assert "as samples" in exported.stdout
     assert pl.scan_parquet(target / "**/*.parquet").select(pl.len()).collect().item() == shown
     unknown = corank("features", "export", "--target", str(target), "-p", "2030-01-01", "--config", str(config))
-    assert unknown.returncode == 2
+    assert unknown.exit_code == 2
     assert "--partition 2030-01-01" in unknown.stderr
 
 
@@ -113,7 +113,7 @@ def test_skew_exits_with_1_where_samples_and_store_differ_and_names_the_feature(
     """Last of this module: it spoils the samples."""
     command = ("features", "skew", "--config", str(config), "--partition", DAYS[1], "--requests", "20")
     equal = corank(*command)
-    assert equal.returncode == 0, equal.stderr
+    assert equal.exit_code == 0, equal.stderr
     samples = build_settings(Workspace(load_config(config), Progress())).table("samples")
     rows = samples.scan([DAYS[1]]).collect()
     spoiled = rows.with_columns(pl.col("watched__duration").list.eval(pl.element() + 1)).to_arrow()
@@ -122,12 +122,12 @@ def test_skew_exits_with_1_where_samples_and_store_differ_and_names_the_feature(
     file = write_file(samples.uri, spoiled.select(layout.names).cast(layout), {"dt": DAYS[1], "bucket": "0"}, {})
     replace_partition(samples.uri, DAYS[1], [file], schema, {})
     differing = corank(*command)
-    assert differing.returncode == 1, differing.stderr
+    assert differing.exit_code == 1, differing.stderr
     assert f"skew, partition {DAYS[1]}" in differing.stderr
     assert "more than --threshold 0.0000%" in differing.stderr
     (line,) = [line for line in differing.stdout.splitlines() if "watched.duration" in line]
     assert " 0.00%" not in line  # but for requests without a history
-    assert corank(*command, "--threshold", "0.5").returncode == 0
+    assert corank(*command, "--threshold", "0.5").exit_code == 0
     unknown = corank("features", "skew", "--config", str(config), "--partition", "2026-02-01")
-    assert unknown.returncode == 1
+    assert unknown.exit_code == 1
     assert "partition 2026-02-01 has no samples of the present log and config" in unknown.stderr

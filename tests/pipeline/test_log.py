@@ -94,7 +94,7 @@ def test_scalars_of_a_config_mean_what_is_written(tmp_path: Path) -> None:
         load_config(path)
 
 
-@pytest.mark.parametrize("folder", ["a[1]", "a%20b", "a^b"])
+@pytest.mark.parametrize("folder", ["a\\b", "a%20b"])
 def test_a_path_that_deltas_library_cannot_open_is_refused_at_once(tmp_path: Path, folder: str) -> None:
     with pytest.raises(ConfigError, match="rename that folder"):
         load(tmp_path, tmp_path / "data", workspace=str(tmp_path / folder))

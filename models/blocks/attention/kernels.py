@@ -3,8 +3,8 @@
 Shape suffixes as in the plan: H heads, D head width, B queries, E events, A buckets of age; within a group of similar
 timelines: G timelines, Q queries, T events, P padded rows.
 
-What a query does not see cannot touch it. Zero times NaN is NaN, so that nothing is hidden by multiplication: rows
-without a place are filled with zero, and a group in which something is not finite is computed without it.
+What a query does not see cannot change its result. Multiplication by zero would not hide it, since zero times NaN is
+NaN: rows without a place are filled with zero, and a group with values that are not finite is computed without them.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ def attend(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, plan: Plan | None, bias_
         [H, B, D].
     """
     if plan is None:  # Everything still takes part: data-parallel training waits for every parameter's gradient.
-        nothing = sum((one[:0].sum() for one in (q_HBD, k_HED, v_HED, bias_HA) if one is not None), q_HBD.new_zeros(()))
+        nothing = sum(
+            (tensor[:0].sum() for tensor in (q_HBD, k_HED, v_HED, bias_HA) if tensor is not None), q_HBD.new_zeros(())
+        )
         return nothing.expand(*q_HBD.shape[:2], v_HED.shape[-1])
     table = bias_HA.to(q_HBD.dtype) if bias_HA is not None else q_HBD.new_zeros(1, TIME_BUCKETS)
-    # The lowest number and not −∞: a query without any event has a softmax too, and is set to zero afterwards.
+    # The lowest number and not −∞, which would make the softmax of a query without events NaN; it is zeroed afterwards.
     table_HA = functional.pad(table, (0, 1), value=torch.finfo(q_HBD.dtype).min)
     q, k = plan.queries.pad(q_HBD), plan.events.pad(k_HED)
     v = k if v_HED is k_HED else plan.events.pad(v_HED)
     groups = zip(plan.groups, q, k, v, strict=True)
-    return plan.queries.unpad([_attend_group(*one, table_HA) for one in groups])
+    return plan.queries.unpad([_attend_group(*group_qkv, table_HA) for group_qkv in groups])
 
 
 def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, table_HA: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, tab
     mask: Tensor = _Lookup.apply(table_HA, group.code)  # type: ignore[no-untyped-call]
     out = _softmax_attention(q_HGQD, k_HGTD, v_HGTD, mask)
     if not _is_finite(out.detach()):
-        # Computed again with zeros in place of what is not finite: the same sums for all that see none of it.
+        # Computed again with zeros in place of what is not finite; queries that see none of it get the same sums.
         hidden = group.code == HIDDEN
         lost_Q, lost_T = ~q_HGQD.isfinite().all(-1), ~(k_HGTD.isfinite() & v_HGTD.isfinite()).all(-1)
         q, k, v = (
@@ -59,14 +61,15 @@ def _attend_group(group: Group, q_HPD: Tensor, k_HPD: Tensor, v_HPD: Tensor, tab
 
 
 def _is_finite(x: Tensor) -> bool:
-    """Whether all of x is finite, by its sum; a tensor without values (meta) is."""
+    """Whether the sum of x is finite, which tells that all of x is; a tensor without values (meta) counts as finite."""
     return x.is_meta or bool(x.sum().isfinite())
 
 
 def _without_lost_rows(gradient: Tensor) -> Tensor | None:
-    """The gradient of a query that is lost already would reach all events of its timeline, also those it did not see.
+    """The gradient with zeros for each query whose own is not finite; None when all are finite.
 
-    The parameters behind the attention have it in their gradients, so that it is not overlooked.
+    A gradient that is not finite would reach all events of the query's timeline, also those it did not see. The
+    parameters behind the attention still have it in their gradients, so that it is not overlooked.
     """
     if _is_finite(gradient):
         return None
@@ -79,7 +82,7 @@ def _softmax_attention(q_HGQD: Tensor, k_HGTD: Tensor, v_HGTD: Tensor, mask: Ten
     if not mask.requires_grad:
         mask = mask.expand(len(mask), G, Q, mask.shape[-1])
         return functional.scaled_dot_product_attention(q_HGQD, k_HGTD, v_HGTD, attn_mask=mask)
-    # A mask that learns is beyond the fused kernels; this is what they compute, without the fallback's extra passes.
+    # The fused kernels take no mask that learns. This computes the same, without the extra passes of their fallback.
     q, k, v = (x.flatten(0, 1) for x in (q_HGQD, k_HGTD, v_HGTD))
     logits = torch.baddbmm(mask.expand(H, -1, -1, -1).flatten(0, 1), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     return torch.bmm(logits.softmax(-1), v).view(H, G, Q, -1)

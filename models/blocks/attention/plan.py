@@ -116,9 +116,9 @@ class Rows:
         return packed if self.placed is None else packed.masked_fill(~self.placed[:, None], 0)
 
     def to(self, device: torch.device) -> Rows:
-        index = None if self.index is None else [one.to(device) for one in self.index]
+        index = None if self.index is None else [rows.to(device) for rows in self.index]
         placed = None if self.placed is None else self.placed.to(device)
-        return Rows(index, [one.to(device) for one in self.real], self.inverse.to(device), placed)
+        return Rows(index, [real.to(device) for real in self.real], self.inverse.to(device), placed)
 
 
 class _Pad(torch.autograd.Function):
@@ -135,7 +135,7 @@ class _Pad(torch.autograd.Function):
 
 
 class _Unpad(torch.autograd.Function):
-    """The way back; padding receives no gradient."""
+    """The way back, from padded rows to packed ones; padding receives no gradient."""
 
     @staticmethod
     def forward(ctx: Any, rows: Rows, *padded: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class _Unpad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.rows.placed is not None:  # what a query that sees nothing received was zero, whatever its place holds
+        if ctx.rows.placed is not None:  # a query that sees nothing gave zero, whatever its place held
             gradients = (gradients[0].masked_fill(~ctx.rows.placed[:, None], 0),)
         pairs = zip(ctx.rows.index, ctx.rows.real, strict=True)
         return None, *(gradients[0].index_select(1, index).masked_fill_(~real[:, None], 0) for index, real in pairs)
@@ -226,7 +226,7 @@ def _padded(first: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rows(parts: list[tuple[Tensor, Tensor]], packed: int, wanted: Tensor | None = None) -> Rows:
     """Rows of these (index, real) per group; ``wanted``: packed rows that are to have a place."""
-    index, real = [one for one, _ in parts], [one for _, one in parts]
+    index, real = [rows for rows, _ in parts], [are_real for _, are_real in parts]
     all_index, all_real = torch.cat(index), torch.cat(real)
     inverse = torch.zeros(packed, dtype=torch.long)
     placed = torch.zeros(packed, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The plain form of the attention, which the kernels are held to.
+"""The plain form of the attention, by which the kernels are tested.
 
 Shape suffixes: H heads, D head width, B queries, E events.
 """

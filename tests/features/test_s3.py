@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 
 from features.builder.states import SAMPLES, STATE
+from features.delta.damage import check_files, damaged_files
 from features.delta.maintenance import compact, derived_tables
 from features.delta.paths import address, patient
 from features.delta.table import Table
@@ -117,7 +118,7 @@ def test_an_s3_that_answers_with_errors_is_named_and_no_file_is_taken_for_damage
     assert os.environ["AWS_ENDPOINT_URL"] in message_of(failure.value)
     s3.stop()
     assert pinned.collect(pinned.scan()).equals(rows)
-    assert table.damaged_files(whole=True) == []
+    assert damaged_files(table, whole=True) == []
     assert records.get("samples", DAYS[0]) is not None
 
 
@@ -131,7 +132,7 @@ def test_a_silent_s3_is_given_up_after_the_time_that_is_set_or_half_a_minute(s3:
     with pytest.raises(UnavailableError, match="operation timed out"):
         table.delta()
     with pytest.raises(UnavailableError, match="operation timed out"):
-        pinned.check_files()
+        check_files(pinned)
     s3.set("silent", 1, ".parquet")
     assert pinned.collect(pinned.scan()).equals(rows)  # Polars asks again
     assert time.monotonic() - started < 30

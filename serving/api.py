@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-from fastapi import Depends, FastAPI, Request
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, PlainValidator, StrictInt
 from starlette.exceptions import HTTPException
 
@@ -22,6 +26,7 @@ from features.schema import OTHER_UNITS, Schema
 from serving.auth import Tokens, UnauthorizedError
 from serving.bodies import BodyError, bounded_route
 from serving.memo import Ranked
+from serving.metrics import Measuring, Metrics
 from serving.proxy import ADMITTED
 from serving.rows import InvalidRequestError, RequestRow
 from serving.settings import MOST_BODY_BYTES, ServingConfig
@@ -149,18 +154,22 @@ def build_api(
     # shown in the documentation; the route checks it
     scheme = [Depends(HTTPBearer(auto_error=False))] if tokens is not None else []
     api = FastAPI(title="corank", dependencies=scheme)
+    metrics = Metrics(f"{socket.gethostname()}:{os.getpid()}")
     api.router.route_class = bounded_route(max_body_bytes, tokens.holder if tokens is not None else lambda _: None)
     limits = {ADMITTED: str(admitted)}
 
     @api.post("/v1/rank")
     async def rank(request: RankRequest) -> JSONResponse:
-        return JSONResponse(await service.rank(request), headers=limits)
+        answer = await service.rank(request)
+        metrics.answered(answer)
+        return JSONResponse(answer, headers=limits)
 
     @api.post("/v1/events")
     async def events(request: EventsRequest) -> JSONResponse:
         return JSONResponse(await service.push(request), headers=limits)
 
     @api.get("/healthz")
+    @api.get("/readyz")
     async def healthz() -> JSONResponse:
         try:
             await service.describe()
@@ -172,6 +181,19 @@ def build_api(
     @api.get("/v1/model")
     async def model() -> JSONResponse:
         return JSONResponse({**_summary(await service.describe()), "refused": service.refused})
+
+    @api.get("/metrics")
+    async def measured() -> Response:
+        try:
+            version: str | None = (await service.describe()).version
+        except Exception:
+            LOG.exception("the model does not answer")
+            version = None
+        metrics.state(version, service.refused is not None)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    routes = frozenset(route.path for route in api.routes if isinstance(route, APIRoute))
+    api.add_middleware(Measuring, metrics=metrics, paths=routes)
 
     @api.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:

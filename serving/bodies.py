@@ -18,6 +18,9 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+OPEN = ("/healthz", "/readyz")
+"""Paths that anybody may ask: they tell nothing but whether the service works."""
+
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -33,8 +36,8 @@ def bounded_route(most_bytes: int, authorize: Callable[[str | None], object]) ->
     """A kind of route whose requests have a body of at most so many bytes, read by :func:`parse`.
 
     Args:
-        authorize: raises what a request of ``/v1`` is refused with by its header ``authorization``, before its body is
-            read.
+        authorize: raises what a request is refused with by its header ``authorization``, before its body is read; not
+            asked about those to :data:`OPEN`.
     """
 
     class BoundedRequest(Request):
@@ -53,7 +56,7 @@ def bounded_route(most_bytes: int, authorize: Callable[[str | None], object]) ->
 
     class BoundedRoute(APIRoute):
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-            handle, guarded = super().get_route_handler(), self.path.startswith("/v1/")
+            handle, guarded = super().get_route_handler(), self.path not in OPEN
 
             async def bounded(request: Request) -> Response:
                 if guarded:

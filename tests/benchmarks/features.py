@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.features [--quick] [--events N] [--data DIR]``: 20 million events in ten daily partitions
 unless told. Times of the builder are those of whole builds on Ray, from Delta to committed Delta, into a folder of
-their own; --data keeps the generated tables for the next run. --quick: 200,000 events, for correctness: what one
+their own; --data keeps the generated tables for the next run. --quick: 60,000 events, for correctness: what one
 Polars program makes of the same log must be equal row by row.
 """
 
@@ -48,7 +48,7 @@ from pipeline.training.settings import TrainingConfig
 from tests.benchmarks.measure import at_least, at_most, print_results
 from tests.benchmarks.worlds import SCHEMA, World, WrittenWorld, write_world
 
-FULL, QUICK = 20_000_000, 200_000
+FULL, QUICK = 20_000_000, 60_000
 PARTS = (8, 4, 2)
 """The growth is measured on an eighth, a quarter, half and all of the events, with as many fewer users."""
 CHECKED_UP_TO = 1_000_000

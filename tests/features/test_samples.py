@@ -63,7 +63,7 @@ def sample_rows(one: BuildSettings, day: str) -> dict[str, dict[str, Any]]:
     return dict(zip(users, rows, strict=True))
 
 
-@settings_of_hypothesis(max_examples=7, deadline=None)
+@settings_of_hypothesis(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     grain=st.sampled_from(GRAINS),
@@ -251,7 +251,7 @@ def test_an_event_delivered_again_in_a_later_partition_counts_once(tmp_path: Pat
             assert len(set(zip(row["bought__ts"], row["bought__item_id"], strict=True))) == len(row["bought__ts"])
 
 
-@settings_of_hypothesis(max_examples=5, deadline=None)
+@settings_of_hypothesis(max_examples=3, deadline=None)
 @given(seed=st.integers(0, 10_000), log_delay=st.sampled_from([0, DAY // 2]), again=st.lists(st.integers(0, 3)))
 def test_events_delivered_again_count_alike_in_however_many_runs(seed: int, log_delay: int, again: list[int]) -> None:
     """Whether an earlier state holds an event hangs on its length, and on what was visible at each close."""

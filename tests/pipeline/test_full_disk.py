@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from pipeline.records import Records
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.workspace.registry import local_database
 from tests.disks import filled, small_disk
+from tests.pipeline.commands import corank
 from tests.pipeline.workspaces import START, write_config
 
 
@@ -58,18 +57,15 @@ def test_a_registry_for_which_there_is_no_room_is_not_half_made(disk: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_command_on_a_full_disk_says_what_happened_and_goes_on_when_there_is_room(tmp_path: Path, disk: Path) -> None:
+def test_a_command_on_a_full_disk_says_what_happened_and_goes_on_when_there_is_room(
+    tmp_path: Path, disk: Path, local_ray: None
+) -> None:
     import_synthetic(tmp_path / "data", days=1, users=20, items=20, seed=1, start=START, buckets=1, say=lambda _: None)
     config = write_config(tmp_path, tmp_path / "data", workspace=str(disk / "work"))
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "validate", "--config", str(config)]
-
-    def run() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-
     with filled(disk, 100_000):
-        full = run()
-    assert full.returncode == 1
+        full = corank("validate", "--config", str(config))
+    assert full.exit_code == 1
     assert f"error: stage validated: {disk}/work/great_expectations: No space left on device" in full.stderr
     assert re.search(rf"Free: .*0\.\d MB at {disk}/work \(the workspace\)", full.stderr)
     assert "Traceback" not in full.stderr
-    assert run().returncode == 0
+    assert corank("validate", "--config", str(config)).exit_code == 0

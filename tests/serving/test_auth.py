@@ -22,13 +22,21 @@ FEATURES = (Feature(name="user_id", side="user", kind="id"), Feature(name="item_
 SCHEMA = Schema(features=FEATURES, sequences=(), tasks=(Task(name="click", column="click"),))
 
 
+ANSWER = {
+    "scores": {"click": [0.1, 0.2, 0.3]},
+    "cold_start": {"user": True, "items": ["a", "b"]},
+    "memo": "timeline",
+    "milliseconds": {"features": 1.0, "user_side": 2.0, "item_side": 3.0, "between": 4.0},
+}
+
+
 class Answers:
     """A service that answers everybody who gets to it."""
 
     refused = None
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
-        return {"ranking": request.candidates}
+        return ANSWER
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         return {"added": {}}

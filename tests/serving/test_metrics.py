@@ -1,0 +1,76 @@
+"""What the endpoint says of itself to Prometheus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+
+from features.errors import UnavailableError
+from serving.api import ModelDescription, RankRequest, build_api
+from serving.auth import Tokens
+from tests.serving.test_auth import ANSWER, SHOP, Answers, bearer, write
+
+
+class Ranks(Answers):
+    def __init__(self) -> None:
+        self.fails = False
+
+    async def rank(self, request: RankRequest) -> dict[str, Any]:
+        if self.fails:
+            raise UnavailableError("the store does not answer")
+        return ANSWER
+
+    async def describe(self) -> ModelDescription:
+        if self.fails:
+            raise UnavailableError("the store does not answer")
+        return await super().describe()
+
+
+def samples(client: TestClient) -> dict[tuple[Any, ...], float]:
+    """Name and labels but the process, of what is told."""
+    text = client.get("/metrics").text
+    return {
+        (sample.name, *(value for name, value in sorted(sample.labels.items()) if name != "process")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_requests_parts_memo_and_what_is_served_are_counted() -> None:
+    service, body = Ranks(), {"user_id": 1, "candidates": [1, 2, 3]}
+    with TestClient(build_api(service), raise_server_exceptions=False) as client:
+        for _ in range(2):
+            assert client.post("/v1/rank", json=body).status_code == 200
+        assert client.post("/v1/rank", json={}).status_code == 422
+        for path in ("/somewhere", "/elsewhere"):
+            client.get(path)
+        told = samples(client)
+        assert told["corank_http_requests_total", "/v1/rank", "200"] == 2
+        assert told["corank_http_requests_total", "/v1/rank", "422"] == 1
+        assert told["corank_http_requests_total", "other", "404"] == 2
+        assert told["corank_http_request_seconds_count", "/v1/rank"] == 3
+        assert told["corank_http_requests_ongoing",] == 1  # that for the metrics
+        assert told["corank_rank_part_seconds_sum", "item_side"] == 0.006
+        assert told["corank_rank_candidates_sum",] == 6
+        assert told["corank_rank_cold_total", "user"] == 2
+        assert told["corank_rank_cold_total", "item"] == 4
+        assert told["corank_memo_total", "timeline"] == 2
+        assert told["corank_model_served", "1"] == told["corank_ready",] == 1
+        service.fails = True
+        assert client.post("/v1/rank", json=body).status_code == 503
+        assert client.get("/readyz").status_code == 503
+        told = samples(client)
+        assert told["corank_http_requests_total", "/v1/rank", "503"] == 1
+        assert told["corank_ready",] == 0
+        assert ("corank_model_served", "1") not in told
+
+
+def test_metrics_need_a_token_where_requests_do(tmp_path: Path) -> None:
+    write(tmp_path / "tokens", f"prometheus {SHOP}")
+    with TestClient(build_api(Answers(), tokens=Tokens(tmp_path / "tokens"))) as client:
+        assert client.get("/metrics").status_code == 401
+        assert client.get("/metrics", headers=bearer(SHOP)).status_code == 200
+        assert client.get("/readyz").status_code == 200

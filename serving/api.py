@@ -34,6 +34,9 @@ from serving.settings import MOST_BODY_BYTES, ServingConfig
 MOST_EVENTS = 10_000
 """Events of one push."""
 
+MOST_REQUESTS = 64
+"""Requests to rank of one body."""
+
 LOG = logging.getLogger("ray.serve")
 
 
@@ -90,11 +93,20 @@ class RankRequest(BaseModel):
     candidates: Annotated[list[Identifier], FailFast(), Field(min_length=1, description="item ids")]
     context: Annotated[dict[str, Any], Field(description="context features by the column they come from")] = {}
     ts: Annotated[Microseconds | None, Field(description="time of the request, microseconds UTC; default: now")] = None
+    tasks: Annotated[list[str] | None, Field(min_length=1, description="whose scores to answer; default: all")] = None
     top_k: Annotated[int | None, Field(ge=1, description="length of the ranking; default: all")] = None
     weights: Annotated[
         dict[str, Annotated[float, Field(allow_inf_nan=False)]],
         Field(description="rank by this weighted sum of the tasks' scores; default: serving.weights of the config"),
     ] = {}
+
+
+class RankBatchRequest(BaseModel):
+    """Body of ``POST /v1/rank:batch``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    requests: Annotated[list[RankRequest], FailFast(), Field(min_length=1, max_length=MOST_REQUESTS)]
 
 
 class Event(BaseModel):
@@ -131,6 +143,8 @@ class Service(Protocol):
 
     async def rank(self, request: RankRequest) -> dict[str, Any]: ...
 
+    async def rank_batch(self, batch: RankBatchRequest) -> list[dict[str, Any]]: ...
+
     async def push(self, request: EventsRequest) -> dict[str, Any]: ...
 
     async def describe(self) -> ModelDescription: ...
@@ -163,6 +177,13 @@ def build_api(
         answer = await service.rank(request)
         metrics.answered(answer)
         return JSONResponse(answer, headers=limits)
+
+    @api.post("/v1/rank:batch")
+    async def rank_batch(batch: RankBatchRequest) -> JSONResponse:
+        answers = await service.rank_batch(batch)
+        for answer in answers:
+            metrics.answered(answer)
+        return JSONResponse({"answers": answers}, headers=limits)
 
     @api.post("/v1/events")
     async def events(request: EventsRequest) -> JSONResponse:
@@ -291,13 +312,14 @@ def answer(
         seconds: ``features`` and ``model``, the way to the ranker and the wait for others included.
         weights: of the tasks, [K]: the ranking is by the weighted sum of their probabilities.
     """
+    tasks = request.tasks or model.tasks
     order = np.argsort(-(ranked.scores @ weights), kind="stable")
     known = zip(request.candidates, row.item_known, strict=True)
     return {
         "model_version": model.version,
         "request_ts": ts,
-        "tasks": model.tasks,
-        "scores": {task: ranked.scores[:, index].tolist() for index, task in enumerate(model.tasks)},
+        "tasks": tasks,
+        "scores": {task: ranked.scores[:, model.tasks.index(task)].tolist() for task in tasks},
         "ranking": [request.candidates[index] for index in order[: request.top_k]],
         "cold_start": {"user": not row.user_known, "items": [item for item, is_known in known if not is_known]},
         "memo": ranked.remembered,
@@ -314,11 +336,13 @@ def weights_of(request: RankRequest, tasks: list[str], configured: Mapping[str, 
     """Weights of a model's tasks, [K]: those of the request, else of the config, else the first task alone.
 
     Raises:
-        InvalidRequestError: a weight of the request names no task of the model.
+        InvalidRequestError: the request names what is no task of the model.
     """
-    unknown = [task for task in request.weights if task not in tasks]
-    if unknown:
-        raise InvalidRequestError(f"weights.{unknown[0]}", f"is no task of the model; there are: {', '.join(tasks)}")
+    named = [(f"weights.{task}", task) for task in request.weights]
+    named += [(f"tasks.{index}", task) for index, task in enumerate(request.tasks or ())]
+    for field, task in named:
+        if task not in tasks:
+            raise InvalidRequestError(field, f"{task!r} is no task of the model; there are: {', '.join(tasks)}")
     # of the config: a model of another config may have other tasks
     chosen = (
         request.weights or {task: weight for task, weight in configured.items() if task in tasks} or {tasks[0]: 1.0}

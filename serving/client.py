@@ -68,6 +68,15 @@ class RankingClient:
             body["ts"] = ts
         return self._call("POST", "/v1/rank", body)
 
+    def rank_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The answers to several requests, in their order; all of them, or an error.
+
+        Args:
+            requests: bodies of ``POST /v1/rank``: user_id, candidates, and what else a request may have.
+        """
+        body = {"requests": [dict(request) for request in requests]}
+        return cast(list[dict[str, Any]], self._call("POST", "/v1/rank:batch", body)["answers"])
+
     def push(self, events: Sequence[Mapping[str, Any]], table: str | None = None) -> dict[str, int]:
         """Append new events to the online sequences; the next request sees them. May be repeated.
 

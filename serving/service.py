@@ -33,6 +33,7 @@ from serving.api import (
     EventsRequest,
     ModelDescription,
     OverloadedError,
+    RankBatchRequest,
     RankRequest,
     answer,
     build_api,
@@ -135,6 +136,22 @@ class RankingService:
             ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows))
             seconds = {"features": read - started, "model": time.perf_counter() - read}
             return answer(request, ts, row, live.model, ranked, seconds, weights)
+
+    async def rank_batch(self, batch: RankBatchRequest) -> list[dict[str, Any]]:
+        """The answers to several requests, which are worked on at once; all of them, or the first error.
+
+        Raises:
+            InvalidRequestError: as :meth:`rank` raises it; the field begins with the request's place.
+            OverloadedError, UnavailableError: as :meth:`rank` raises them.
+        """
+        answers = await asyncio.gather(*(self.rank(request) for request in batch.requests), return_exceptions=True)
+        for place, answered in enumerate(answers):
+            if isinstance(answered, InvalidRequestError):
+                raise InvalidRequestError(f"requests.{place}.{answered.field}", str(answered))
+        failures = [answered for answered in answers if isinstance(answered, BaseException)]
+        if failures:
+            raise failures[0]
+        return [answered for answered in answers if not isinstance(answered, BaseException)]
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         """Append events to the online sequences; the next request sees them.

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from features.errors import CorankError
 from features.schema import Feature, Schema, Task
 from serving import auth
-from serving.api import EventsRequest, ModelDescription, RankRequest, build_api
+from serving.api import EventsRequest, ModelDescription, RankBatchRequest, RankRequest, build_api
 from serving.auth import Tokens, read_tokens
 from serving.client import RankingClient
 from serving.settings import ServingConfig
@@ -37,6 +37,9 @@ class Answers:
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
         return ANSWER
+
+    async def rank_batch(self, batch: RankBatchRequest) -> list[dict[str, Any]]:
+        return [ANSWER for _ in batch.requests]
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         return {"added": {}}

@@ -254,6 +254,33 @@ def test_answer(client: TestClient, settings: ServingSettings) -> None:
     assert [one["name"] for one in model["schema"]["features"]["context"]] == ["device", "hour", "modes"]
 
 
+def test_a_batch_of_users_is_answered_as_each_request_alone_and_named_by_place_where_one_is_wrong(
+    client: TestClient,
+) -> None:
+    requests = [body(candidates=[2, "1", 9]), body(user_id="8", candidates=[3]), body(tasks=["like"], top_k=1)]
+    batch = client.post("/v1/rank:batch", json={"requests": requests})
+    assert batch.status_code == 200, batch.text
+    for answer, request in zip(batch.json()["answers"], requests, strict=True):
+        alone = client.post("/v1/rank", json=request).json()
+        assert {name: answer[name] for name in ("tasks", "ranking", "cold_start")} == {
+            name: alone[name] for name in ("tasks", "ranking", "cold_start")
+        }
+        for task, scores in alone["scores"].items():
+            np.testing.assert_allclose(answer["scores"][task], scores, atol=1e-5)
+    wrong = client.post("/v1/rank:batch", json={"requests": [*requests, body(candidates=[1, 2, 3, 4, 5])]})
+    assert (wrong.status_code, wrong.json()["error"]["field"]) == (422, "requests.3.candidates")
+    for bad, field in (([], "requests"), ([body()] * 65, "requests"), ([body(), {}], "requests.1.user_id")):
+        refused = client.post("/v1/rank:batch", json={"requests": bad})
+        assert (refused.status_code, refused.json()["error"]["field"]) == (422, field)
+
+
+def test_scores_of_the_tasks_asked_for_are_answered_alone(client: TestClient) -> None:
+    answer, whole = (client.post("/v1/rank", json=body(**more)).json() for more in ({"tasks": ["like"]}, {}))
+    assert answer["tasks"] == list(answer["scores"]) == ["like"]
+    np.testing.assert_allclose(answer["scores"]["like"], whole["scores"]["like"], atol=1e-6)
+    assert answer["ranking"] == whole["ranking"]
+
+
 def test_merged_requests_score_alike(settings: ServingSettings) -> None:
     ranker, reader = Ranker(settings), OnlineReader(settings.store)
     rows = [
@@ -280,6 +307,8 @@ def test_merged_requests_score_alike(settings: ServingSettings) -> None:
         (body(ts=-1), "ts"),
         (body(ts=1_767_571_200), "ts"),
         (body(more=1), "more"),
+        (body(tasks=["click", "buy"]), "tasks.1"),
+        (body(tasks=[]), "tasks"),
         (body(context={**CONTEXT, "x": 1}), "context.x"),
         (body(context={"device": "ios"}), "context.hour"),
     ],

@@ -28,7 +28,7 @@ from features.delta.maintenance import (
 from features.delta.table import Table
 from features.encoding import hash_id
 from features.sample_table import timeline_column
-from pipeline.stages.deployment import CURRENT, DEPLOYMENT
+from pipeline.stages.deployment import CURRENT, DEPLOYMENT, tell_of_erasure
 from pipeline.stages.feature_store import store_settings
 from pipeline.stages.samples import SAMPLES, SamplesRecord
 from pipeline.workspace import Workspace
@@ -102,8 +102,8 @@ def forgotten_key(user: str) -> str:
 def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
     """Erase users from the derived tables, the online store, self-checks and the deployment's example.
 
-    The endpoint keeps nothing per user in memory (it caches items only), so it need not be told. What was erased
-    is recorded under ``records/forgotten`` without the id. Model weights are not changed.
+    A running service forgets all user sides that it remembers. What was erased is recorded under ``records/forgotten``
+    without the id. Model weights are not changed.
 
     Raises:
         CorankError: a table or the online store cannot be read or written.
@@ -126,6 +126,7 @@ def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
                 records.put("forgotten", forgotten_key(user), {**earlier[user], "finished": False})
         stage.say("online store")
         online = erase_online_users(store_settings(workspace), users)
+        tell_of_erasure(workspace)
         for affected in found:
             if affected.rows:
                 stage.say(f"erasing from {affected.table.name}")

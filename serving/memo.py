@@ -7,6 +7,7 @@ the events, the user's features, the context and the time of the request. A dige
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,25 +38,33 @@ class Memo(Generic[S]):
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes, self.nbytes = most_bytes, 0
         self._states: OrderedDict[bytes, tuple[S, int]] = OrderedDict()
+        self._changing = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._states)
 
     def get(self, key: bytes) -> S | None:
-        if key not in self._states:
-            return None
-        self._states.move_to_end(key)
-        return self._states[key][0]
+        with self._changing:
+            if key not in self._states:
+                return None
+            self._states.move_to_end(key)
+            return self._states[key][0]
 
     def put(self, key: bytes, state: S) -> None:
         size = state.nbytes
-        if key in self._states or size > self.most_bytes:
-            return
-        self._states[key] = state, size
-        self.nbytes += size
-        while self.nbytes > self.most_bytes:
-            _, (_, size_of_oldest) = self._states.popitem(last=False)
-            self.nbytes -= size_of_oldest
+        with self._changing:
+            if key in self._states or size > self.most_bytes:
+                return
+            self._states[key] = state, size
+            self.nbytes += size
+            while self.nbytes > self.most_bytes:
+                _, (_, size_of_oldest) = self._states.popitem(last=False)
+                self.nbytes -= size_of_oldest
+
+    def clear(self) -> None:
+        with self._changing:
+            self._states.clear()
+            self.nbytes = 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,11 @@ class MemoisedModel:
         self.model = model
         self.timelines: Memo[TimelineState] = Memo(most_bytes // 2)
         self.users: Memo[UserState] = Memo(most_bytes // 2)
+
+    def forget(self) -> None:
+        """Whatever is remembered of anybody."""
+        self.timelines.clear()
+        self.users.clear()
 
     @torch.inference_mode()
     def rank(self, rows: pa.Table, candidates: int) -> Iterator[Ranked]:

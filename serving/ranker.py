@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 import torch
@@ -24,8 +25,20 @@ from serving.api import ModelDescription
 from serving.memo import MemoisedModel, Ranked
 from serving.settings import ServingSettings
 
-BoundRow = tuple[str, pa.Table]
-"""The artifact that a request is bound to, and its row in the layout of ``serving_schema``."""
+
+class BoundRow(NamedTuple):
+    """A request as it is sent to the ranker.
+
+    Attributes:
+        artifact: of the model that it is bound to.
+        row: in the layout of ``serving_schema``.
+        erasures: how often users had been forgotten when it was read.
+    """
+
+    artifact: str
+    row: pa.Table
+    erasures: int = 0
+
 
 MOST_MODELS = 2
 """Models that a ranker holds: the one that is served, and the one before or after it."""
@@ -42,6 +55,7 @@ class Ranker:
         self._models: OrderedDict[str, tuple[Artifact, MemoisedModel]] = OrderedDict()
         self._loading, self._order = threading.Lock(), threading.Lock()
         self._max_candidates = settings.options.max_candidates
+        self._erasures = 0
         self._memo_bytes = round(settings.options.memo_megabytes * 1e6)
         self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
         self.rank.set_batch_wait_timeout_s(settings.options.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
@@ -75,6 +89,13 @@ class Ranker:
         model, _ = await asyncio.to_thread(self._model, artifact)
         return ModelDescription(model.version, model.schema, model.metadata)
 
+    def forget(self, erasures: int) -> None:
+        """Remember nothing from before these erasures; the memo cannot say whose its states are."""
+        with self._order:
+            newer, self._erasures = erasures > self._erasures, max(erasures, self._erasures)
+            for _, model in self._models.values() if newer else ():
+                model.forget()
+
     @serve.batch
     async def rank(self, requests: list[BoundRow]) -> list[Ranked]:
         """The result of every request by the model that it is bound to."""
@@ -82,10 +103,13 @@ class Ranker:
 
     def score(self, requests: Sequence[BoundRow]) -> list[Ranked]:
         """Scores of these requests, merged per model into batches of at most ``max_candidates`` candidates."""
-        ranked: dict[int, Ranked] = {}
-        for artifact in dict.fromkeys(artifact for artifact, _ in requests):
-            places = [place for place, (bound_to, _) in enumerate(requests) if bound_to == artifact]
-            rows = concatenate([requests[place][1] for place in places])
+        bound, ranked = [BoundRow(*request) for request in requests], dict[int, Ranked]()
+        self.forget(max(request.erasures for request in bound))
+        for artifact in dict.fromkeys(request.artifact for request in bound):
+            places = [place for place, request in enumerate(bound) if request.artifact == artifact]
+            rows = concatenate([bound[place].row for place in places])
             _, model = self._model(artifact)
             ranked |= dict(zip(places, model.rank(rows, self._max_candidates), strict=True))
+            if any(bound[place].erasures < self._erasures for place in places):  # read before a user was forgotten
+                model.forget()
         return [ranked[place] for place in range(len(requests))]

@@ -85,6 +85,7 @@ class RankingService:
         # the store by the newest config, whose views it has; a model may read fewer of them
         self._writes_to = settings.store
         self._writer: OnlineWriter | None = None
+        self._erasures = 0  # of users that are forgotten
         self._admitted = {"rank": 0, "push": 0}
         self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
 
@@ -120,6 +121,7 @@ class RankingService:
             weights = weights_of(request, live.model.tasks, limits.weights)
             started = time.perf_counter()
             ts = request.ts if request.ts is not None else time.time_ns() // 1_000
+            erasures = self._erasures  # before the row is read: it may hold what is erased meanwhile
             row = await _in_thread(
                 self._reading,
                 lambda: build_row(
@@ -133,7 +135,7 @@ class RankingService:
                 ),
             )
             read = time.perf_counter()
-            ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows))
+            ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows, erasures))
             seconds = {"features": read - started, "model": time.perf_counter() - read}
             return answer(request, ts, row, live.model, ranked, seconds, weights)
 
@@ -235,10 +237,15 @@ class RankingService:
         return LiveModel(artifact, model, reader)
 
     async def _wanted(self) -> str | None:
-        """The artifact that is to be served; None when nothing says so."""
+        """The artifact that is to be served; None when nothing says so. What the ranker is to forget, it is told."""
         if self._settings.follow is None:
             return None
-        return await asyncio.to_thread(followed, self._settings.follow)
+        document = await asyncio.to_thread(followed, self._settings.follow)
+        if document is not None and document.erasures > self._erasures:
+            self._erasures = document.erasures
+            with suppress(UnavailableError):  # the next request tells it
+                await self._ask(self._ranker.forget, self._erasures)
+        return None if document is None else document.artifact
 
     async def _follow(self) -> None:
         """Bind requests to each model that is to be served, once it is ready; ``refused`` says why one is not fit."""
@@ -309,12 +316,26 @@ async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any
     return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
-def followed(path: str) -> str | None:
-    """The artifact that the document of ``ServingSettings.follow`` names; None when it is not there or half written."""
+@dataclass(frozen=True)
+class Followed:
+    """What the document of ``ServingSettings.follow`` says.
+
+    Attributes:
+        artifact: to be served.
+        erasures: how often users were forgotten.
+    """
+
+    artifact: str
+    erasures: int = 0
+
+
+def followed(path: str) -> Followed | None:
+    """The document of ``ServingSettings.follow``; None when it is not there or half written."""
     store, inside = file_system(path)
     try:
         with store.open_input_stream(inside) as stream:
-            return str(json.loads(stream.read())["artifact"])
+            document = json.loads(stream.read())
+            return Followed(str(document["artifact"]), int(document.get("erasures", 0)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

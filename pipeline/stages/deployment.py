@@ -147,7 +147,17 @@ def name_served(workspace: Workspace, version: ModelVersion) -> None:
     """Name the version that is served from now on: a running service takes it over; its features stay registered."""
     options = workspace.config.serving
     url = endpoint_url(options.host, options.port)
-    workspace.records.put(*SERVED, {"number": version.number, "artifact": version.artifact, "url": url})
+    erasures = (workspace.records.get(*SERVED) or {}).get("erasures", 0)
+    named = {"number": version.number, "artifact": version.artifact, "url": url, "erasures": erasures}
+    workspace.records.put(*SERVED, named)
+
+
+def tell_of_erasure(workspace: Workspace) -> None:
+    """Have a running service forget what it remembers of users, within a second."""
+    served = workspace.records.get(*SERVED)
+    if served is not None:
+        kept = {key: value for key, value in served.items() if key != "recorded_at"}
+        workspace.records.put(*SERVED, {**kept, "erasures": served.get("erasures", 0) + 1})
 
 
 def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:

@@ -33,6 +33,7 @@ from pipeline.stages import pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
 from pipeline.stages.cuts import cuts_from_scratch
+from pipeline.stages.deployment import SERVED, name_served
 from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.feature_store import FEATURE_STORE, store_settings
 from pipeline.stages.refit import REFIT
@@ -104,7 +105,9 @@ def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Co
     user, other = (row["user_id"] for row in selfcheck["rows"][:2])
     left, own = pending(workspace), DeltaTable(config.table("impressions").uri).version()
     update_sample_records(workspace, find_users(samples_table(workspace), [user]))  # a run killed before the commit
+    name_served(workspace, champion)
     (result,) = forget(workspace, [user])
+    assert (workspace.records.get(*SERVED) or {})["erasures"] == 1  # a running service follows it
     assert {"samples", "state"} <= set(result.tables)
     assert result.online
     assert result.selfchecks

@@ -79,6 +79,7 @@ class InProcess:
 
     def __init__(self, target: Ranker) -> None:
         self.describe = Remote(target.describe)
+        self.forget = Remote(target.forget)
         self.rank = Remote(lambda request: target.score([request])[0])
 
 
@@ -810,9 +811,9 @@ def published(root: Path, seed: int) -> tuple[str, str]:
     return str(artifact), save_artifact(artifact, model, {"selfcheck": {"rows": [], "scores": []}})
 
 
-def name(document: Path, artifact: str) -> None:
+def name(document: Path, artifact: str, **more: int) -> None:
     scratch = document.with_suffix(".tmp")
-    scratch.write_text(json.dumps({"artifact": artifact}))
+    scratch.write_text(json.dumps({"artifact": artifact, **more}))
     scratch.replace(document)
 
 
@@ -861,6 +862,34 @@ def test_a_model_that_is_named_while_requests_come_takes_over_without_a_lost_or_
             assert time.monotonic() < until
             time.sleep(0.02)
         assert client.get("/v1/model").json()["refused"] is None
+
+
+def test_after_a_user_is_forgotten_nothing_that_was_read_before_is_remembered(
+    settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving.service, "FOLLOW_SECONDS", 0.05)
+    document = tmp_path / "current.json"
+    name(document, settings.artifact)
+    ranker = Ranker(settings)
+    (_, memoised) = ranker._model(settings.artifact)
+    service = RankingService(replace(settings, follow=str(document)), InProcess(ranker))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        assert [client.post("/v1/rank", json=body()).json()["memo"] for _ in range(2)] == ["none", "user"]
+        name(document, settings.artifact, erasures=1)
+        until = time.monotonic() + 20
+        while len(memoised.users) + len(memoised.timelines):  # without a further request
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        assert memoised.users.nbytes == memoised.timelines.nbytes == 0
+        assert [client.post("/v1/rank", json=body()).json()["memo"] for _ in range(2)] == ["none", "user"]
+    # a request that was read before, and comes late, leaves nothing behind
+    row = build_row(OnlineReader(settings.store), 0, "7", ["1"], CONTEXT, NOW).rows
+    ranker.score([(settings.artifact, row, 1)])
+    assert len(memoised.users) == 1
+    ranker.score([(settings.artifact, row, 0)])
+    assert len(memoised.users) == 0
+    ranker.score([(settings.artifact, row, 2)])
+    assert len(memoised.users) == 1
 
 
 def test_a_model_that_scores_its_self_check_otherwise_is_refused(settings: ServingSettings, tmp_path: Path) -> None:

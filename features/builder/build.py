@@ -5,7 +5,7 @@
     log + item_aggregates ──► fold of users, by bucket ──► samples, state, user_aggregates
 
 Each arrow is a plan of Ray Data (:mod:`features.builder.plan`). Its tasks write Parquet files; nothing is visible until
-the driver commits the partitions, table by table, samples last.
+the driver commits the partitions, table by table, samples last. Readers wait for the record that the stage writes then.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def build_partitions(
     impressions: Mapping[str, int],
     progress: Callable[[str, int, int], None],
 ) -> dict[str, PartitionCounts]:
-    """Build these partitions on Ray Data, and commit them together: one atomic commit per table.
+    """Build these partitions on Ray Data, and commit them: one commit per table.
 
     A task holds the states of one bucket, the rows of a group of small partitions or of one that is larger, and the
     profiles and counts of the items that its rows name; so memory is bounded by these times the tasks that run at once
@@ -108,8 +108,8 @@ def build_partitions(
 
     Raises:
         CorankError: a table is laid out with another number of buckets; or the rows of a partition do not close:
-            impressions ≠ candidates + quarantined, or fewer were read than the partition holds. No samples are
-            committed then.
+            impressions ≠ candidates + quarantined, or fewer were read than the partition holds. Then only the
+            counts of items are committed.
         UnreadableError: a file of a log cannot be read; it is named.
     """
     with _scratch(settings.root):

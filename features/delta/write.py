@@ -28,7 +28,7 @@ DATA_FILE = re.compile(r"part-[0-9a-f]{32}(?:-([0-9a-f]{32}))?\.parquet")
 
 @dataclass(frozen=True)
 class DataFile:
-    """A Parquet file that was written but is not visible until :func:`replace_partition` commits it.
+    """A Parquet file that was written but is not visible until :func:`replace_partitions` commits it.
 
     Attributes:
         times: least and largest ``ts``, where the rows have one of their own; readers of a window skip other files.

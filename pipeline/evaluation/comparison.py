@@ -55,7 +55,7 @@ def compare(
     level: float = 0.95,
     references: Mapping[str, Mapping[str, np.ndarray]] | None = None,
 ) -> dict[str, TaskReport]:
-    """Metrics of every task; challenger, baseline and champion judge the same impressions.
+    """Metrics of every task; challenger, baseline and champion are judged on the same impressions.
 
     Args:
         since: ts from which on the challenger is compared with the champion, which has trained on the requests before.

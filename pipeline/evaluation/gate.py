@@ -156,7 +156,7 @@ def _drift(
     return _judged(found, found.value is not None and found.value <= limit)
 
 
-def _beyond(value: float, low: float, high: float, limit: float, decides: bool) -> bool | None:
+def _reaches(value: float, low: float, high: float, limit: float, decides: bool) -> bool | None:
     """Whether a value is at least ``limit``. Where its interval holds the limit, the value itself decides if
     ``decides``; else None."""
     if low >= limit:
@@ -172,9 +172,9 @@ def at_least(
     """A gain that must reach a limit.
 
     Args:
-        decides: by its value, where its interval holds the limit.
-        width: of an interval so narrow that there the limit must be reached by all of it. Without one, the value alone
-            is judged, whatever its interval.
+        width: an interval no wider than this must lie above the limit as a whole. Where it is wider and holds the
+            limit, the value itself decides if ``decides``, else nothing is judged. None: the value alone is judged,
+            whatever its interval.
     """
     if gain is None:
         return Criterion(measured, limit=limit, limit_text=_least(limit), note="the labels have not both classes")
@@ -183,7 +183,7 @@ def at_least(
         return found
     if width is None:
         return _judged(found, gain.difference >= limit)
-    verdict = _beyond(gain.difference, gain.low, gain.high, limit, decides)
+    verdict = _reaches(gain.difference, gain.low, gain.high, limit, decides)
     if gain.low < limit and gain.high - gain.low <= width:
         verdict = False
     return _judged(found, verdict)
@@ -194,7 +194,7 @@ def _entropy(limits: EvaluationConfig, measured: str, loss: Gain | None, decides
     if loss is None:
         return Criterion(measured, limit=limit, limit_text=text, note="the labels have not both classes")
     found = Criterion(measured, loss.difference, (loss.low, loss.high), limit, text)
-    return _judged(found, _beyond(-loss.difference, -loss.high, -loss.low, -limit, decides))
+    return _judged(found, _reaches(-loss.difference, -loss.high, -loss.low, -limit, decides))
 
 
 def _calibration(
@@ -211,7 +211,7 @@ def _calibration(
     # distances as factors: 1.5 and 1 ÷ 1.5 both are 1.5 off; an interval that holds 1 begins at 1
     low, high = sorted([_factor(ours.low), _factor(ours.high)])
     low = 1.0 if ours.low <= 1 <= ours.high else low
-    return _judged(found, _beyond(-_factor(ours.value), -high, -low, -end, decides))
+    return _judged(found, _reaches(-_factor(ours.value), -high, -low, -end, decides))
 
 
 def _factor(ratio: float) -> float:
@@ -228,7 +228,7 @@ def _of_segment(limits: EvaluationConfig, measured: str, known: _Known, champion
     found = Criterion(measured, gain.difference, (gain.low, gain.high), -margin, _least(-margin), None, note)
     if count < limits.segment_impressions:
         return found
-    return _judged(found, _beyond(gain.difference, gain.low, gain.high, -margin, False))
+    return _judged(found, _reaches(gain.difference, gain.low, gain.high, -margin, False))
 
 
 def _latency(limits: EvaluationConfig, rival: Rival) -> Criterion:

@@ -48,7 +48,7 @@ DAYS = ["2026-01-05", "2026-01-06", "2026-01-07", "2026-01-08"]
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 CHANGES: dict[str, Any] = {
     "retention": {"partitions": 1},
-    "training": {"epochs": 1, "batch_candidates": 1_000},
+    "training": {"epochs": 1, "batch_candidates": 1_000, "num_workers": 0},
     "evaluation": {
         **LENIENT,
         # so that a retraining begins inside a partition, and needs nothing older

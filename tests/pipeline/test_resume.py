@@ -116,31 +116,22 @@ def assert_nothing_is_left(config: Config, temporary: Path) -> None:
     assert [(path / "owner").exists() for path in left] == [True]  # the logs of the last Ray
 
 
-def test_a_run_killed_or_interrupted_in_several_stages_continues_and_ends_the_same(
+def test_a_run_interrupted_before_its_training_and_killed_in_it_continues_and_ends_the_same(
     tmp_path: Path, temporary: Path
 ) -> None:
+    """Kills inside the build: test_builder_limits.py; at all boundaries: benchmarks.crashwalk."""
     data = tmp_path / "data"
     import_synthetic(data, days=2, users=80, items=80, seed=2, start=START, buckets=2, say=lambda _: None)
     undisturbed, killed = load(tmp_path / "a", data), load(tmp_path / "b", data)
     finish(tmp_path / "a")
     work = killed.local_path()
-    stages = {
-        "samples": lambda: bool(list(work.glob("tables/samples/dt=*/*/*.parquet"))),
-        "feature_store": lambda: (work / "feast" / "online.db").exists(),
-        "challenger": lambda: bool(list(work.glob("checkpoints/*/*/SHA256SUMS"))),
-    }
-    for name, happened in stages.items():
-        started = kill_when(tmp_path / "b", happened)
-        if name == "feature_store":  # in the middle of training
-            interrupt_when(
-                tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))), signal.SIGTERM
-            )
-        if name == "challenger":  # and what it saved is damaged
-            psutil.wait_procs(started, timeout=60)
-            for state in work.glob("checkpoints/*/*/state.pt"):
-                content = bytearray(state.read_bytes())
-                content[len(content) // 2] ^= 1
-                state.write_bytes(content)
+    interrupt_when(tmp_path / "b", lambda: bool(list(work.glob("records/feature_store/*.json"))), signal.SIGTERM)
+    started = kill_when(tmp_path / "b", lambda: bool(list(work.glob("checkpoints/*/*/SHA256SUMS"))))
+    psutil.wait_procs(started, timeout=60)
+    for state in work.glob("checkpoints/*/*/state.pt"):  # and what it saved is damaged
+        content = bytearray(state.read_bytes())
+        content[len(content) // 2] ^= 1
+        state.write_bytes(content)
     finish(tmp_path / "b")
     assert "is damaged or was not finished" in (tmp_path / "b" / "run.log").read_text()
     assert_nothing_is_left(killed, temporary)

@@ -12,7 +12,7 @@ serve: .venv/run.installed data/movielens.imported
 	$(BIN)/corank run --config $(CONFIG) --serve
 
 test: .venv/dev.installed lint
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.installed
 	$(BIN)/ruff format --check .

@@ -96,7 +96,6 @@ def interrupt_when(folder: Path, happened: Any, number: signal.Signals, subcomma
     log = (folder / "run.log").read_text()
     assert f"{number.name}: corank {subcommand} stopped" in log.splitlines()[-1]
     assert "Traceback" not in log
-    assert "SIGTERM received" not in log  # what Ray's own handler says
 
 
 @pytest.fixture

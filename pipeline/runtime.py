@@ -157,8 +157,8 @@ def _in_a_thread(work: Callable[[], object]) -> None:
     """Run something in another thread, where it cannot replace the handlers of signals, and wait for it.
 
     In the main thread Ray would first set a handler of SIGTERM that exits at once. The native handlers that it sets
-    while it connects, which print a trace before Python's come, stay until Python runs again. The thread then stays as long as this process: the kernel ends the
-    processes that Ray has started with the thread that started them.
+    while it connects, which print a trace before Python's come, stay until Python runs again. The thread then stays
+    as long as this process: the kernel ends the processes that Ray has started with the thread that started them.
     """
     failures: list[BaseException] = []
     done = threading.Event()

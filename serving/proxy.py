@@ -20,7 +20,7 @@ starts an endpoint asks ``/healthz`` first; a proxy that is replaced learns it f
 UNAVAILABLE = "no process of the service answers; try again"
 GONE = "corank.gone"
 """In the scope of a request that no replica answered."""
-HEALTH, LIMITED = "/healthz", ("/v1/rank", "/v1/events")
+HEALTH, LIMITED = ("/healthz", "/readyz"), ("/v1/rank", "/v1/rank:batch", "/v1/events")
 
 
 def announce() -> None:
@@ -72,7 +72,7 @@ class Admission:
         async def forward(message: Message) -> None:
             for name, value in message.get("headers", []):
                 if name == ADMITTED.encode():
-                    root = next(path.removesuffix(suffix) for suffix in (HEALTH, *LIMITED) if path.endswith(suffix))
+                    root = next(path.removesuffix(suffix) for suffix in (*HEALTH, *LIMITED) if path.endswith(suffix))
                     self._admitted |= {root + limited: int(value) for limited in LIMITED}
             await send(message)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from features.errors import UnavailableError
 from serving.api import ModelDescription, RankRequest, build_api
 from serving.auth import Tokens
+from serving.proxy import Admission, JsonErrors
 from tests.serving.test_auth import ANSWER, SHOP, Answers, bearer, write
 
 
@@ -66,6 +68,23 @@ def test_requests_parts_memo_and_what_is_served_are_counted() -> None:
         assert told["corank_http_requests_total", "/v1/rank", "503"] == 1
         assert told["corank_ready",] == 0
         assert ("corank_model_served", "1") not in told
+
+
+def test_every_path_is_answered_through_the_proxy_before_and_after_it_knows_the_limits() -> None:
+    api = build_api(Answers())
+    body: dict[str, Any] = {"user_id": 1, "candidates": [1]}
+    bodies: dict[str, Any] = {
+        "/v1/rank": body,
+        "/v1/rank:batch": {"requests": [body]},
+        "/v1/events": {"events": [{"user_id": 1, "ts": 1_767_571_200_000_000}]},
+    }
+    paths = [route.path for route in api.routes if isinstance(route, APIRoute)]
+    assert set(bodies) | {"/healthz", "/readyz", "/metrics", "/v1/model"} == set(paths)
+    for first in paths:
+        with TestClient(Admission(JsonErrors(api))) as client:  # as Ray's proxy has them
+            for path in (first, *paths):
+                method = "POST" if path in bodies else "GET"
+                assert client.request(method, path, json=bodies.get(path)).status_code == 200, (first, path)
 
 
 def test_metrics_need_a_token_where_requests_do(tmp_path: Path) -> None:

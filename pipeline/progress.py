@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -15,6 +16,15 @@ from rich.text import Text
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 PLAIN_INTERVAL = 5.0
 """Seconds between lines of a stage when the output is no terminal."""
+
+
+def plain_console(**options: Any) -> Console:
+    """A terminal for texts with users' own names and paths in them: ``[v2]`` is no markup there, ``:tv:`` no emoji.
+
+    Args:
+        options: of rich's console.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 @dataclass
@@ -34,7 +44,7 @@ class Line:
             self.live.update(self)
         elif time.monotonic() - self.printed >= PLAIN_INTERVAL:
             self.printed = time.monotonic()
-            self.console.print(f"… {self.name:<14} {text}", highlight=False, markup=False)
+            self.console.print(f"… {self.name:<14} {text}")
 
     def __rich__(self) -> Text:
         """The line, drawn at every refresh, so that its seconds go on."""
@@ -70,11 +80,11 @@ class Progress:
     """Prints stages as they run; one line of each stays."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(file=sys.stderr, soft_wrap=True)
+        self.console = console or plain_console(file=sys.stderr, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line that stays on screen."""
-        self.console.print(f"  {text}", highlight=False, markup=False)
+        self.console.print(f"  {text}")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Line]:
@@ -93,4 +103,4 @@ class Progress:
             raise
         finally:
             line = f"{mark} {name:<14} {stage.text}  ({stage.seconds:.1f} s)"
-            self.console.print(line, highlight=False, markup=False)
+            self.console.print(line)

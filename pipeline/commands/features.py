@@ -92,10 +92,10 @@ def features_materialize(
 
 
 def _print_registry(settings: FeatureStoreSettings) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from features.errors import CorankError
+    from pipeline.progress import plain_console
 
     nothing = CorankError(
         f"nothing is registered in project {settings.project} ({settings.registry}); "
@@ -118,9 +118,9 @@ def _print_registry(settings: FeatureStoreSettings) -> None:
         for row, feature in enumerate(view.features):
             table.add_row(view.name if row == 0 else "", feature.name, _type_text(feature.dtype))
         table.add_section()
-    console = Console(highlight=False)
-    needed = Console(width=1_000).measure(table).maximum  # no name is cut
-    Console(highlight=False, width=max(console.width, needed)).print(table)
+    console = plain_console()
+    needed = plain_console(width=1_000).measure(table).maximum  # no name is cut
+    plain_console(width=max(console.width, needed)).print(table)
     for view in views:
         ends = [round(end.timestamp() * SECOND) for _, end in view.materialization_intervals]
         online = f"online up to {close_text(max(ends))}" if ends else "not online yet"
@@ -265,10 +265,11 @@ def _require_built(workspace: Workspace, partitions: list[str]) -> None:
 
 
 def _print_statistics(figures: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console, partitions = Console(highlight=False), figures["partitions"]
+    from pipeline.progress import plain_console
+
+    console, partitions = plain_console(), figures["partitions"]
     features = Table("feature", "side", "kind", "coverage", "distinct", "of ids", "unique", title="features")
     for name, feature in figures["features"].items():
         features.add_row(name, feature["side"], feature["kind"], *_value_cells(feature))
@@ -348,12 +349,12 @@ def features_skew(
     Exit code 1 when a larger share than --threshold differs.
     """
     with guarded(debug):
-        from rich.console import Console
         from rich.table import Table
 
         from features.errors import CorankError
         from pipeline.deployment.skew import replay
         from pipeline.leftovers import exclusive
+        from pipeline.progress import plain_console
         from pipeline.stages.feature_store import store_settings
         from pipeline.stages.samples import FOREVER, SAMPLES, build_settings, kept, sample_source
 
@@ -381,7 +382,7 @@ def features_skew(
         table = Table("feature", "values", "differ", "share", "first difference", title=f"partition {chosen}")
         for name, skew in report.features.items():
             table.add_row(name, f"{skew.compared:,}", f"{skew.differ:,}", f"{skew.rate:.2%}", skew.example)
-        Console(highlight=False).print(table)
+        plain_console().print(table)
         if not report.rate <= threshold:
             raise CorankError(
                 f"skew, partition {chosen}: {report.rate:.4%} of the values differ, more than --threshold "

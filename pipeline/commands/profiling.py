@@ -21,6 +21,7 @@ from models.profile import (
     sharing_for,
 )
 from models.registry import MODELS, find_preset
+from pipeline.progress import plain_console
 
 SHARING = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000)
 """Candidates per request of the decoupling table."""
@@ -43,13 +44,12 @@ def print_profile(preset: str, candidates: int, length: int, schema: Schema | No
         model = on_meta(given, name, size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    console = Console()
+    console = plain_console()
     total = sum(parameter.numel() for parameter in model.parameters())
     dense = dense_parameters(model)
     origin = "schema of the papers' kind" if schema is None else "schema of the config"
     console.print(
-        f"[bold]{name} {size}[/bold], {origin}: {dense / 1e6:,.1f}M dense parameters, "
-        f"{(total - dense) / 1e6:,.1f}M in embeddings"
+        f"{name} {size}, {origin}: {dense / 1e6:,.1f}M dense parameters, {(total - dense) / 1e6:,.1f}M in embeddings"
     )
     for label, padding in paddings(model).items():
         if padding:
@@ -86,7 +86,7 @@ def _print_decoupling(console: Console, schema: Schema, size: str, length: int) 
         (sharing.candidates, f"{sharing.candidates:,}", f"{sharing.batched:.3f}", f"{sharing.unbatched:.4f}")
         for sharing in decoupling_ratios(decoupled, full, list(SHARING), length)
     ]
-    paper = f"[bold]{PAPER_RATIO}[/bold] (the paper's)"
+    paper = f"{PAPER_RATIO} (the paper's)"
     lines += [(batched, f"{batched:,.1f}", paper, "")] if batched is not None else []
     lines += [(unbatched, f"{unbatched:,.2f}", "", paper)] if unbatched is not None else []
     for _, *cells in sorted(lines):

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from pipeline.evaluation.criterion import COLUMNS, cells, counts_text
 from pipeline.evaluation.texts import classes_text, gain_text, number_text
+from pipeline.progress import plain_console
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
@@ -29,13 +29,9 @@ FEW_STEPS = 100
 """A training with fewer steps is too short: the user is told that the model has hardly begun to learn."""
 
 
-def _console() -> Console:
-    return Console(highlight=False)
-
-
 def print_summary(workspace: Workspace, answer: dict[str, Any] | None) -> None:
     """Rows in and out, validation, metrics, model, endpoint, an answer, and where things lie."""
-    console, config = _console(), workspace.config
+    console, config = plain_console(), workspace.config
     records, key = workspace.records, EVALUATION.key(workspace)
     evaluation = records.read(EVALUATION, key)
     table = Table(
@@ -84,7 +80,7 @@ def print_gate(console: Console, evaluation: EvaluationRecord) -> None:
     if shown:
         table = Table(*COLUMNS, title="gate")
         for criterion in shown:
-            table.add_row(*map(escape, cells(criterion)))
+            table.add_row(*cells(criterion))
         console.print(table)
     console.print(
         f"gate        {'passed' if evaluation.passed else 'failed'}: {counts_text(criteria)}; all of them in the report"
@@ -123,7 +119,7 @@ def _metrics_table(evaluation: EvaluationRecord) -> Table:
 
 def print_answer(request: dict[str, Any], answer: dict[str, Any]) -> None:
     """The first items of a ranking, with scores per task and what was unknown."""
-    console = _console()
+    console = plain_console()
     known = "" if not answer["cold_start"]["user"] else " (unknown: cold start)"
     table = Table(
         "rank",
@@ -162,7 +158,7 @@ def print_status(workspace: Workspace) -> None:
     from pipeline.status import blocked, reached, runs_now
     from pipeline.watch import readiness
 
-    console = _console()
+    console = plain_console()
     left, waiting, served = pending(workspace), readiness(workspace), _served(workspace)
     partitions = workspace.partitions
     console.print(f"log         {len(partitions)} closed partitions, {partitions[0]} … {partitions[-1]}")
@@ -191,7 +187,7 @@ def print_status(workspace: Workspace) -> None:
     }
     for what, texts in lines.items():
         for index, line in enumerate(texts):
-            console.print(f"{what if not index else '':<11} {line}", soft_wrap=True, markup=False)
+            console.print(f"{what if not index else '':<11} {line}", soft_wrap=True)
     _print_places(console, workspace, workspace.records.read(EVALUATION, EVALUATION.key(workspace)))
 
 
@@ -242,7 +238,7 @@ def gate_text(version: ModelVersion, evaluation: EvaluationRecord | None) -> str
 
 def print_models(workspace: Workspace) -> None:
     """Registered versions, newest first."""
-    console, task = _console(), workspace.config.gate_task
+    console, task = plain_console(), workspace.config.gate_task
     table = Table("version", "alias", "model", "up to partition", f"{task} AUC", "gain over baseline", "gate")
     for version in workspace.registry.versions():
         evaluation = workspace.records.read(EVALUATION, version.tags.get("evaluation", ""))
@@ -254,6 +250,6 @@ def print_models(workspace: Workspace) -> None:
             version.tags.get("partition", ""),
             number_text(entry and entry["auc"]),
             gain_text(entry and entry["auc_gain_over_baseline"]),
-            escape(gate_text(version, evaluation)),
+            gate_text(version, evaluation),
         )
     console.print(table)

@@ -54,7 +54,7 @@ def each(function: Callable[..., T], calls: Iterable[tuple[Any, ...]], on_ray: b
 
 
 def wait_for_end(running: Collection[Any]) -> None:
-    """Wait until no task runs any more: after a failure none may go on to read or write.
+    """Wait until no task runs any more, for at most ``LAST_SECONDS``: after a failure none may go on to read or write.
 
     Tasks are not cancelled: Ray aborts the process that cancels a task in the moment in which it ends
     (``NormalTaskSubmitter::CancelTask`` of 2.60 fails it, and its reply then finds no pending task).
@@ -63,7 +63,7 @@ def wait_for_end(running: Collection[Any]) -> None:
 
     cluster: Any = ray  # its functions are not typed
     left, last = list(running), time.monotonic() + LAST_SECONDS
-    while left and time.monotonic() < last:  # while Ray waits it heeds no signal
+    while left and ray_runs() and time.monotonic() < last:  # while Ray waits it heeds no signal
         _, left = cluster.wait(left, num_returns=len(left), timeout=HEEDING_SECONDS, fetch_local=False)
 
 

@@ -31,7 +31,7 @@ def planned(
 ) -> Generator[tuple[int, Any]]:
     """``function(*call)`` of every call, in the read tasks of one plan, as they end: the call's number, and the result.
 
-    When it fails or is given up, the tasks that ran have ended when this returns.
+    When it fails or is given up, the tasks that ran have ended when this returns, if they end within ``LAST_SECONDS``.
 
     Args:
         name: of the plan, in Ray's dashboard.
@@ -89,7 +89,10 @@ def _call(function: Callable[..., Any], number: int, call: tuple[Any, ...]) -> l
 
 
 class _Uncancelled(ExecutionCallback):  # type: ignore[misc]  # Ray's class has no types
-    """Waits for the tasks of a plan that failed or was given up; Ray Data would cancel them and not wait."""
+    """Waits for the tasks of a plan that failed or was given up; Ray Data would cancel them and not wait.
+
+    One plan at a time in a process: Ray Data makes the objects of this class.
+    """
 
     executor: ClassVar[Any] = None
 

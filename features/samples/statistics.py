@@ -8,6 +8,7 @@ Legend: U rows of the sample table (timelines), R requests, C candidates, E even
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,10 +237,10 @@ def sample_statistics(
     """
     files = source.files()
     total = SampleStatistics.empty(source.schema)
-    counts = each(_count_file, ((file, source) for file in files), ray_runs())
-    for done, of_file in enumerate(counts, start=1):
-        total = total.merge(source.schema, of_file)
-        progress(done, len(files))
+    with closing(each(_count_file, ((file, source) for file in files), ray_runs())) as counts:
+        for done, of_file in enumerate(counts, start=1):
+            total = total.merge(source.schema, of_file)
+            progress(done, len(files))
     return total
 
 

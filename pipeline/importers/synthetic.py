@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from itertools import islice
@@ -388,19 +389,20 @@ def _write_days(world: World, days: list[int], paths: dict[str, str], say: Calla
     bucket_of_user = everyone.select(bucket_column(pl.col("user_id"), world.buckets)).to_series().to_numpy()
     members = [np.flatnonzero(bucket_of_user == bucket) for bucket in range(world.buckets)]
     calls = ((world, day, members[bucket], bucket, paths) for day in days for bucket in range(world.buckets))
-    slices, told = each(_write_slice, calls, ray_runs()), time.monotonic()
-    for done, day in enumerate(days, start=1):
-        files: list[dict[str, DataFile]] = []
-        for written in islice(slices, world.buckets):
-            files.append(written)
-            if time.monotonic() - told > REPORT_SECONDS:
-                told = time.monotonic()
-                say(f"{world.partition(day)} ({done}/{len(days)}): {len(files)} of {world.buckets} buckets written")
-        for table, schema in SCHEMAS.items():
-            replace_partition(paths[table], world.partition(day), [of[table] for of in files], schema, {})
-        rows = {table: sum(of[table].rows for of in files) for table in SCHEMAS if table != "truth"}
-        counts = ", ".join(f"{count:,} {table}" for table, count in rows.items())
-        say(f"{world.partition(day)} ({done}/{len(days)}): {counts}")
+    told = time.monotonic()
+    with closing(each(_write_slice, calls, ray_runs())) as slices:
+        for done, day in enumerate(days, start=1):
+            files: list[dict[str, DataFile]] = []
+            for written in islice(slices, world.buckets):
+                files.append(written)
+                if time.monotonic() - told > REPORT_SECONDS:
+                    told = time.monotonic()
+                    say(f"{world.partition(day)} ({done}/{len(days)}): {len(files)} of {world.buckets} buckets written")
+            for table, schema in SCHEMAS.items():
+                replace_partition(paths[table], world.partition(day), [of[table] for of in files], schema, {})
+            rows = {table: sum(of[table].rows for of in files) for table in SCHEMAS if table != "truth"}
+            counts = ", ".join(f"{count:,} {table}" for table, count in rows.items())
+            say(f"{world.partition(day)} ({done}/{len(days)}): {counts}")
 
 
 def _write_slice(world: World, day: int, members: Array, bucket: int, paths: dict[str, str]) -> dict[str, DataFile]:

@@ -24,6 +24,12 @@ def slow(folder: str, seconds: float) -> None:
     Path(folder, "ended").touch()
 
 
+def until_freed(folder: str) -> None:
+    Path(folder, "begun").touch()
+    while not Path(folder, "freed").exists():
+        time.sleep(STEP)
+
+
 def interrupt_when_begun(folder: Path, times: int) -> None:
     def interrupt() -> None:
         while not (folder / "begun").exists():
@@ -39,7 +45,7 @@ def interrupt_when_begun(folder: Path, times: int) -> None:
 def test_after_an_interrupt_no_task_writes(tmp_path: Path, local_ray: None) -> None:
     interrupt_when_begun(tmp_path, times=1)
     with pytest.raises(KeyboardInterrupt):
-        list(each(slow, [(str(tmp_path), 10 * STEP)], on_ray=True))
+        list(each(slow, [(str(tmp_path), 30 * STEP)], on_ray=True))
     assert (tmp_path / "ended").exists()
 
 
@@ -47,18 +53,30 @@ def test_after_an_interrupt_no_task_writes(tmp_path: Path, local_ray: None) -> N
 def test_a_second_interrupt_waits_for_no_task(tmp_path: Path, local_ray: None) -> None:
     interrupt_when_begun(tmp_path, times=2)
     with pytest.raises(KeyboardInterrupt):
-        list(each(slow, [(str(tmp_path), 60 * STEP)], on_ray=True))
-    assert not (tmp_path / "ended").exists()
+        list(each(until_freed, [(str(tmp_path),)], on_ray=True))  # returns: the task has not
+    (tmp_path / "freed").touch()
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("plan", [False, True])
 def test_after_a_failure_the_tasks_in_flight_have_ended(tmp_path: Path, local_ray: None, plan: bool) -> None:
-    calls: list[tuple[str, float]] = [(str(tmp_path), 5 * STEP), (str(tmp_path / "missing"), 0.0)]
-    for _ in range(3):
-        with pytest.raises(ray.exceptions.RayError, match="missing"):
-            list(planned("fails", slow, calls, None) if plan else each(slow, reversed(calls), on_ray=True))
-        assert (tmp_path / "begun").exists() == (tmp_path / "ended").exists()
+    for number in range(3):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        calls = [(str(folder), False), (str(folder), True)]
+        with pytest.raises(ray.exceptions.RayError, match="it fails while another works"):
+            list(planned("fails", works_or_fails, calls, None) if plan else each(works_or_fails, calls, on_ray=True))
+        assert (folder / "ended").exists()
+
+
+def works_or_fails(folder: str, fails: bool) -> None:
+    """Fails once the other has begun."""
+    if not fails:
+        slow(folder, 5 * STEP)
+        return
+    while not Path(folder, "begun").exists():
+        time.sleep(STEP / 10)
+    raise ValueError("it fails while another works")
 
 
 @pytest.mark.parametrize("on_ray", [False, True])

@@ -37,8 +37,8 @@ def problem_of_database(path: Path, pages: bool = True) -> str | None:
     try:
         with closing(sqlite3.connect(path)) as database:
             (verdict,) = database.execute("pragma quick_check(1)").fetchone()
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorname.startswith(HINDERED):
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # of damaged names
+        if getattr(error, "sqlite_errorname", "").startswith(HINDERED):
             return None
         verdict = str(error)
     return None if verdict == "ok" else f"has damaged pages ({' '.join(verdict.split())})"

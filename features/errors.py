@@ -62,8 +62,11 @@ ADVICE = {
 }
 """What to do about an error of the operating system."""
 
-WRITTEN_REFUSED = re.compile("attempt to write a readonly database|unable to open database file")
+WRITTEN_REFUSED = re.compile("attempt to write a readonly database")
 """How SQLite says that this user may not write a file, or one beside it."""
+
+WRITTEN_UNOPENED = "unable to open database file"
+"""How SQLite says that it could not even look at a file, for whichever reason."""
 
 COLOURS = re.compile("\x1b\\[[0-9;]*m")
 
@@ -77,7 +80,9 @@ WRITTEN_FULL = re.compile("No space left on device|Disk quota exceeded|database 
 WRITTEN_S3 = re.compile("Generic S3 error|AWS Error")
 """How deltalake, Polars and Arrow begin what S3 says, or what became of the way to it."""
 
-WRITTEN_NOT_THERE = re.compile("404 Not Found|416 Range Not Satisfiable|416 Requested Range")
+WRITTEN_NOT_THERE = re.compile(
+    "404 Not Found|416 Range Not Satisfiable|416 Requested Range|NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND"
+)
 """What S3 says of a file that is gone or shorter than it was: it does answer."""
 
 
@@ -134,14 +139,18 @@ def out_of_reach(error: BaseException) -> str | None:
     """What an error says, if it tells nothing of the files: this user may not read them, or their storage does not
     answer. None: they may be damaged."""
     text = str(error)
-    s3 = WRITTEN_S3.search(text) and not WRITTEN_NOT_THERE.search(text)
-    refused = _number_of(error) in (errno.EACCES, errno.EPERM)
-    return message_of(error) if s3 or refused or isinstance(error, TimeoutError) else None
+    refused = _number_of(error) in (errno.EACCES, errno.EPERM) or WRITTEN_UNOPENED in text
+    hindered = refused or _is_silence_of_s3(text) or isinstance(error, TimeoutError)
+    return message_of(error) if hindered else None
+
+
+def _is_silence_of_s3(text: str) -> bool:
+    return bool(WRITTEN_S3.search(text)) and not WRITTEN_NOT_THERE.search(text)
 
 
 @contextmanager
 def in_reach(what: str) -> Iterator[None]:
-    """What is read in the block.
+    """Raise the error of a storage that is out of reach, in the block, as one that names what was read.
 
     Raises:
         UnavailableError: its storage does not answer, or refuses this user.
@@ -179,7 +188,7 @@ def message_of(error: BaseException) -> str:
     advice = ADVICE.get(number) if number is not None else None
     if "↳" in text:  # deltalake's errors are trees
         text = " ".join(text.replace("↳", "").split())
-    if WRITTEN_S3.search(text):
+    if _is_silence_of_s3(text):
         advice = _advice_on_s3()
     return f"{text.removesuffix('.')}. {advice}" if advice else text
 

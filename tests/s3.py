@@ -6,6 +6,7 @@ In a process of its own: deltalake holds the interpreter's lock while it waits f
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,22 +25,29 @@ class Faults:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._counting = path, threading.Lock()
         self.stop()
 
     def set(self, kind: str, times: int = 1_000, part: str = "/") -> None:
-        self.path.write_text(f"{kind} {times} {part}")
+        self._write(f"{kind} {times} {part}")
 
     def stop(self) -> None:
-        self.path.write_text("")
+        self._write("")
+
+    def _write(self, text: str) -> None:
+        """At once, as requests read it meanwhile."""
+        scratch = self.path.with_name(f"{self.path.name}.{threading.get_ident()}")
+        scratch.write_text(text)
+        scratch.replace(self.path)
 
     def next(self, path: str) -> str:
         """The kind that is done to a request; empty: none."""
-        words = self.path.read_text().split()
-        if len(words) < 3 or words[2] not in path or words[1] == "0":
-            return ""
-        self.set(words[0], int(words[1]) - 1, words[2])
-        return words[0]
+        with self._counting:
+            words = self.path.read_text().split()
+            if len(words) < 3 or words[2] not in path or words[1] == "0":
+                return ""
+            self.set(words[0], int(words[1]) - 1, words[2])
+            return words[0]
 
 
 def serve(port: int, faults: Faults) -> None:

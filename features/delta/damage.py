@@ -17,7 +17,7 @@ from features.delta.columns import reads_as, type_name
 from features.delta.files import READ_ERRORS
 from features.delta.paths import file_system, table_store
 from features.delta.write import is_as_written, is_written_for
-from features.errors import CorankError, UnavailableError, UnreadableError, first_line, in_reach, out_of_reach
+from features.errors import UnreadableError, first_line, in_reach, out_of_reach
 
 SHOWN_FILES = 5
 
@@ -35,6 +35,7 @@ class Files(Protocol):
     def uri(self) -> str: ...
     @property
     def storage_options(self) -> Mapping[str, str]: ...
+    def pinned(self) -> Files: ...
     def delta(self) -> DeltaTable: ...
     def data_files(self, partitions: Sequence[str] | None) -> list[tuple[str, int, str | None]]: ...
 
@@ -61,11 +62,7 @@ def check_files(table: Files, partitions: Iterable[str] | None = None, whole: bo
     """
     broken = damaged_files(table, partitions, whole)
     if broken:
-        named = [
-            f"table {table.name}{f', partition {file.partition}' if file.partition else ''}: "
-            f"file {table.uri}/{file.path} {file.problem}"
-            for file in broken
-        ]
+        named = [f"{_place(table, file.partition, file.path)} {file.problem}" for file in broken]
         more = [f"… and {len(named) - SHOWN_FILES:,} more files"] if len(named) > SHOWN_FILES else []
         remedy = f"restore the files, or write their partition again; {MENDED}"
         raise UnreadableError("\n".join([*named[:SHOWN_FILES], *more]) + f"; {remedy}")
@@ -73,12 +70,13 @@ def check_files(table: Files, partitions: Iterable[str] | None = None, whole: bo
 
 def damaged_files(table: Files, partitions: Iterable[str] | None = None, whole: bool = False) -> list[DamagedFile]:
     """The files that :func:`check_files` raises for, ordered by partition and path."""
+    table = table.pinned()  # its log is read once
     schema = pa.schema(table.delta().schema().to_arrow())
     types = {column.name: type_name(column.type) for column in schema}
     files = table.data_files(None if partitions is None else list(partitions))
     store = table_store(table.uri, table.storage_options)
     with ThreadPoolExecutor(16) as pool:
-        problems = pool.map(partial(_problem_in_reach, table, store, types, whole), files)
+        problems = pool.map(partial(_problem_of_file, table, store, types, whole), files)
         broken = [DamagedFile(path, day, why) for (path, _, day), why in zip(files, problems, strict=True) if why]
     broken += [DamagedFile(path, day, MISPLACED) for path, _, day in files if day and not is_written_for(path, day)]
     return sorted(broken, key=lambda file: (file.partition or "", file.path))
@@ -104,14 +102,6 @@ def lost_files(table: Files) -> list[DamagedFile]:
     return [DamagedFile(path, day, problem) for path, day, problem in problems if problem]
 
 
-def _problem_in_reach(
-    table: Files, store: fs.FileSystem, types: Mapping[str, str], whole: bool, file: tuple[str, int, str | None]
-) -> str | None:
-    path, size, partition = file
-    with in_reach(f"table {table.name}{f', partition {partition}' if partition else ''}: file {table.uri}/{path}"):
-        return _problem_of_file(store, path, size, types, whole)
-
-
 def _problem_of_size(found: int | None, size: int) -> str | None:
     """
     Args:
@@ -122,24 +112,27 @@ def _problem_of_size(found: int | None, size: int) -> str | None:
     return None if found == size else f"has {found:,} bytes, but the Delta log says {size:,}"
 
 
-def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[str, str], whole: bool) -> str | None:
+def _problem_of_file(
+    table: Files, store: fs.FileSystem, types: Mapping[str, str], whole: bool, file: tuple[str, int, str | None]
+) -> str | None:
     """What is wrong with a Parquet file that has this size and these columns by the Delta log."""
-    try:
-        info = store.get_file_info(path)
-        if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):
-            return problem
-        with store.open_input_file(path) as stream:
-            if whole and not is_as_written(path, stream.readall()):
-                return "has other bytes than were written"
-            file = pq.ParquetFile(stream)
-            stored = {column.name: type_name(column.type) for column in file.schema_arrow}
-            if whole:
-                for group in range(file.num_row_groups):
-                    file.read_row_group(group)
-    except READ_ERRORS as error:
-        if out_of_reach(error):
-            raise
-        return f"is no readable Parquet file ({first_line(error)})"
+    path, size, partition = file
+    with in_reach(_place(table, partition, path)):
+        try:
+            info = store.get_file_info(path)
+            if problem := _problem_of_size(None if info.type == fs.FileType.NotFound else info.size, size):
+                return problem
+            with store.open_input_file(path) as stream:
+                if whole and not is_as_written(path, stream.readall()):
+                    return "has other bytes than were written"
+                content = pq.ParquetFile(stream)
+                stored = {column.name: type_name(column.type) for column in content.schema_arrow}
+                for group in range(content.num_row_groups if whole else 0):
+                    content.read_row_group(group)
+        except READ_ERRORS as error:
+            if out_of_reach(error):
+                raise
+            return f"is no readable Parquet file ({first_line(error)})"
     differing = [
         f"stores column {column} as {kind}, but the table says {types[column]}"
         for column, kind in stored.items()
@@ -148,15 +141,5 @@ def _problem_of_file(store: fs.FileSystem, path: str, size: int, types: Mapping[
     return ", ".join(differing) or None
 
 
-def cannot_read(table: str, uri: str, path: str, error: Exception) -> CorankError:
-    """What to say of a file of a table that corank derived, when reading it failed."""
-    if reason := out_of_reach(error):
-        return UnavailableError(f"table {table} at {uri}: cannot read {path}: {reason}")
-    if isinstance(error, FileNotFoundError):
-        return CorankError(
-            f"table {table} at {uri}: {path} is gone. If another command replaced it meanwhile (`corank features "
-            "compact` or `forget`), run again; if it is lost, `corank repair`, then `corank run`, build it again."
-        )
-    return CorankError(
-        f"table {table} at {uri}: cannot read {path}: {error}. `corank repair`, then `corank run`, build it again."
-    )
+def _place(table: Files, partition: str | None, path: str) -> str:
+    return f"table {table.name}{f', partition {partition}' if partition else ''}: file {table.uri}/{path}"

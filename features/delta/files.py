@@ -33,7 +33,7 @@ class SomeFiles(LocalPaths):
             paths: relative to the table, as the file system has them.
         """
         super().__init__(table.table_uri, version=table.version(), storage_options=table._storage_options)
-        # sorted by path, as the order in which they are listed may differ, for instance after a checkpoint
+        # looked up by path: another reader may list the files in another order, for instance after a checkpoint
         listed = pa.table(super().get_add_actions())["path"].to_pylist()
         order = {unquote(path): index for index, path in enumerate(listed)}
         self._positions = [order[path] for path in paths]

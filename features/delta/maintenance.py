@@ -20,8 +20,8 @@ from deltalake import DeltaTable, PostCommitHookProperties
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow import fs
 
-from features.delta.damage import MENDED, cannot_read
-from features.delta.paths import file_system, table_store
+from features.delta.damage import MENDED
+from features.delta.paths import cannot_read, file_system, table_store
 from features.delta.table import Table
 from features.delta.write import DATA_FILE, DataFile, committing, write_file
 from features.errors import CorankError, UnreadableError

@@ -9,9 +9,12 @@ from urllib.parse import quote
 from deltalake.fs import DeltaStorageHandler
 from pyarrow import fs
 
+from features.errors import CorankError, UnavailableError, out_of_reach
+
 PATIENCE = {"timeout": "30s", "retry_timeout": "30s"}
-"""After how long a request to a storage that is silent is given up, and until when it is tried again. Polars waits for
-ever without them, and deltalake for three minutes, in which Python heeds no signal."""
+"""After how long a request to a storage that is silent is given up, and until when deltalake tries it again (Polars has
+30 s of its own for that). Without them Polars waits for ever, and deltalake for three minutes, in which Python heeds no
+signal."""
 
 ESCAPE = re.compile("%[0-9a-fA-F]{2}")
 
@@ -56,3 +59,17 @@ def table_store(root: str, options: Mapping[str, str]) -> fs.FileSystem:
         options: of the storage, as deltalake takes them.
     """
     return fs.PyFileSystem(DeltaStorageHandler(address(root), options=patient(options)))
+
+
+def cannot_read(table: str, uri: str, path: str, error: Exception) -> CorankError:
+    """What to say of a file of a table that corank derived, when reading it failed."""
+    if reason := out_of_reach(error):
+        return UnavailableError(f"table {table} at {uri}: cannot read {path}: {reason}")
+    if isinstance(error, FileNotFoundError):
+        return CorankError(
+            f"table {table} at {uri}: {path} is gone. If another command replaced it meanwhile (`corank features "
+            "compact` or `forget`), run again; if it is lost, `corank repair`, then `corank run`, build it again."
+        )
+    return CorankError(
+        f"table {table} at {uri}: cannot read {path}: {error}. `corank repair`, then `corank run`, build it again."
+    )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import unquote
 
 import polars as pl
@@ -25,9 +25,11 @@ from features.encoding import bucket_column
 from features.errors import (
     CorankError,
     DataGateError,
+    UnavailableError,
     UnreadableError,
     first_line,
     in_reach,
+    out_of_reach,
 )
 from features.schema import OTHER_UNITS, Grain, partition_bounds, partition_of
 
@@ -272,11 +274,7 @@ class Table:
         try:
             return frame.collect()
         except READ_ERRORS as error:
-            check_files(self, partitions, whole=True)
-            # every file can be read now, so either the query is wrong, or a file was gone for a moment
-            if isinstance(error, OSError):
-                raise UnreadableError(f"table {self.name} at {self.uri}: {error}; run again") from error
-            raise
+            self._explain(error, partitions)
 
     def portions(
         self, frame: pl.LazyFrame, rows: int, partitions: Iterable[str] | None = None
@@ -284,9 +282,19 @@ class Table:
         """The result of a query on this table's :meth:`scan`, some rows at a time; raises like :meth:`collect`."""
         try:
             yield from frame.collect_batches(chunk_size=rows)
-        except READ_ERRORS:
-            check_files(self, partitions, whole=True)
-            raise
+        except READ_ERRORS as error:
+            self._explain(error, partitions)
+
+    def _explain(self, error: Exception, partitions: Iterable[str] | None) -> NoReturn:
+        """Raise what stopped a query as :meth:`collect` does, or else as it was raised."""
+        reason = out_of_reach(error)
+        check_files(self, partitions, whole=reason is None)
+        # every file can be read now, so either the query is wrong, or a file was out of reach for a moment
+        if reason is not None:
+            raise UnavailableError(f"table {self.name} at {self.uri}: {reason}") from error
+        if isinstance(error, OSError):
+            raise UnreadableError(f"table {self.name} at {self.uri}: {error}; run again") from error
+        raise error
 
     def size(self) -> int:
         """Bytes of the version's files."""

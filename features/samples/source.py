@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
-from features.delta.damage import cannot_read
-from features.delta.paths import address, patient, table_store
+from features.delta.paths import address, cannot_read, patient, table_store
 from features.sample_table import between, concatenate, cut, sample_schema, sampled_before
 from features.schema import Schema
 

@@ -52,7 +52,7 @@ JOINED_PARTITIONS = 8
 """Newest partitions of a log whose ids are looked for in another table."""
 
 UNREADABLE = Rule("unreadable_files", pl.lit(0), "cannot be read")
-"""Files that are missing, damaged or of another type than the table (:meth:`Table.check_files`)."""
+"""Files that are missing, damaged or of another type than the table (:func:`features.delta.damage.check_files`)."""
 
 
 @dataclass(frozen=True)

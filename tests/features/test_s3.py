@@ -16,13 +16,13 @@ import pytest
 from features.builder.states import SAMPLES, STATE
 from features.delta.damage import check_files, damaged_files
 from features.delta.maintenance import compact, derived_tables
-from features.delta.paths import address, patient
+from features.delta.paths import address
 from features.delta.table import Table
 from features.errors import UnavailableError, message_of
 from features.sample_table import candidate_counts
 from features.samples.source import SampleSource
 from pipeline.records import Records
-from tests.features.worlds import COUNTING, DAYS, fold_all, settings, write_world
+from tests.features.worlds import COUNTING, DAYS, SCHEMA, fold_all, settings, write_world
 from tests.s3 import Faults
 from tests.servers import free_port, wait_for
 
@@ -93,6 +93,19 @@ def test_a_lake_on_s3_holds_what_a_local_one_holds(s3: Faults, tmp_path: Path) -
     assert found["rows"] == 2
 
 
+class Fails:
+    """A query that fails when it is run."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def collect(self) -> pl.DataFrame:
+        raise self._error
+
+    def collect_batches(self, chunk_size: int) -> Iterator[pl.DataFrame]:
+        raise self._error
+
+
 def small_table(**options: str) -> Table:
     """A table of one file on S3."""
     pl.DataFrame({"dt": DAYS[:1], "ts": [1]}).write_delta(
@@ -118,13 +131,18 @@ def test_an_s3_that_answers_with_errors_is_named_and_no_file_is_taken_for_damage
     assert os.environ["AWS_ENDPOINT_URL"] in message_of(failure.value)
     s3.stop()
     assert pinned.collect(pinned.scan()).equals(rows)
+    # what was out of reach for a moment is no damage either: the check that follows finds nothing
+    error = ConnectionRefusedError("Generic S3 error: error sending request")
+    for read in (lambda: pinned.collect(Fails(error)), lambda: list(pinned.portions(Fails(error), 1))):  # type: ignore[arg-type]
+        with pytest.raises(UnavailableError, match=r"table events at s3://lake/events: .*error sending request"):
+            read()
     assert damaged_files(table, whole=True) == []
     assert records.get("samples", DAYS[0]) is not None
 
 
-def test_a_silent_s3_is_given_up_after_the_time_that_is_set_or_half_a_minute(s3: Faults) -> None:
-    assert patient({}) == {"timeout": "30s", "retry_timeout": "30s"}
-    table = small_table(timeout="1s", retry_timeout="1s")
+def test_a_silent_s3_is_given_up_after_a_time(s3: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("features.delta.paths.PATIENCE", {"timeout": "1s", "retry_timeout": "1s"})
+    table = small_table()
     pinned = table.pinned()
     rows = pinned.collect(pinned.scan())
     started = time.monotonic()
@@ -133,6 +151,8 @@ def test_a_silent_s3_is_given_up_after_the_time_that_is_set_or_half_a_minute(s3:
         table.delta()
     with pytest.raises(UnavailableError, match="operation timed out"):
         check_files(pinned)
+    with pytest.raises(Exception, match="operation timed out"):
+        SampleSource("s3://lake/events", SCHEMA, tuple(DAYS), 0, 1).files()
     s3.set("silent", 1, ".parquet")
     assert pinned.collect(pinned.scan()).equals(rows)  # Polars asks again
     assert time.monotonic() - started < 30

@@ -100,9 +100,10 @@ def forgotten_key(user: str) -> str:
 
 
 def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
-    """Erase users from the derived tables, the online store, self-checks and the deployment's example.
+    """Erase users from the derived tables, the online store, self-checks, the deployment's example and a running
+    service, which forgets all user sides that it remembers.
 
-    A running service forgets all user sides that it remembers. What was erased is recorded under ``records/forgotten``
+    What was erased is recorded under ``records/forgotten``
     without the id. Model weights are not changed.
 
     Raises:

@@ -15,7 +15,6 @@ import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, PlainValidator, StrictInt
@@ -27,6 +26,7 @@ from serving.auth import Tokens, UnauthorizedError
 from serving.bodies import BodyError, bounded_route
 from serving.memo import Ranked
 from serving.metrics import Measuring, Metrics
+from serving.paths import EVENTS, HEALTH, RANK, RANK_BATCH, READY
 from serving.proxy import ADMITTED
 from serving.rows import InvalidRequestError, RequestRow
 from serving.settings import MOST_BODY_BYTES, ServingConfig
@@ -149,6 +149,11 @@ class Service(Protocol):
 
     async def describe(self) -> ModelDescription: ...
 
+    async def require_ready(self) -> None: ...
+
+    @property
+    def served(self) -> str | None: ...
+
     @property
     def refused(self) -> dict[str, str] | None: ...
 
@@ -165,56 +170,50 @@ def build_api(
         admitted: requests to rank, and pushes, that all replicas hold together; the proxy turns away what is more.
         tokens: one of them must come with every request but those for health and documentation; None: none is asked.
     """
-    # shown in the documentation; the route checks it
-    scheme = [Depends(HTTPBearer(auto_error=False))] if tokens is not None else []
-    api = FastAPI(title="corank", dependencies=scheme)
+    api = FastAPI(title="corank")
+    # only shown in the documentation; the route checks it, before the body is read
+    private: dict[str, Any] = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if tokens is not None else []}
     metrics = Metrics(f"{socket.gethostname()}:{os.getpid()}")
-    api.router.route_class = bounded_route(max_body_bytes, tokens.holder if tokens is not None else lambda _: None)
+    api.router.route_class = bounded_route(max_body_bytes, tokens.require if tokens is not None else lambda _: None)
     limits = {ADMITTED: str(admitted)}
 
-    @api.post("/v1/rank")
+    @api.post(RANK, **private)
     async def rank(request: RankRequest) -> JSONResponse:
         answer = await service.rank(request)
         metrics.answered(answer)
         return JSONResponse(answer, headers=limits)
 
-    @api.post("/v1/rank:batch")
+    @api.post(RANK_BATCH, **private)
     async def rank_batch(batch: RankBatchRequest) -> JSONResponse:
         answers = await service.rank_batch(batch)
         for answer in answers:
             metrics.answered(answer)
         return JSONResponse({"answers": answers}, headers=limits)
 
-    @api.post("/v1/events")
+    @api.post(EVENTS, **private)
     async def events(request: EventsRequest) -> JSONResponse:
         return JSONResponse(await service.push(request), headers=limits)
 
-    @api.get("/healthz")
-    @api.get("/readyz")
-    async def healthz() -> JSONResponse:
+    @api.get(HEALTH)
+    @api.get(READY)
+    async def health() -> JSONResponse:
         try:
-            await service.describe()
+            await service.require_ready()
         except Exception as error:
             LOG.exception("the model does not answer")
             return _error(503, "not_ready", None, told(error))
         return JSONResponse({"status": "ok"}, headers=limits)
 
-    @api.get("/v1/model")
+    @api.get("/v1/model", **private)
     async def model() -> JSONResponse:
         return JSONResponse({**_summary(await service.describe()), "refused": service.refused})
 
-    @api.get("/metrics")
+    @api.get("/metrics", **private)
     async def measured() -> Response:
-        try:
-            version: str | None = (await service.describe()).version
-        except Exception:
-            LOG.exception("the model does not answer")
-            version = None
-        metrics.state(version, service.refused is not None)
+        metrics.state(service.served, service.refused is not None)
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    routes = frozenset(route.path for route in api.routes if isinstance(route, APIRoute))
-    api.add_middleware(Measuring, metrics=metrics, paths=routes)
+    api.add_middleware(Measuring, metrics=metrics)
 
     @api.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -21,8 +21,8 @@ def build_application(settings: ServingSettings) -> serve.Application:
         max_constructor_retry_count=2,
     )(Ranker)
     service = serve.deployment(
-        # Room above the limits of both kinds, so that what exceeds them reaches the service and is answered 503 in
-        # JSON.
+        # Room above what the proxy passes on of its three paths, for health and the like; what exceeds the service's
+        # own limits reaches it and is answered 503 in JSON.
         max_ongoing_requests=3 * settings.options.admitted + 100,
         num_replicas=settings.options.service_replicas,
         ray_actor_options={"num_cpus": settings.service_cpus},

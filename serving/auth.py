@@ -5,7 +5,6 @@ from __future__ import annotations
 import hmac
 import re
 import time
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,22 +21,20 @@ class UnauthorizedError(CorankError):
     """A request without a token that the file names."""
 
 
-@dataclass
 class Tokens:
-    """The tokens of a file: a line ``name token`` each; empty lines and those that begin with # say nothing.
+    """The tokens that a file names now: a line ``name token`` each; other lines are empty or begin with #."""
 
-    Attributes:
-        path: of the file.
-    """
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            CorankError: the file cannot be read.
+        """
+        self._path, self._stamp, self._looked = path, (0, 0), float("-inf")
+        self._digests: list[bytes] = []
+        self._look()
 
-    path: Path
-    _digests: dict[str, bytes] = field(default_factory=dict, repr=False)  # holder → digest of their token
-    _stamp: tuple[int, int] | None = None
-    _looked: float = float("-inf")
-
-    def holder(self, authorization: str | None) -> str:
-        """Who sends a request.
-
+    def require(self, authorization: str | None) -> None:
+        """
         Args:
             authorization: the header of this name.
 
@@ -49,34 +46,23 @@ class Tokens:
         kind, _, token = (authorization or "").partition(" ")
         if kind.lower() != "bearer" or not token.strip():
             raise UnauthorizedError("send a token of serving.tokens: the header authorization: Bearer TOKEN")
-        sent, found = _digest(token.strip()), ""
-        for name, digest in self._digests.items():  # all of them: how long it takes tells nothing about the tokens
-            if hmac.compare_digest(sent, digest):
-                found = name
-        if not found:
+        sent = _digest(token.strip())
+        # all of them are compared: how long it takes says nothing about the tokens
+        equal = [hmac.compare_digest(sent, digest) for digest in self._digests]
+        if not any(equal):
             raise UnauthorizedError("the token is none of those in serving.tokens; it may have been revoked")
-        return found
-
-    def first(self) -> str:
-        """A token of the file, for this machine's own requests.
-
-        Raises:
-            CorankError: the file cannot be read.
-        """
-        return next(iter(read_tokens(self.path).values()))
 
     def _look(self) -> None:
         """Read the file if it has changed."""
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         try:
-            status = self.path.stat()
+            status = self._path.stat()
         except OSError as error:
-            raise CorankError(f"serving.tokens: {self.path}: {error.strerror}") from None
+            raise CorankError(f"serving.tokens: {self._path}: {error.strerror}") from None
         stamp = (status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
-            self._digests = {name: _digest(token) for name, token in read_tokens(self.path).items()}
-            self._stamp = stamp
+            self._digests, self._stamp = [_digest(token) for token in read_tokens(self._path).values()], stamp
         self._looked = time.monotonic()
 
 

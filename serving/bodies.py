@@ -18,8 +18,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-OPEN = ("/healthz", "/readyz")
-"""Paths that anybody may ask: they tell nothing but whether the service works."""
+from serving.paths import OPEN
 
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -37,7 +36,7 @@ def bounded_route(most_bytes: int, authorize: Callable[[str | None], object]) ->
 
     Args:
         authorize: raises what a request is refused with by its header ``authorization``, before its body is read; not
-            asked about those to :data:`OPEN`.
+            asked about those to :data:`serving.paths.OPEN`.
     """
 
     class BoundedRequest(Request):

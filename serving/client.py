@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, cast
 
 import httpx
 
 from features.errors import CorankError
+from serving.auth import UnauthorizedError
+from serving.paths import EVENTS, HEALTH, RANK, RANK_BATCH
 from serving.ports import is_own
 
 TOKEN = "CORANK_TOKEN"
@@ -56,17 +59,24 @@ class RankingClient:
         candidates: Sequence[str | int],
         context: Mapping[str, Any] | None = None,
         ts: int | None = None,
+        *,
+        tasks: Sequence[str] | None = None,
+        top_k: int | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Scores and ranking of the candidates.
 
         Args:
             context: context features by the column they come from.
             ts: time of the request in microseconds UTC; default: now.
+            tasks: whose scores to answer; default: all.
+            top_k: length of the ranking; default: all.
+            weights: of the tasks, by whose weighted sum to rank; default: as the endpoint is configured.
         """
         body: dict[str, Any] = {"user_id": user_id, "candidates": list(candidates), "context": dict(context or {})}
-        if ts is not None:
-            body["ts"] = ts
-        return self._call("POST", "/v1/rank", body)
+        chosen = {"ts": ts, "tasks": tasks and list(tasks), "top_k": top_k, "weights": weights and dict(weights)}
+        body |= {name: value for name, value in chosen.items() if value is not None}
+        return self._call("POST", RANK, body)
 
     def rank_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The answers to several requests, in their order; all of them, or an error.
@@ -75,7 +85,7 @@ class RankingClient:
             requests: bodies of ``POST /v1/rank``: user_id, candidates, and what else a request may have.
         """
         body = {"requests": [dict(request) for request in requests]}
-        return cast(list[dict[str, Any]], self._call("POST", "/v1/rank:batch", body)["answers"])
+        return cast(list[dict[str, Any]], self._call("POST", RANK_BATCH, body)["answers"])
 
     def push(self, events: Sequence[Mapping[str, Any]], table: str | None = None) -> dict[str, int]:
         """Append new events to the online sequences; the next request sees them. May be repeated.
@@ -89,11 +99,11 @@ class RankingClient:
             events added per sequence.
         """
         body = {"events": [dict(event) for event in events], "table": table}
-        return cast(dict[str, int], self._call("POST", "/v1/events", body)["added"])
+        return cast(dict[str, int], self._call("POST", EVENTS, body)["added"])
 
     def healthz(self) -> dict[str, Any]:
         """``{"status": "ok"}`` when the model answers."""
-        return self._call("GET", "/healthz")
+        return self._call("GET", HEALTH)
 
     def model(self) -> dict[str, Any]:
         """Version, tasks, schema summary and metadata of the deployed model."""
@@ -128,6 +138,8 @@ class RankingClient:
                 f"{self.url}{path}: {response.status_code}: {response.text.strip()[:300] or response.reason_phrase}; "
                 "this is no endpoint of corank"
             )
+        if response.status_code == HTTPStatus.UNAUTHORIZED:
+            raise UnauthorizedError(f"{self.url}{path}: {told['message']}")
         where = f"{told['field']}: " if told.get("field") else ""
         raise CorankError(f"{self.url}{path}: {response.status_code}: {where}{told['message']}")
 

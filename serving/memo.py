@@ -139,7 +139,7 @@ class MemoisedModel:
         """The state of these rows' timelines, in order, and the digests of those that were remembered."""
         states = {key: state for key in events if (state := self.timelines.get(key)) is not None}
         known = set(states)
-        missing = {key: places[digest] for key, digest in _first_places(events).items() if key not in known}
+        missing = {key: places[index] for key, index in _first_places(events).items() if key not in known}
         if missing:
             new = list(missing.values())
             part = batch if len(new) == rows.num_rows else self._part(rows, new)

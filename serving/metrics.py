@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+GONE = 499
+"""Status of a request whose client did not wait for the answer."""
+
 CANDIDATES = (1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 
 
@@ -33,7 +37,11 @@ class Metrics:
         self._process = process
         self._requests = made(Counter, "http_requests", "Requests by path and status.", "path", "status")
         self._seconds = made(
-            Histogram, "http_request_seconds", "From the first to the last byte.", "path", buckets=SECONDS
+            Histogram,
+            "http_request_seconds",
+            "In the replica, without the wait for it.",
+            "path",
+            buckets=SECONDS,
         )
         self._ongoing = made(Gauge, "http_requests_ongoing", "Requests that are worked on now.")
         self._parts = made(Histogram, "rank_part_seconds", "Where the time of an answer went.", "part", buckets=SECONDS)
@@ -41,7 +49,6 @@ class Metrics:
         self._cold = made(Counter, "rank_cold", "Users and items of requests that nobody knows.", "entity")
         self._memo = made(Counter, "memo", "Requests by what of their user side was remembered.", "remembered")
         self._model = made(Gauge, "model_served", "1 for the model that requests are bound to.", "version")
-        self._ready = made(Gauge, "ready", "1 if the model and the online store answer.")
         self._refused = made(Gauge, "model_refused", "1 while the newest model named is not fit to be served.")
 
     def answered(self, answer: Mapping[str, Any]) -> None:
@@ -55,9 +62,8 @@ class Metrics:
         self._memo.labels(self._process, answer["memo"]).inc()
 
     def state(self, version: str | None, refused: bool) -> None:
-        """What is served now; None: the model or the store does not answer."""
+        """The version that requests are bound to now, if any."""
         self._model.clear()
-        self._ready.set(version is not None)
         if version is not None:
             self._model.labels(self._process, version).set(1)
         self._refused.set(refused)
@@ -77,16 +83,16 @@ class Metrics:
 
 
 class Measuring:
-    """Counts and times the requests to some paths; all others are one path."""
+    """Counts and times requests by the path of their route; those without one are one path."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, paths: frozenset[str]) -> None:
-        self._app, self._metrics, self._paths = app, metrics, paths
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path, started, status = scope["path"].removeprefix(scope.get("root_path", "")), time.perf_counter(), 500
+        started, status = time.perf_counter(), 500
 
         async def forward(message: Message) -> None:
             nonlocal status
@@ -96,5 +102,9 @@ class Measuring:
         self._metrics.begun()
         try:
             await self._app(scope, receive, forward)
+        except asyncio.CancelledError:
+            status = GONE  # the client has left
+            raise
         finally:
-            self._metrics.ended(path if path in self._paths else "other", status, time.perf_counter() - started)
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.ended(path, status, time.perf_counter() - started)

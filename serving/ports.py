@@ -21,19 +21,22 @@ def endpoint_url(host: str, port: int) -> str:
 def is_own(url: str) -> bool:
     """Whether an address is this machine's own, on loopback or not, which is asked without a proxy."""
     host = urlsplit(url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host in ("localhost", socket.gethostname().lower()) or host.endswith(".localhost")
-    return address.is_loopback or is_free(host, 0)
+    return is_loopback(host) or host == socket.gethostname().lower() or (_is_address(host) and is_free(host, 0))
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches what listens on this host."""
-    try:
+    if _is_address(host):
         return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
+        return False
+    return True
 
 
 def require_free(host: str, port: int) -> None:

@@ -13,14 +13,16 @@ from collections import Counter
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.paths import LIMITED, OPEN
+
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 ADMITTED = "x-corank-admitted"
-"""Header of the service's answers: how many requests of each path of ``LIMITED`` its replicas hold together. Whoever
-starts an endpoint asks ``/healthz`` first; a proxy that is replaced learns it from the next answer."""
+"""Header of the service's answers: how many requests of each of :data:`serving.paths.LIMITED` the proxy passes on at a
+time, a batch as one. Whoever starts an endpoint asks for its health first; a proxy that is replaced learns it from the
+next answer."""
 UNAVAILABLE = "no process of the service answers; try again"
 GONE = "corank.gone"
 """In the scope of a request that no replica answered."""
-HEALTH, LIMITED = ("/healthz", "/readyz"), ("/v1/rank", "/v1/rank:batch", "/v1/events")
 
 
 def announce() -> None:
@@ -72,7 +74,7 @@ class Admission:
         async def forward(message: Message) -> None:
             for name, value in message.get("headers", []):
                 if name == ADMITTED.encode():
-                    root = next(path.removesuffix(suffix) for suffix in (*HEALTH, *LIMITED) if path.endswith(suffix))
+                    root = next(path.removesuffix(suffix) for suffix in (*OPEN, *LIMITED) if path.endswith(suffix))
                     self._admitted |= {root + limited: int(value) for limited in LIMITED}
             await send(message)
 

@@ -32,12 +32,12 @@ class BoundRow(NamedTuple):
     Attributes:
         artifact: of the model that it is bound to.
         row: in the layout of ``serving_schema``.
-        erasures: how often users had been forgotten when it was read.
+        erased: when users had last been forgotten as it was read, microseconds UTC.
     """
 
     artifact: str
     row: pa.Table
-    erasures: int = 0
+    erased: int = 0
 
 
 MOST_MODELS = 2
@@ -55,7 +55,7 @@ class Ranker:
         self._models: OrderedDict[str, tuple[Artifact, MemoisedModel]] = OrderedDict()
         self._loading, self._order = threading.Lock(), threading.Lock()
         self._max_candidates = settings.options.max_candidates
-        self._erasures = 0
+        self._erased = 0
         self._memo_bytes = round(settings.options.memo_megabytes * 1e6)
         self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
         self.rank.set_batch_wait_timeout_s(settings.options.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
@@ -89,10 +89,10 @@ class Ranker:
         model, _ = await asyncio.to_thread(self._model, artifact)
         return ModelDescription(model.version, model.schema, model.metadata)
 
-    def forget(self, erasures: int) -> None:
-        """Remember nothing from before these erasures; the memo cannot say whose its states are."""
+    def forget(self, erased: int) -> None:
+        """Remember nothing from before this moment; the memo cannot say whose its states are."""
         with self._order:
-            newer, self._erasures = erasures > self._erasures, max(erasures, self._erasures)
+            newer, self._erased = erased > self._erased, max(erased, self._erased)
             for _, model in self._models.values() if newer else ():
                 model.forget()
 
@@ -104,12 +104,12 @@ class Ranker:
     def score(self, requests: Sequence[BoundRow]) -> list[Ranked]:
         """Scores of these requests, merged per model into batches of at most ``max_candidates`` candidates."""
         bound, ranked = [BoundRow(*request) for request in requests], dict[int, Ranked]()
-        self.forget(max(request.erasures for request in bound))
+        self.forget(max(request.erased for request in bound))
         for artifact in dict.fromkeys(request.artifact for request in bound):
             places = [place for place, request in enumerate(bound) if request.artifact == artifact]
             rows = concatenate([bound[place].row for place in places])
             _, model = self._model(artifact)
             ranked |= dict(zip(places, model.rank(rows, self._max_candidates), strict=True))
-            if any(bound[place].erasures < self._erasures for place in places):  # read before a user was forgotten
+            if any(bound[place].erased < self._erased for place in places):  # read before a user was forgotten
                 model.forget()
         return [ranked[place] for place in range(len(requests))]

@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import polars as pl
 from fastapi import FastAPI
 from ray.exceptions import RayError
@@ -27,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 
 from features.delta.paths import file_system
 from features.errors import CorankError, UnavailableError, raised
+from features.store.online import FeatureStoreSettings
 from features.store.push import EventsError, OnlineWriter
 from features.store.reader import OnlineReader
 from serving.api import (
@@ -84,8 +86,8 @@ class RankingService:
         self.refused: dict[str, str] | None = None  # the last artifact that is not fit to be served, and why
         # the store by the newest config, whose views it has; a model may read fewer of them
         self._writes_to = settings.store
-        self._writer: OnlineWriter | None = None
-        self._erasures = 0  # of users that are forgotten
+        self._writer: tuple[FeatureStoreSettings, OnlineWriter] | None = None  # used by the writing thread alone
+        self._erased = 0  # when users were last forgotten, microseconds UTC
         self._admitted = {"rank": 0, "push": 0}
         self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
 
@@ -95,13 +97,22 @@ class RankingService:
         return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas, tokens)
 
     async def describe(self) -> ModelDescription:
-        """What the ranker serves, asked anew each time; it also shows that the store can be read.
+        """What the ranker serves, asked anew each time."""
+        return await self._described((await self._open()).artifact)
 
+    async def require_ready(self) -> None:
+        """
         Raises:
-            CorankError: the store lacks what the model reads, or does not answer.
+            CorankError: the model does not answer, or the online store cannot be read.
         """
         live = await self._open()
-        return await self._described(live.artifact)
+        await self._described(live.artifact)
+        await _in_thread(self._reading, lambda: live.reader.user(""))
+
+    @property
+    def served(self) -> str | None:
+        """Version of the model that requests are bound to now; None before the first."""
+        return self._live.model.version if self._live is not None else None
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
         """Score and order the candidates of a request.
@@ -111,49 +122,70 @@ class RankingService:
             OverloadedError: too many requests are being worked on.
             UnavailableError: the online store does not answer.
         """
-        settings, limits = self._settings, self._settings.options
-        if len(request.candidates) > limits.max_candidates:
-            raise InvalidRequestError(
-                "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
-            )
         with self._admission("rank"):
             live = await self._open()
-            weights = weights_of(request, live.model.tasks, limits.weights)
-            started = time.perf_counter()
-            ts = request.ts if request.ts is not None else time.time_ns() // 1_000
-            erasures = self._erasures  # before the row is read: it may hold what is erased meanwhile
-            row = await _in_thread(
-                self._reading,
-                lambda: build_row(
-                    live.reader,
-                    settings.log_delay,
-                    str(request.user_id),
-                    [str(item) for item in request.candidates],
-                    request.context,
-                    ts,
-                    limits.missing_context,
-                ),
-            )
-            read = time.perf_counter()
-            ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows, erasures))
-            seconds = {"features": read - started, "model": time.perf_counter() - read}
-            return answer(request, ts, row, live.model, ranked, seconds, weights)
+            return await self._answer(live, request, self._weights(live, request))
 
     async def rank_batch(self, batch: RankBatchRequest) -> list[dict[str, Any]]:
-        """The answers to several requests, which are worked on at once; all of them, or the first error.
+        """The answers to several requests, which are admitted together and worked on at once; all, or the first error.
 
         Raises:
             InvalidRequestError: as :meth:`rank` raises it; the field begins with the request's place.
             OverloadedError, UnavailableError: as :meth:`rank` raises them.
         """
-        answers = await asyncio.gather(*(self.rank(request) for request in batch.requests), return_exceptions=True)
-        for place, answered in enumerate(answers):
-            if isinstance(answered, InvalidRequestError):
-                raise InvalidRequestError(f"requests.{place}.{answered.field}", str(answered))
-        failures = [answered for answered in answers if isinstance(answered, BaseException)]
-        if failures:
-            raise failures[0]
-        return [answered for answered in answers if not isinstance(answered, BaseException)]
+        requests, most = batch.requests, self._settings.options.admitted
+        if len(requests) > most:
+            raise InvalidRequestError("requests", f"has {len(requests)}; at most {most} are worked on at a time")
+        with self._admission("rank", len(requests)):
+            live = await self._open()
+            weights = []
+            for place, request in enumerate(requests):
+                with _named(place):
+                    weights.append(self._weights(live, request))
+            answers = await asyncio.gather(
+                *(self._answer(live, request, own) for request, own in zip(requests, weights, strict=True)),
+                return_exceptions=True,
+            )
+            for place, answered in enumerate(answers):
+                if isinstance(answered, BaseException):
+                    with _named(place):
+                        raise answered
+            return [answered for answered in answers if not isinstance(answered, BaseException)]
+
+    def _weights(self, live: LiveModel, request: RankRequest) -> np.ndarray:
+        """The tasks' weights of a request, [K].
+
+        Raises:
+            InvalidRequestError: it has too many candidates, or names what is no task of the model.
+        """
+        limits = self._settings.options
+        if len(request.candidates) > limits.max_candidates:
+            raise InvalidRequestError(
+                "candidates", f"has {len(request.candidates)} items; at most {limits.max_candidates}"
+            )
+        return weights_of(request, live.model.tasks, limits.weights)
+
+    async def _answer(self, live: LiveModel, request: RankRequest, weights: np.ndarray) -> dict[str, Any]:
+        settings = self._settings
+        started = time.perf_counter()
+        ts = request.ts if request.ts is not None else time.time_ns() // 1_000
+        erased = self._erased  # before the row is read: it may hold what is erased meanwhile
+        row = await _in_thread(
+            self._reading,
+            lambda: build_row(
+                live.reader,
+                settings.log_delay,
+                str(request.user_id),
+                [str(item) for item in request.candidates],
+                request.context,
+                ts,
+                settings.options.missing_context,
+            ),
+        )
+        read = time.perf_counter()
+        ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows, erased))
+        seconds = {"features": read - started, "model": time.perf_counter() - read}
+        return answer(request, ts, row, live.model, ranked, seconds, weights)
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         """Append events to the online sequences; the next request sees them.
@@ -170,8 +202,10 @@ class RankingService:
             return {"added": await _in_thread(self._writing, lambda: self._push(request))}
 
     def _push(self, request: EventsRequest) -> dict[str, int]:
-        writer = self._writer or OnlineWriter(self._writes_to, self._settings.log_delay)
-        self._writer = writer
+        store = self._writes_to
+        if self._writer is None or self._writer[0] is not store:
+            self._writer = store, OnlineWriter(store, self._settings.log_delay)
+        writer = self._writer[1]
         try:
             table = writer.table(request.table)
         except CorankError as error:
@@ -195,21 +229,21 @@ class RankingService:
             raise InvalidRequestError(place, str(alone)) from error
 
     @contextmanager
-    def _admission(self, kind: Literal["rank", "push"]) -> Iterator[None]:
-        """Count a request among those of its kind that are worked on while the block lasts.
+    def _admission(self, kind: Literal["rank", "push"], count: int = 1) -> Iterator[None]:
+        """Count requests among those of their kind that are worked on while the block lasts.
 
         Raises:
             OverloadedError: there are too many.
         """
-        if self._admitted[kind] >= self._settings.options.admitted:
+        if self._admitted[kind] + count > self._settings.options.admitted:
             raise OverloadedError(
                 f"{self._admitted[kind]} requests are being worked on, which is the limit; try again later"
             )
-        self._admitted[kind] += 1
+        self._admitted[kind] += count
         try:
             yield
         finally:
-            self._admitted[kind] -= 1
+            self._admitted[kind] -= count
 
     async def _open(self) -> LiveModel:
         """The model that requests are bound to now."""
@@ -241,10 +275,10 @@ class RankingService:
         if self._settings.follow is None:
             return None
         document = await asyncio.to_thread(followed, self._settings.follow)
-        if document is not None and document.erasures > self._erasures:
-            self._erasures = document.erasures
+        if document is not None and document.erased > self._erased:
+            self._erased = document.erased
             with suppress(UnavailableError):  # the next request tells it
-                await self._ask(self._ranker.forget, self._erasures)
+                await self._ask(self._ranker.forget, self._erased)
         return None if document is None else document.artifact
 
     async def _follow(self) -> None:
@@ -274,7 +308,7 @@ class RankingService:
             return False
         if artifact != self._settings.artifact and live.model.schema != self._writes_to.schema:
             # the config has changed: pushes fill the views that its models read
-            self._writes_to, self._writer = replace(self._writes_to, schema=live.model.schema), None
+            self._writes_to = replace(self._writes_to, schema=live.model.schema)
         self._live, self.refused = live, None
         return True
 
@@ -312,6 +346,15 @@ class RankingService:
                 await asyncio.sleep(0.2)
 
 
+@contextmanager
+def _named(place: int) -> Iterator[None]:
+    """Of a request of a batch: a field that is wrong is named with the request's place."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"requests.{place}.{error.field}", str(error)) from None
+
+
 async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
     return await asyncio.get_running_loop().run_in_executor(thread, work)
 
@@ -322,11 +365,11 @@ class Followed:
 
     Attributes:
         artifact: to be served.
-        erasures: how often users were forgotten.
+        erased: when users were last forgotten, microseconds UTC.
     """
 
     artifact: str
-    erasures: int = 0
+    erased: int = 0
 
 
 def followed(path: str) -> Followed | None:
@@ -335,7 +378,7 @@ def followed(path: str) -> Followed | None:
     try:
         with store.open_input_stream(inside) as stream:
             document = json.loads(stream.read())
-            return Followed(str(document["artifact"]), int(document.get("erasures", 0)))
+            return Followed(str(document["artifact"]), int(document.get("erased", 0)))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

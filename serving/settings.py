@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator, model_validator
 
 from features.schema import Declaration
-from serving.auth import Tokens
+from serving.auth import read_tokens
 from serving.ports import is_loopback
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class ServingConfig(Declaration):
     weights: dict[str, float] = Field(
         {}, description="rank by this weighted sum of the tasks' scores; default: by the first task"
     )
-    missing_context: MissingContext = Field("error", description="what a column is that a request's context lacks")
+    missing_context: MissingContext = Field("error", description="context that a request lacks: an error, or unknown")
 
     @field_validator("host")
     @classmethod
@@ -80,7 +80,7 @@ class ServingConfig(Declaration):
         Raises:
             CorankError: the file of tokens cannot be read.
         """
-        return None if self.tokens is None else Tokens(Path(self.tokens)).first()
+        return None if self.tokens is None else next(iter(read_tokens(Path(self.tokens)).values()))
 
     @property
     def admitted(self) -> int:

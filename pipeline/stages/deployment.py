@@ -92,7 +92,7 @@ class Deployment(Stage[DeploymentRecord]):
             raise CorankError("there is no champion to deploy; `corank run` trains one")
         require_own_features(workspace, champion)
         options = workspace.config.serving
-        url = endpoint_url(options.host, options.port)
+        url, token = endpoint_url(options.host, options.port), options.own_token
         with workspace.progress.stage(self.name) as stage:
             stage.say(f"starting Ray Serve with model version {champion.number}")
             with _or_rolled_back(workspace, champion):
@@ -103,17 +103,17 @@ class Deployment(Stage[DeploymentRecord]):
             if is_beside:
                 alone = replace(serving_settings(workspace, champion), follow=None)
                 with beside(alone, options.host, options.port) as private, _or_rolled_back(workspace, champion):
-                    verified = _verify(workspace, private, artifact, stage)
+                    verified = _verify(workspace, private, artifact, token, stage)
                 stage.say(f"the running service takes version {champion.number} over")
                 with _or_rolled_back(workspace, champion):
-                    is_beside = not _switch(workspace, url, champion)
+                    is_beside = not _switch(workspace, url, champion, token)
                     if not is_beside:
-                        verified = _verify(workspace, url, artifact, stage)
+                        verified = _verify(workspace, url, artifact, token, stage)
             else:
                 name_served(workspace, champion)
                 start(serving_settings(workspace, champion), options.host, options.port)
                 with _or_rolled_back(workspace, champion):
-                    verified = _verify(workspace, url, artifact, stage)
+                    verified = _verify(workspace, url, artifact, token, stage)
             record = DeploymentRecord(
                 inputs=self.inputs(workspace)[key],
                 number=champion.number,
@@ -147,20 +147,20 @@ def name_served(workspace: Workspace, version: ModelVersion) -> None:
     """Name the version that is served from now on: a running service takes it over; its features stay registered."""
     options = workspace.config.serving
     url = endpoint_url(options.host, options.port)
-    erasures = (workspace.records.get(*SERVED) or {}).get("erasures", 0)
-    named = {"number": version.number, "artifact": version.artifact, "url": url, "erasures": erasures}
+    erased = (workspace.records.get(*SERVED) or {}).get("erased", 0)
+    named = {"number": version.number, "artifact": version.artifact, "url": url, "erased": erased}
     workspace.records.put(*SERVED, named)
 
 
 def tell_of_erasure(workspace: Workspace) -> None:
-    """Have a running service forget what it remembers of users, within a second."""
+    """Have a running service forget what it remembers of users: a ranker within a second, further ones with their next
+    request."""
     served = workspace.records.get(*SERVED)
     if served is not None:
-        kept = {key: value for key, value in served.items() if key != "recorded_at"}
-        workspace.records.put(*SERVED, {**kept, "erasures": served.get("erasures", 0) + 1})
+        workspace.records.put(*SERVED, {**served, "erased": time.time_ns() // 1_000})
 
 
-def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
+def _switch(workspace: Workspace, url: str, champion: ModelVersion, token: str | None) -> bool:
     """Have the running service take a version over; False when it was started by a corank that cannot.
 
     Raises:
@@ -169,12 +169,11 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
     from serving.client import RankingClient
 
     before = workspace.records.get(*SERVED)
-    with RankingClient(url, token=workspace.config.serving.own_token) as client:
-        if before is None or "refused" not in client.model():
-            return False
-        name_served(workspace, champion)
-        replicas, taken = workspace.config.serving.service_replicas, 0
-        until, why = time.monotonic() + SWITCH_SECONDS, f"did not take it over within {SWITCH_SECONDS:g} s"
+    if before is None:
+        return False
+    replicas, taken, named = workspace.config.serving.service_replicas, 0, False
+    until, why = time.monotonic() + SWITCH_SECONDS, f"did not take it over within {SWITCH_SECONDS:g} s"
+    with RankingClient(url, token=token) as client:
         while time.monotonic() < until:
             try:
                 model = client.model()
@@ -182,6 +181,11 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
                 taken, why = 0, f"does not answer: {error}"
                 time.sleep(0.2)
                 continue
+            if not named:
+                if "refused" not in model:
+                    return False
+                name_served(workspace, champion)
+                named = True
             taken = taken + 1 if model["model_version"] == champion.tags.get("content") else 0
             if taken >= 3 * replicas:  # so often that all replicas are likely to have answered
                 return True
@@ -190,7 +194,7 @@ def _switch(workspace: Workspace, url: str, champion: ModelVersion) -> bool:
                 why = f"refuses it: {refused['why']}"
                 break
             time.sleep(0.2 if not taken else 0.0)
-    workspace.records.put(*SERVED, {key: value for key, value in before.items() if key != "recorded_at"})
+    workspace.records.put(*SERVED, before)
     raise CorankError(f"model version {champion.number}: the service at {url} {why}; it goes on with the one before")
 
 
@@ -210,7 +214,7 @@ def _or_rolled_back(workspace: Workspace, champion: ModelVersion) -> Iterator[No
         raise CorankError(f"{error}\nVersion {back.number} is champion again; it was verified before.") from error
 
 
-def _verify(workspace: Workspace, url: str, artifact: Artifact, stage: Line) -> dict[str, Any]:
+def _verify(workspace: Workspace, url: str, artifact: Artifact, token: str | None, stage: Line) -> dict[str, Any]:
     from pipeline.deployment.verification import verify_endpoint
     from serving.client import RankingClient
 
@@ -219,7 +223,7 @@ def _verify(workspace: Workspace, url: str, artifact: Artifact, stage: Line) -> 
     if stored.close is None:
         raise CorankError("the online store was never filled; run `corank run` first")
     build = build_settings(workspace, stored.versions)
-    with RankingClient(url, token=workspace.config.serving.own_token) as client:
+    with RankingClient(url, token=token) as client:
         return verify_endpoint(client, artifact, build, sorted(stored.partitions), stored.close)
 
 
@@ -245,6 +249,7 @@ def serves_already(workspace: Workspace) -> bool:
     Raises:
         CorankError: something else has the port.
     """
+    from serving.auth import UnauthorizedError
     from serving.client import NoEndpointError, RankingClient
     from serving.ports import is_free, require_free
 
@@ -253,13 +258,18 @@ def serves_already(workspace: Workspace) -> bool:
         return False
     if not is_free(options.host, 0):  # not an address of this machine, so that nobody can be asked there
         require_free(options.host, options.port)
+    url = endpoint_url(options.host, options.port)
     try:
-        url = endpoint_url(options.host, options.port)
         with RankingClient(url, timeout=10.0, token=options.own_token) as client:
             model = client.model()["model_version"]
     except NoEndpointError:
         require_free(options.host, options.port)
         return False
+    except UnauthorizedError as error:
+        raise CorankError(
+            f"serving: the endpoint at {url} takes no token of serving.tokens, so it is another pipeline's, or was "
+            "started with another file. Set `serving.port` to a free port, or stop it."
+        ) from error
     except CorankError:  # an endpoint of corank, without a model at the moment
         return True
     if model not in [version.tags.get("content") for version in workspace.registry.versions()]:

@@ -107,7 +107,7 @@ def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Co
     update_sample_records(workspace, find_users(samples_table(workspace), [user]))  # a run killed before the commit
     name_served(workspace, champion)
     (result,) = forget(workspace, [user])
-    assert (workspace.records.get(*SERVED) or {})["erasures"] == 1  # a running service follows it
+    assert (workspace.records.get(*SERVED) or {})["erased"] > 0  # a running service follows it
     assert {"samples", "state"} <= set(result.tables)
     assert result.online
     assert result.selfchecks

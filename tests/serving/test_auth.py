@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ class Answers:
     """A service that answers everybody who gets to it."""
 
     refused = None
+    served = "1"
+
+    async def require_ready(self) -> None:
+        pass
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
         return ANSWER
@@ -100,6 +105,8 @@ def test_a_token_is_given_and_revoked_without_a_restart(tokens: Path) -> None:
         gone = client.get("/v1/model", headers=bearer(REPORTS))
         assert gone.status_code == 503
         assert str(tokens) in gone.json()["error"]["message"]
+        write(tokens, f"reports {REPORTS}\n")
+        assert client.get("/v1/model", headers=bearer(REPORTS)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,8 @@ def test_a_file_that_is_none_of_tokens_is_refused_by_name_without_showing_them(
     assert SHOP not in str(refused.value)
     with pytest.raises(CorankError, match="cannot be read"):
         read_tokens(tmp_path / "none")
+    with pytest.raises(CorankError, match=re.escape(str(path))):  # before a service starts
+        Tokens(path)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "::", "192.0.2.1", "models.example"])

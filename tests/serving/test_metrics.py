@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
+import pytest
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from features.errors import UnavailableError
-from serving.api import ModelDescription, RankRequest, build_api
+from serving.api import RankRequest, build_api
 from serving.auth import Tokens
 from serving.proxy import Admission, JsonErrors
 from tests.serving.test_auth import ANSWER, SHOP, Answers, bearer, write
@@ -25,10 +28,9 @@ class Ranks(Answers):
             raise UnavailableError("the store does not answer")
         return ANSWER
 
-    async def describe(self) -> ModelDescription:
+    async def require_ready(self) -> None:
         if self.fails:
             raise UnavailableError("the store does not answer")
-        return await super().describe()
 
 
 def samples(client: TestClient) -> dict[tuple[Any, ...], float]:
@@ -60,14 +62,40 @@ def test_requests_parts_memo_and_what_is_served_are_counted() -> None:
         assert told["corank_rank_cold_total", "user"] == 2
         assert told["corank_rank_cold_total", "item"] == 4
         assert told["corank_memo_total", "timeline"] == 2
-        assert told["corank_model_served", "1"] == told["corank_ready",] == 1
-        service.fails = True
+        assert told["corank_model_served", "1"] == 1
+        service.fails, service.served = True, "2"
         assert client.post("/v1/rank", json=body).status_code == 503
         assert client.get("/readyz").status_code == 503
         told = samples(client)
         assert told["corank_http_requests_total", "/v1/rank", "503"] == 1
-        assert told["corank_ready",] == 0
+        assert told["corank_http_requests_total", "/readyz", "503"] == 1
+        assert told["corank_model_served", "2"] == 1
         assert ("corank_model_served", "1") not in told
+
+
+def test_a_request_whose_client_leaves_is_counted_as_such_and_no_longer_as_ongoing() -> None:
+    class Waits(Answers):
+        async def rank(self, request: RankRequest) -> dict[str, Any]:
+            arrived.set()
+            await asyncio.sleep(60)
+            raise AssertionError("it was not cancelled")
+
+    async def leave() -> None:
+        headers = [(b"content-type", b"application/json")]
+        message = {"type": "http.request", "body": b'{"user_id": 1, "candidates": [1]}', "more_body": False}
+        scope = {"type": "http", "method": "POST", "path": "/v1/rank", "query_string": b"", "headers": headers}
+        task = asyncio.create_task(api(scope, AsyncMock(return_value=message), AsyncMock()))
+        async with asyncio.timeout(10):
+            await arrived.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    arrived, api = asyncio.Event(), build_api(Waits())
+    asyncio.run(leave())
+    told = samples(TestClient(api))
+    assert told["corank_http_requests_total", "/v1/rank", "499"] == 1
+    assert told["corank_http_requests_ongoing",] == 1  # that for the metrics
 
 
 def test_every_path_is_answered_through_the_proxy_before_and_after_it_knows_the_limits() -> None:

@@ -270,9 +270,24 @@ def test_a_batch_of_users_is_answered_as_each_request_alone_and_named_by_place_w
             np.testing.assert_allclose(answer["scores"][task], scores, atol=1e-5)
     wrong = client.post("/v1/rank:batch", json={"requests": [*requests, body(candidates=[1, 2, 3, 4, 5])]})
     assert (wrong.status_code, wrong.json()["error"]["field"]) == (422, "requests.3.candidates")
+    wrong = client.post("/v1/rank:batch", json={"requests": [body(), body(tasks=["buy"])]})
+    assert (wrong.status_code, wrong.json()["error"]["field"]) == (422, "requests.1.tasks.0")
     for bad, field in (([], "requests"), ([body()] * 65, "requests"), ([body(), {}], "requests.1.user_id")):
         refused = client.post("/v1/rank:batch", json={"requests": bad})
         assert (refused.status_code, refused.json()["error"]["field"]) == (422, field)
+
+
+def test_a_batch_is_admitted_as_a_whole(settings: ServingSettings) -> None:
+    three = replace(settings, options=ServingConfig(max_ongoing_requests=2, max_queued_requests=1))
+    service = RankingService(three, InProcess(Ranker(three)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        for size, status in ((3, 200), (4, 422), (3, 200)):
+            answered = client.post("/v1/rank:batch", json={"requests": [body()] * size})
+            assert answered.status_code == status, answered.text
+        with service._admission("rank"):  # as while a request is worked on
+            for size, status in ((2, 200), (3, 503)):
+                answered = client.post("/v1/rank:batch", json={"requests": [body()] * size})
+                assert answered.status_code == status, answered.text
 
 
 def test_scores_of_the_tasks_asked_for_are_answered_alone(client: TestClient) -> None:
@@ -689,6 +704,33 @@ def test_a_service_whose_online_store_is_lost_is_not_healthy(settings: ServingSe
     assert lost.store.sqlite_path in response.json()["error"]["message"]
 
 
+def test_a_service_whose_online_store_is_lost_while_it_answers_is_not_ready(
+    settings: ServingSettings, tmp_path: Path
+) -> None:
+    path = tmp_path / "online.db"
+    shutil.copy(settings.store.sqlite_path, path)
+    own = replace(settings, store=replace(settings.store, sqlite_path=str(path)))
+    service = RankingService(own, InProcess(Ranker(own)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        assert client.get("/readyz").status_code == 200
+        path.write_bytes(b"no database" * 1_000)
+        response = client.get("/readyz")
+        assert (response.status_code, response.json()["error"]["type"]) == (503, "not_ready")
+        assert str(path) in response.json()["error"]["message"]
+
+
+def test_a_service_asks_for_the_tokens_that_its_config_names(settings: ServingSettings, tmp_path: Path) -> None:
+    path, token = tmp_path / "tokens", "t" * 16
+    path.touch(0o600)
+    path.write_text(f"shop {token}")
+    private = replace(settings, options=settings.options.model_copy(update={"tokens": str(path)}))
+    service = RankingService(private, InProcess(Ranker(private)))  # type: ignore[arg-type]
+    with TestClient(service.__serve_build_asgi_app__()) as client:
+        assert client.post("/v1/rank", json=body()).status_code == 401
+        answered = client.post("/v1/rank", json=body(), headers={"authorization": f"Bearer {token}"})
+        assert answered.status_code == 200
+
+
 def test_a_push_that_waits_for_another_writer_holds_up_no_ranking(settings: ServingSettings) -> None:
     one_each = replace(settings, options=ServingConfig(max_ongoing_requests=1, max_queued_requests=0))
     service = RankingService(one_each, InProcess(Ranker(one_each)))  # type: ignore[arg-type]
@@ -875,7 +917,7 @@ def test_after_a_user_is_forgotten_nothing_that_was_read_before_is_remembered(
     service = RankingService(replace(settings, follow=str(document)), InProcess(ranker))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client:
         assert [client.post("/v1/rank", json=body()).json()["memo"] for _ in range(2)] == ["none", "user"]
-        name(document, settings.artifact, erasures=1)
+        name(document, settings.artifact, erased=1)
         until = time.monotonic() + 20
         while len(memoised.users) + len(memoised.timelines):  # without a further request
             assert time.monotonic() < until

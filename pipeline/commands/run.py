@@ -88,12 +88,17 @@ def retrain(
                     if left:
                         _work(step.workspace, False, step.training)
                 except TooFewError as error:
+                    if full or not step.workspace.warm_start:
+                        raise
                     typer.echo(f"partition {newest} is passed over, the next one takes its requests along: {error}")
                     passed_over = newest
+                else:
+                    passed_over = None
                 if full or not left:
                     break
+            deployed = serve and _work(taken.workspace, True, taken.training and passed_over is None)
         if serve:
-            _execute(taken.workspace, True, taken.training and passed_over is None)
+            keep_serving(taken.workspace, running=deployed)
 
 
 def _backfilled(backfill: str | None, partition: str | None) -> tuple[str | None, str | None]:
@@ -128,13 +133,17 @@ def _work(workspace: Workspace, serve: bool, training: bool) -> bool:
     from pipeline.maintenance import retain
     from pipeline.stages import pending
     from pipeline.stages.deployment import DEPLOYMENT, serves_already
+    from serving.auth import read_tokens
     from serving.ports import require_free
 
-    left = pending(workspace, training)
+    left, options = pending(workspace, training), workspace.config.serving
     deploying = DEPLOYMENT.name in left
     answer = None
-    if serve:  # better now than after the training
-        require_free(workspace.config.serving.host, workspace.config.serving.port)
+    # what is wrong with the endpoint is better said now than after the training
+    if options.tokens is not None and (serve or deploying):
+        read_tokens(Path(options.tokens))
+    if serve:
+        require_free(options.host, options.port)
     elif deploying:
         serves_already(workspace)
     if left:

@@ -194,7 +194,7 @@ def print_status(workspace: Workspace) -> None:
 def _served(workspace: Workspace) -> dict[str, Any] | None:
     """What the endpoint at the config's address says of its model, if it is up."""
     from features.errors import CorankError
-    from serving.client import RankingClient
+    from serving.client import NoEndpointError, RankingClient
     from serving.ports import endpoint_url
 
     options = workspace.config.serving
@@ -202,8 +202,10 @@ def _served(workspace: Workspace) -> dict[str, Any] | None:
         url = endpoint_url(options.host, options.port)
         with RankingClient(url, timeout=2.0, token=options.own_token) as client:
             return client.model()
-    except CorankError:
+    except NoEndpointError:
         return None
+    except CorankError as error:
+        return {"error": str(error)}
 
 
 def _endpoint(workspace: Workspace, answer: dict[str, Any] | None) -> str:
@@ -213,6 +215,8 @@ def _endpoint(workspace: Workspace, answer: dict[str, Any] | None) -> str:
     url = endpoint_url(workspace.config.serving.host, workspace.config.serving.port)
     if answer is None:
         return f"{url} is not up; `corank serve` starts it"
+    if "error" in answer:
+        return f"{url} does not say what it serves: {answer['error']}"
     model = answer["model_version"]
     served = [version for version in workspace.registry.versions() if version.tags.get("content") == model]
     champion = workspace.registry.champion()

@@ -64,7 +64,7 @@ def watch(
                 if dagster.poll() is not None:
                     last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-3:]
                     raise CorankError(f"Dagster has ended, see {log}: " + "\n".join(last))
-                time.sleep(RUNS_SECONDS)
+                time.sleep(min(loaded.trigger.interval_seconds, RUNS_SECONDS))
 
 
 def _waiting(config: Config) -> list[str]:

@@ -65,9 +65,6 @@ class ProgressiveValidation(Stage[ProgressiveRecord]):
 
         champion, inputs = workspace.registry.champion(), self.inputs(workspace)
         assert champion is not None
-        parts = [part for part in parts if part in inputs]  # some have no requests, which is known only now
-        if not parts:
-            return {}
         frozen = _oldest_alike(workspace, champion)
         records: dict[str, ProgressiveRecord] = {}
         with workspace.progress.stage(self.name) as stage:

@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 import pytest
 
+import pipeline.commands.run
 import pipeline.workspace.log
 from features.errors import CorankError
 from features.schema import SECOND, partition_bounds
@@ -23,7 +24,9 @@ from pipeline.stages.feature_store import FEATURE_STORE
 from pipeline.stages.progressive_validation import PROGRESSIVE_VALIDATION
 from pipeline.stages.samples import SAMPLES, SamplesRecord, trainable
 from pipeline.stages.validated import VALIDATED
+from pipeline.training.settings import TooFewError
 from pipeline.workspace import Workspace, now_us
+from tests.pipeline.commands import corank
 from tests.pipeline.workspaces import START, load
 
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07", "2026-01-08"]
@@ -140,6 +143,35 @@ def test_what_is_taken_next_is_what_was_asked_for(tmp_path: Path) -> None:
     assert step({"late_rows": True}) == (None, False, True)
 
 
+@pytest.mark.parametrize("asked", [[], ["--full"]], ids=["warm", "full"])
+def test_a_partition_with_too_few_requests_is_taken_with_the_next_and_is_an_error_from_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    import_synthetic(tmp_path / "data", days=4, users=10, items=10, seed=5, start=START, buckets=2, say=lambda _: None)
+    workspace = Workspace(load(tmp_path, tmp_path / "data"), Progress())
+    artifact = tmp_path / "artifact"
+    artifact.mkdir()
+    run = workspace.registry.log_run(DAYS[0], "one", {}, {}, [], str(artifact))
+    tags = {"partition": DAYS[0], "trained": DAYS[0], "started from": "scratch"}
+    workspace.registry.promote(workspace.registry.register(str(artifact), run, tags).number)
+    taken = []
+
+    def work(workspace: Workspace, serve: bool, training: bool) -> bool:
+        taken.append((workspace.partitions[-1], training))
+        raise TooFewError("5 requests are too few")
+
+    monkeypatch.setattr(pipeline.commands.run, "_work", work)
+    done = corank("retrain", "--config", str(tmp_path / "config.yaml"), *asked)
+    if asked:
+        assert done.exit_code == 1
+        assert "5 requests are too few" in done.stderr
+        assert taken == [(DAYS[3], True)]
+    else:
+        assert done.exit_code == 0
+        assert taken == [(day, True) for day in DAYS[1:]]
+        assert done.stdout.count("is passed over, the next one takes its requests along: 5 requests are too few") == 3
+
+
 @pytest.mark.parametrize("written", ["", "..", "2026-01-05", "2026-01-06..2026-01-05", "2026-01-05.."])
 def test_a_backfill_that_names_no_range_is_a_mistake(written: str) -> None:
     with pytest.raises(CorankError, match="write the first and the last partition"):
@@ -167,4 +199,3 @@ def test_partitions_without_requests_are_not_scored(tmp_path: Path) -> None:
     workspace.records.write(SAMPLES, DAYS[1], SamplesRecord(requests=0))
     workspace.records.write(SAMPLES, DAYS[2], SamplesRecord(requests=1))
     assert list(PROGRESSIVE_VALIDATION.inputs(workspace)) == DAYS[2:3]
-    assert PROGRESSIVE_VALIDATION.run(workspace, [DAYS[1]]) == {}  # found out after it was asked for

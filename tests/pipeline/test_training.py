@@ -257,12 +257,16 @@ def test_a_warm_start_goes_on_from_what_the_optimizers_knew(tmp_path: Path) -> N
     first = job_of(source, epochs=1, average=0.0)
     train(first, str(tmp_path), lambda _: None)
     known = Checkpoints(str(tmp_path / first.name)).load(1)
-    # from its raw weights, with the same draws of rows and dropout, and then its second epoch
+    # from its weights before averaging; another seed draws other rows
     second = replace(first, name="second", training=first.training.model_copy(update={"seed": 3}))
-    results = {}
+    results, sums = {}, {}
     for name, states in (("kept", known["optimizers"]), ("anew", None)):
         job = replace(second, name=name, warm_start=known["model"], optimizers=states)
         results[name] = train(job, str(tmp_path), lambda _: None).model.state_dict()
-        steps = Checkpoints(str(tmp_path / name)).load(1)["optimizers"][0]["state"][0]["step"]
-        assert int(steps) == known["step"] * (2 if states else 1)
+        dense, tables = Checkpoints(str(tmp_path / name)).load(1)["optimizers"]
+        assert int(dense["state"][0]["step"]) == known["step"] * (2 if states else 1)
+        sums[name] = tables["state"][0]["sum"]
+    before = known["optimizers"][1]["state"][0]["sum"]
+    assert (sums["kept"] >= before).all()
+    assert not (sums["anew"] >= before).all()
     assert any(not torch.equal(results["kept"][name], results["anew"][name]) for name in results["kept"])

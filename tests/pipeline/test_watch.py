@@ -78,6 +78,7 @@ def test_a_partition_waits_until_every_log_reaches_it(folder: Path) -> None:
     assert waiting(folder, closed="time") == {DAYS[1]: "rows of watches"}
     assert due(open_workspace(folder, closed="time")).partition == DAYS[0]  # type: ignore[union-attr]
     assert waiting(folder, closed="time", wait_for=["searches"]) == {DAYS[1]: ""}
+    assert waiting(folder, closed="time", wait_for=["watches"]) == {DAYS[1]: "rows of watches"}
 
 
 def test_a_retraining_is_asked_for_once_whatever_is_read_or_compacted_and_again_for_new_rows(folder: Path) -> None:

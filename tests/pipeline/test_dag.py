@@ -62,6 +62,7 @@ from serving.deploy import stop
 from serving.ports import endpoint_url
 from tests.browser import drawn, opened
 from tests.pipeline.workspaces import LENIENT, START, load, make
+from tests.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 DAYS = ["2026-01-05", "2026-01-06", "2026-01-07"]
@@ -84,7 +85,12 @@ def config(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterato
     """Three days imported, the DAG run over the first two; the endpoint is up."""
     folder = tmp_path_factory.mktemp("dag")
     import_synthetic(folder / "data", days=3, users=150, items=120, seed=1, start=START, buckets=2, say=quietly)
-    config = load(folder, folder / "data")
+    tokens = folder / "tokens"
+    tokens.touch(0o600)
+    tokens.write_text("tests 5ca1ab1e-5ca1ab1e")
+    training = {"epochs": 2, "batch_candidates": 1_000, "num_workers": 1}  # on Ray Train
+    serving = {"port": free_port(), "tokens": str(tokens)}
+    config = load(folder, folder / "data", training=training, serving=serving)
     run(config, until=DAYS[1])
     yield config
     stop()
@@ -225,7 +231,7 @@ def test_the_endpoint_scores_as_offline(config: Config) -> None:
     devices = dict(impressions.select("request_id", "device").iter_rows())
     rows = rows_after(build_settings(workspace), DAYS[:2], impressions)
     assert rows.num_rows >= 20
-    with RankingClient(deployed.url) as client:
+    with RankingClient(deployed.url, token=config.serving.own_token) as client:
         for index in range(rows.num_rows):
             row = rows.slice(index, 1)
             request = row["requests"][0].as_py()[0]
@@ -258,7 +264,7 @@ def test_unknown_users_and_items_are_scored_and_named(config: Config) -> None:
     workspace = Workspace(config, Progress(), DAYS[1])
     url = f"http://127.0.0.1:{config.serving.port}"
     known = config.table("items").scan().select("item_id").head(1).collect().item()
-    with RankingClient(url) as client:
+    with RankingClient(url, token=config.serving.own_token) as client:
         answer = client.rank("nobody", [known, "nothing"], {"device": "tv"}, online_record(workspace).close)
         assert answer["cold_start"] == {"user": True, "items": ["nothing"]}
         assert len(answer["scores"]["click"]) == 2
@@ -275,7 +281,7 @@ def test_an_event_sent_to_the_endpoint_changes_the_next_answer_once(config: Conf
     known, category = config.table("items").scan().select("item_id", "category").head(1).collect().row(0)
     event = {"event_id": "new", "user_id": "somebody", "item_id": known, "ts": close}
     event |= {"category": category, "duration": 60.0}
-    with RankingClient(f"http://127.0.0.1:{config.serving.port}") as client:
+    with RankingClient(f"http://127.0.0.1:{config.serving.port}", token=config.serving.own_token) as client:
 
         def score() -> float:
             return float(client.rank("somebody", [known], {"device": "tv"}, close + 1)["scores"]["click"][0])
@@ -305,7 +311,7 @@ def test_killed_replicas_are_answered_503_and_answer_as_before_when_restarted_be
     assert registered.live == (config.schema_,)
     apply(registered)
     url = endpoint_url(config.serving.host, config.serving.port)
-    with RankingClient(url, timeout=120) as client, ThreadPoolExecutor(6) as pool:
+    with RankingClient(url, timeout=120, token=config.serving.own_token) as client, ThreadPoolExecutor(6) as pool:
 
         def scores() -> Any:
             return client.rank("somebody", [item] * 2_000, {"device": "tv"}, close)["scores"]
@@ -481,7 +487,9 @@ def test_retraining_after_late_rows_rebuilds_but_trains_nothing_and_the_running_
     assert done.stderr.index("✓ feature_store") < done.stderr.index("✓ deployment")
     assert "the running service takes version 1 over" in done.stderr
     assert "✓ deployment     version 1 at http" in done.stderr
-    with RankingClient(endpoint_url(config.serving.host, config.serving.port)) as client:
+    with RankingClient(
+        endpoint_url(config.serving.host, config.serving.port), token=config.serving.own_token
+    ) as client:
         assert client.model()["model_version"] == before[-1].tags["content"]
         # what gives other scores than it was published with never goes live: the champion is the one before, again
         lying = config.local_path("models", "lying")

@@ -13,7 +13,6 @@ import polars as pl
 import pytest
 import torch
 from deltalake import write_deltalake
-from rich.console import Console
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
 
@@ -29,6 +28,7 @@ from pipeline.evaluation.impressions import EVENTS, IDENTITY, Impressions, read_
 from pipeline.evaluation.references import references
 from pipeline.evaluation.scoring import Scored
 from pipeline.evaluation.settings import EvaluationConfig
+from pipeline.progress import plain_console
 from pipeline.records import Records
 from pipeline.stages.evaluation import EVALUATION, EvaluationRecord
 from tests.models.batches import make_rows, make_schema
@@ -226,7 +226,7 @@ def test_of_a_long_verdict_the_summary_shows_what_failed(tmp_path: Path, fine: i
     bad = Criterion("click AUC, device [a|b]", -0.5, (-0.6, -0.4), -0.03, "≥ -0.03", False, "612 impressions")
     criteria = [Criterion(f"fine {index}", 1.0, None, 0.0, "≥ 0", True) for index in range(fine)] + [bad]
     verdict = EvaluationRecord(criteria=criteria, passed=False, reasons=reasons(criteria))
-    console = Console(width=200, file=StringIO(), record=True)
+    console = plain_console(width=200, file=StringIO(), record=True)
     print_gate(console, verdict)
     text = console.export_text()
     assert text.count("fine") == shown

@@ -1,6 +1,6 @@
 """What a retraining costs, what it is worth where tastes drift, and what a client of the endpoint notices of it.
 
-``python -m tests.benchmarks.retraining [--quick]`` on ``import synthetic`` with drift:
+``python -m tests.benchmarks.retraining [--quick] [--only cost|live|worth]`` on ``import synthetic`` with drift:
 
 * cost: CPU seconds of ``corank retrain`` on one new day, against those of ``corank run`` on all days up to it;
 * worth: AUC on every next day, before anything trains on it, of champions that are retrained daily from the one before,
@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import Config
+from pipeline.cost import costs
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.progress import Progress
 from pipeline.runtime import quiet, stop_ray
@@ -47,22 +49,27 @@ START = "2026-01-05"
 CLIENTS = 8
 PAUSE = 0.25
 """Seconds between two requests of a client: load, but not more than two cores can answer beside a training."""
+Found = tuple[dict[str, float], dict[str, Any]]
+"""Results and goals of a part."""
+
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a benchmark: users and items of the first day, days of the first run, and days that follow."""
+    """Of a benchmark: users and items of the first day, days of the first run and those that follow, days before the
+    retraining whose cost is measured."""
 
     users: int
     items: int
     first: int
     days: int
     epochs: int
+    before: int
 
 
-FULL = Size(users=3_000, items=1_000, first=5, days=8, epochs=2)
-QUICK = Size(users=60, items=40, first=3, days=2, epochs=1)
+FULL = Size(users=3_000, items=1_000, first=5, days=8, epochs=2, before=30)
+QUICK = Size(users=60, items=40, first=3, days=2, epochs=1, before=5)
 
 
 def config_of(folder: Path, size: Size, **changes: Any) -> Config:
@@ -137,14 +144,18 @@ def cpu_seconds(arguments: list[str]) -> float:
 
 
 def cost(folder: Path, size: Size) -> tuple[float, float]:
-    """CPU seconds of a run on all days but the last, and of a retraining on the last."""
-    days = size.first + size.days
-    write_days(folder, size, days)
-    config_of(folder, size)
+    """CPU seconds of a run on all days but the last, and of a retraining on the last; where they went is printed."""
+    write_days(folder, size, size.before)
+    config = config_of(folder, size)
     path = str(folder / "config.yaml")
     whole = cpu_seconds(["run", "--config", path])
-    write_days(folder, size, days + 1)
-    return whole, cpu_seconds(["retrain", "--config", path])
+    write_days(folder, size, size.before + 1)
+    one_day = cpu_seconds(["retrain", "--config", path])
+    workspace = Workspace(config, Progress())
+    for partition in workspace.partitions[-2:]:
+        for stage, entry in costs(workspace.records, partition).items():
+            print(f"  {partition} {stage:<24} {entry['cpu_seconds']:>8.1f} CPU s {entry['seconds']:>8.1f} s")
+    return whole, one_day
 
 
 # --- what a client notices ----------------------------------------------------------------------------
@@ -237,51 +248,64 @@ def _until_up(url: str, service: subprocess.Popen[bytes]) -> None:
                 time.sleep(0.5)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny: for correctness, not for speed or quality")
-    quick = parser.parse_args().quick
-    size = QUICK if quick else FULL
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    quiet()
-    console = Console()
-    with tempfile.TemporaryDirectory() as folder:
-        whole, one_day = cost(Path(folder, "cost"), size)
-        answers, longest = live(Path(folder, "live"), size, 1 if quick else 3)
-        try:
-            found = curves(Path(folder, "worth"), size)
-        finally:
-            stop_ray()
+def _cost(folder: Path, size: Size, quick: bool) -> Found:
+    whole, one_day = cost(folder, size)
+    share = one_day / whole
+    print(f"cost: run on {size.before} days {whole:.1f} CPU s, retraining on one more {one_day:.1f}")
+    results = {"run_cpu_seconds": whole, "retraining_cpu_seconds": one_day, "retraining_cpu_share_of_run": share}
+    return results, {"retraining_cpu_share_of_run": at_most(0.10, None if quick else share)}
+
+
+def _live(folder: Path, size: Size, quick: bool) -> Found:
+    answers, longest = live(folder, size, 1 if quick else 3)
+    total, wrong = sum(answers.models.values()), len(answers.failed) + answers.differing
+    print(
+        f"live: {total:,} answers by {len(answers.models)} models, {len(answers.failed)} failed, "
+        f"{answers.differing} differ, longest wait {longest:.2f} s"
+    )
+    for failure, count in Counter(answers.failed).most_common(5):
+        print(f"  {count} × {failure}")
+    if wrong:
+        raise SystemExit("answers failed or differ")
+    results = {"answers": total, "models_that_answered": len(answers.models), "longest_wait_seconds": longest}
+    return results, {"failed_or_differing": at_most(0, None if quick else wrong)}
+
+
+def _worth(folder: Path, size: Size, quick: bool) -> Found:
+    try:
+        found = curves(folder, size)
+    finally:
+        stop_ray()
     table = Table("next day", *found, title="AUC of clicks on a day that no model has trained on")
     for index, values in enumerate(zip(*found.values(), strict=True)):
         table.add_row(str(size.first + index + 1), *(f"{value:.4f}" for value in values))
     means = {name: float(np.mean(values)) for name, values in found.items()}
     table.add_row("mean", *(f"{value:.4f}" for value in means.values()))
-    console.print(table)
-    total, days = sum(answers.models.values()), size.first + size.days
-    console.print(f"cost: run on {days} days {whole:.1f} CPU s, retraining on one more {one_day:.1f}")
-    console.print(
-        f"live: {total:,} answers by {len(answers.models)} models, {len(answers.failed)} failed, "
-        f"{answers.differing} differ, longest wait {longest:.2f} s"
-    )
-    for failure, count in Counter(answers.failed).most_common(5):
-        console.print(f"  {count} × {failure}")
-    if answers.failed or answers.differing:
-        raise SystemExit("answers failed or differ")
-    results = {
-        "retraining_cpu_share_of_run": one_day / whole,
-        "answers": total,
-        "models_that_answered": len(answers.models),
-        "longest_wait_seconds": longest,
-        **{f"next_day_auc_{name}": value for name, value in means.items()},
-    }
+    Console().print(table)
+    print(json.dumps({"curves": found}))
     goals = {
-        "retraining_cpu_share_of_run": at_most(0.10, None if quick else one_day / whole),
         "warm_minus_scratch": at_least(-0.002, None if quick else means["warm"] - means["scratch"]),
         "warm_minus_frozen": at_least(0.002, None if quick else means["warm"] - means["frozen"]),
-        "failed_or_differing": at_most(0, None if quick else len(answers.failed) + answers.differing),
     }
-    print(json.dumps({"curves": found}))
+    return {f"next_day_auc_{name}": value for name, value in means.items()}, goals
+
+
+PARTS: dict[str, Callable[[Path, Size, bool], Found]] = {"cost": _cost, "live": _live, "worth": _worth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny: for correctness, not for speed or quality")
+    parser.add_argument("--only", choices=list(PARTS), default=None, help="one of the three")
+    options = parser.parse_args()
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    quiet()
+    results, goals = dict[str, float](), dict[str, Any]()
+    for name in [options.only] if options.only else PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            own, limits = PARTS[name](Path(folder), QUICK if options.quick else FULL, options.quick)
+        results |= own
+        goals |= limits
     print_results("retraining", results, goals)
 
 

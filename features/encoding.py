@@ -6,6 +6,10 @@ Code 0 is "unknown" and reads row 0 of the embedding table, which id dropout tra
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 import polars as pl
 import xxhash
@@ -76,6 +80,60 @@ def encode(field: FieldSpec, column: pl.Expr) -> pl.Expr:
 
         return column.map_batches(of_lists, return_dtype=pl.List(pl.Int64))
     return codes(column).fill_null(0)
+
+
+def encode_value(field: FieldSpec, value: Any) -> Any:
+    """:func:`encode` of a single value without the cost of a frame: a code, a number or None, or a list of codes.
+
+    Args:
+        value: None, a text, number or boolean; of a multi-valued feature a list of them.
+    """
+    if field.kind == "number":
+        return None if value is None else _number(field, value)
+    if getattr(field, "multi", False):
+        return [_code(field, element) for element in value or () if element is not None]
+    return 0 if value is None else _code(field, value)
+
+
+def encode_numbers(field: FieldSpec, values: np.ndarray) -> np.ndarray:
+    """:func:`encode` of numbers, float64 [N] → float32 [N]; what is missing is NaN before and after."""
+    scaled = np.array([log1p(value) for value in values.tolist()]) if field.scale == "log" else values
+    with np.errstate(over="ignore"):
+        number, value = values.astype(np.float32), scaled.astype(np.float32)
+    return np.where(np.isfinite(number) & np.isfinite(value), value, np.float32(np.nan))
+
+
+def log1p(value: float) -> float:
+    """As Polars has it, bit for bit, also outside of the domain; NumPy's may differ in the last bit."""
+    return math.log1p(value) if value > -1 else -math.inf if value == -1 else math.nan
+
+
+def _number(field: FieldSpec, value: float) -> float | None:
+    number = np.asarray(value, np.int64 if isinstance(value, int) else np.float64)  # of 64 bits, as columns are
+    with np.errstate(over="ignore"):
+        single = number.astype(np.float32)
+        scaled = np.float32(log1p(float(value))) if field.scale == "log" else single
+    return float(scaled) if np.isfinite(single) and np.isfinite(scaled) else None
+
+
+def _code(field: FieldSpec, value: str | float) -> int:
+    text = value if isinstance(value, str) else as_text(value)
+    return hash_id(text) if field.vocabulary is None else _positions(field.vocabulary).get(text, 0)
+
+
+def as_text(value: str | float) -> str:
+    """A value as the text that a table's column gives when it is cast."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, (float, np.float32)):
+        return str(value)
+    kind = pl.Float32 if isinstance(value, np.float32) else pl.Float64
+    return str(pl.Series([value], dtype=kind).cast(pl.String)[0])
+
+
+@lru_cache(maxsize=256)
+def _positions(vocabulary: tuple[str, ...]) -> dict[str, int]:
+    return {text: position for position, text in enumerate(vocabulary, start=1)}
 
 
 def _as_lists(name: str, values: object, lengths: np.ndarray) -> pl.Series:

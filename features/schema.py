@@ -340,7 +340,7 @@ class Schema(Declaration):
     @property
     def item_side(self) -> tuple[Feature, ...]:
         """All other features."""
-        return tuple(feature for feature in self.features if feature not in self.user_side)
+        return tuple(feature for feature in self.features if feature.side not in ("user", "context"))
 
     def profile_columns(self, role: Literal["users", "items"]) -> tuple[str, ...]:
         """Columns of a profile table whose values are read, its key left out. Without any the table is optional."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
-from features.encoding import encode
+from features.encoding import as_text, encode_value
 from features.errors import CorankError
 from features.sample_table import end_column, feature_column, label_column, sample_schema, timeline_column
 from features.schema import Feature, Schema
@@ -69,23 +69,21 @@ def build_row(
     """
     schema = reader.schema
     context_codes = encode_context(schema, context, missing_context)
-    user_known, user_codes, items = reader.request(user_id, item_ids, ts)
+    known = reader.request(user_id, item_ids, ts)
     timelines = {
-        name: visible(history, ts - log_delay, length)
-        for (name, history), length in zip(
-            reader.sequences(user_id).items(), [sequence.length for sequence in schema.sequences], strict=True
-        )
+        sequence.name: visible(known.histories[sequence.name], ts - log_delay, sequence.length)
+        for sequence in schema.sequences
     }
     layout = serving_schema(schema)
     request_type = layout.field("requests").type.value_type
     candidate_type = request_type.field("candidates").type.value_type
-    candidates = _struct(candidate_type, {"item_id": item_ids, **items.to_dict(as_series=True)})
+    candidates = _struct(candidate_type, {"item_id": item_ids, **known.items})
     request = {
         "request_id": [uuid.uuid4().hex],
         "ts": [ts],
-        "user_known": [user_known],
+        "user_known": [known.user],
         **{end_column(sequence): [len(timelines[sequence.name].ts)] for sequence in schema.sequences},
-        **{name: [code] for name, code in {**user_codes, **context_codes}.items()},
+        **{name: [code] for name, code in {**known.codes, **context_codes}.items()},
         "candidates": pa.ListArray.from_arrays(pa.array([0, len(item_ids)], pa.int32()), candidates),
     }
     columns: dict[str, Any] = {
@@ -98,9 +96,10 @@ def build_row(
         for field in sequence.fields:
             columns[timeline_column(sequence, field)] = [timeline.fields[field.name]]
     rows = pa.table([_array(columns[field.name], field.type) for field in layout], schema=layout)
-    return RequestRow(rows, user_known, items["item_known"].to_list())
+    return RequestRow(rows, known.user, known.items["item_known"].tolist())
 
 
+@lru_cache(maxsize=16)
 def serving_schema(schema: Schema) -> pa.Schema:
     """Layout of the sample table without the columns of training only: labels, weight and partition columns."""
     full = sample_schema(schema)
@@ -143,21 +142,12 @@ def encode_context(schema: Schema, context: Mapping[str, Any], missing: MissingC
     for key in context:
         if key not in sources:
             raise InvalidRequestError(f"context.{key}", f"the model reads no such context; it reads {sources}")
-    columns = []
-    for feature in features:  # one column per feature, as a source may be read as a number and as a category
+    codes = {}
+    for feature in features:
         if feature.source not in context and missing == "error":
             raise InvalidRequestError(f"context.{feature.source}", "is missing; send null if it is not known")
-        columns.append(pl.Series(feature.name, [_raw(feature, context.get(feature.source))], dtype=_type(feature)))
-    if not features:
-        return {}
-    codes = [encode(feature, pl.col(feature.name)).alias(feature_column(feature)) for feature in features]
-    return pl.DataFrame(columns).select(codes).row(0, named=True)
-
-
-def _type(feature: Feature) -> Any:
-    if feature.kind == "number":
-        return pl.Float64
-    return pl.List(pl.String) if feature.multi else pl.String
+        codes[feature_column(feature)] = encode_value(feature, _raw(feature, context.get(feature.source)))
+    return codes
 
 
 def _raw(feature: Feature, value: Any) -> Any:
@@ -182,11 +172,6 @@ def _text(field: str, value: Any) -> str:
     return as_text(value)
 
 
-def as_text(value: str | int | float) -> str:
-    """A value as the text that a table's column gives when it is cast."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def _struct(kind: pa.StructType, columns: Mapping[str, Any]) -> pa.StructArray:
     return pa.StructArray.from_arrays([_array(columns[field.name], field.type) for field in kind], fields=list(kind))
 
@@ -194,6 +179,4 @@ def _struct(kind: pa.StructType, columns: Mapping[str, Any]) -> pa.StructArray:
 def _array(values: Any, kind: pa.DataType) -> pa.Array:
     if isinstance(values, pa.Array):
         return values
-    if isinstance(values, pl.Series):
-        return values.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(kind)
-    return pa.array(values, kind)
+    return pa.array(values, kind, from_pandas=True)  # a NaN is a missing number

@@ -27,6 +27,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from features.delta.paths import file_system
+from features.encoding import as_text
 from features.errors import CorankError, UnavailableError, raised
 from features.store.online import FeatureStoreSettings
 from features.store.push import EventsError, OnlineWriter
@@ -44,7 +45,7 @@ from serving.api import (
 )
 from serving.auth import Tokens
 from serving.memo import Ranked
-from serving.rows import InvalidRequestError, as_text, build_row
+from serving.rows import InvalidRequestError, build_row
 from serving.settings import ServingSettings
 
 FOLLOW_SECONDS = 1.0

@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow as pa
 
 from features.builder.lists import list_columns, ranges
-from features.encoding import encode
+from features.encoding import encode, encode_numbers
 from features.schema import GRAIN_LENGTH, Aggregate, Feature, Grain, Schema
 
 Entries = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -100,6 +100,21 @@ def aggregate_value(feature: Feature, count: pl.Expr, total: pl.Expr) -> pl.Expr
     return encode(feature, value)
 
 
+def aggregate_values(feature: Feature, counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """:func:`aggregate_value` of counts and sums [N], float32 [N]; a missing value is NaN."""
+    aggregate = aggregate_of(feature)
+    rows = counts.astype(np.float64)
+    if aggregate.function == "count":
+        values = rows
+    elif aggregate.function == "sum":
+        values = totals
+    elif aggregate.prior is None:
+        values = np.divide(totals, rows, out=np.full(len(rows), np.nan), where=rows > 0)
+    else:
+        values = (totals + aggregate.prior * aggregate.prior_weight) / (rows + aggregate.prior_weight)
+    return encode_numbers(feature, values)
+
+
 def state_columns(feature: Feature) -> dict[str, pa.DataType]:
     """A feature's columns in a state table, with the type of a value: totals, or what partitions added to a window."""
     if aggregate_of(feature).window is None:
@@ -124,8 +139,8 @@ def state_fields(features: Sequence[Feature], cross: Sequence[Feature] = ()) -> 
     return fields
 
 
-def within(feature: Feature, entries: Entries, ts: np.ndarray | int, owners: int) -> list[pl.Series]:
-    """What a feature's window holds at a moment: the value columns [owners].
+def within(entries: Entries, ts: np.ndarray | int, owners: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a window holds at a moment: counts and sums [owners].
 
     Sums are added up one after the other in the order of the entries, so equal entries give equal bits.
 
@@ -138,8 +153,7 @@ def within(feature: Feature, entries: Entries, ts: np.ndarray | int, owners: int
     if not inside.all():
         owner, counts, sums = owner[inside], counts[inside], sums[inside]
     count = np.bincount(owner, counts, owners).astype(np.int64)  # exact below 2^53
-    total = np.bincount(owner, sums, owners)
-    return [pl.Series(count_column(feature), count), pl.Series(sum_column(feature), total)]
+    return count, np.bincount(owner, sums, owners)
 
 
 def deltas(
@@ -369,7 +383,9 @@ class Tally:
             for feature, window in self.windows.items():
                 counts, sums = (entries[name].to_numpy() for name in value_columns([feature]))
                 added = owner, opened + window * self.length, counts, sums
-                found = found.with_columns(within(feature, added, ts, distinct.height))
+                inside = within(added, ts, distinct.height)
+                columns = zip(value_columns([feature]), inside, strict=True)
+                found = found.with_columns(pl.Series(name, values) for name, values in columns)
         return asked.join(found, on=[*self.keys, "ts"], how="left", maintain_order="left").select(
             pl.col("known").fill_null(False), *value_columns(self.features)
         )

@@ -43,7 +43,8 @@ def online_store(store: FeatureStore) -> Any:
 
 def read(store: FeatureStore, view: FeatureView, keys: list[EntityKey], features: list[str] | None) -> list[Any]:
     """Per key when it was written, and its values by feature; None or empty values where there is nothing."""
-    found: list[Any] = store._get_provider().online_read(store.config, view, keys, features)
+    own = None if features is None else list(features)  # the store on Redis appends to it
+    found: list[Any] = store._get_provider().online_read(store.config, view, keys, own)
     return found
 
 

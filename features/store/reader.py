@@ -8,28 +8,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 from feast import FeatureView
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
 from features.builder.aggregates import (
-    KEY,
     Entries,
     aggregate_of,
-    aggregate_value,
-    count_column,
+    aggregate_values,
     cross_column,
     key_column,
     state_columns,
-    sum_column,
     value_columns,
     within,
 )
 from features.delta.table import Table
-from features.encoding import encode
+from features.encoding import encode, encode_value
 from features.errors import CorankError
 from features.sample_table import event_id_column, feature_column, timeline_column
 from features.schema import Feature
@@ -41,6 +41,7 @@ from features.store.definitions import (
     aggregates_view,
     sequence_view,
 )
+from features.store.feast_internals import read
 from features.store.online import FeatureStoreSettings, open_store, reachable, registered_view
 
 READ_ROWS = 5_000
@@ -64,12 +65,33 @@ POLARS_TYPES: dict[FeastType, Any] = {
 }
 
 
+Column: TypeAlias = "np.ndarray | pa.Array"
+"""Values of rows: codes, numbers (a missing one is NaN) or texts in NumPy, lists in Arrow."""
+
+
 @dataclass(frozen=True)
 class History:
     """A user's events of one sequence, oldest first: ``ts`` [E] in microseconds UTC, ``fields`` [E] of codes."""
 
     ts: np.ndarray
     fields: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a request reads.
+
+    Attributes:
+        user: whether the user is known.
+        codes: by feature_column of the user.
+        histories: per sequence all stored events.
+        items: by feature_column of items and cross features, and ``item_known``: [C] each; a missing number is NaN.
+    """
+
+    user: bool
+    codes: dict[str, Any]
+    histories: dict[str, History]
+    items: dict[str, Column]
 
 
 class OnlineReader:
@@ -96,11 +118,19 @@ class OnlineReader:
         self._item = self._columns(ITEM_VIEW, "item_id", settings.schema.side("item"))
         self._user_counts = self._counts("user", settings.user_aggregates)
         self._item_counts = self._counts("item", settings.item_aggregates)
+        self._user_views = [
+            self._view(USER_VIEW, "user_id", self._user),
+            self._view(aggregates_view(self.schema, "user"), "user_id", self._user_counts),
+        ]
+        self._item_views = [
+            self._view(ITEM_VIEW, "item_id", self._item),
+            self._view(aggregates_view(self.schema, "item"), "item_id", self._item_counts),
+        ]
+        self._sequence_views = []
         for sequence in self.schema.sequences:
-            _require(
-                registered_view(self._store, sequence_view(sequence)),
-                [*[timeline_column(sequence, field) for field in (None, *sequence.fields)], event_id_column(sequence)],
-            )
+            columns = [timeline_column(sequence, field) for field in (None, *sequence.fields)]
+            self._sequence_views.append(self._view(sequence_view(sequence), "user_id", columns))
+            _require(registered_view(self._store, sequence_view(sequence)), [*columns, event_id_column(sequence)])
         nothing = {name: [None] for name in (*self._item, *self._item_counts)}
         self._items = ItemTable(
             self._encode_items(pl.DataFrame(nothing, schema={**self._item, **self._item_counts}), 0),
@@ -122,21 +152,24 @@ class OnlineReader:
         """
         return self._encoded(user_id, self._user_row(user_id), ts)
 
-    def request(self, user_id: str, item_ids: list[str], ts: int) -> tuple[bool, dict[str, Any], pl.DataFrame]:
-        """What is known of a user and some items by ``ts`` (microseconds UTC): :meth:`encoded_user` and
-        :meth:`items`, with the features of user and item together."""
-        row = self._user_row(user_id)
-        items = self.items(item_ids, ts)
-        known_counts = self._is_counted(row, ts)
-        counts = row if known_counts else {}
-        crossed = [self._crossed(feature, items, item_ids, counts, ts) for feature in self.schema.aggregates("cross")]
-        return *self._encoded(user_id, row, ts), items.with_columns(crossed)
+    def request(self, user_id: str, item_ids: list[str], ts: int) -> Known:
+        """What is known of a user and some items by ``ts`` (microseconds UTC), in one read of the user."""
+        row = self._read_user(user_id, [*self._user_views, *self._sequence_views])
+        known, codes = self._encoded(user_id, row, ts)
+        items = self._items.take(item_ids, ts)
+        counts = row if self._is_counted(row, ts) else {}
+        for feature in self.schema.aggregates("cross"):
+            items[feature_column(feature)] = _crossed(feature, items, item_ids, counts, ts)
+        for key in self.schema.cross_keys:
+            del items[cross_column(key)]
+        return Known(known, codes, self._histories(row), items)
 
     def _user_row(self, user_id: str) -> dict[str, Any]:
         """Profile and counts as they are stored; nulls where there are none."""
-        views = {USER_VIEW: list(self._user), aggregates_view(self.schema, "user"): list(self._user_counts)}
-        names = [f"{view}:{name}" for view, columns in views.items() for name in columns if name != "user_id"]
-        return {name: values[0] for name, values in self._read(names, "user_id", [user_id]).items()}
+        return self._read_user(user_id, self._user_views)
+
+    def _read_user(self, user_id: str, views: Iterable[tuple[FeatureView | None, list[str]]]) -> dict[str, Any]:
+        return {name: values[0] for name, values in self._read(views, "user_id", [user_id]).items()}
 
     def _is_counted(self, row: Mapping[str, Any], ts: int) -> bool:
         return row.get(COUNTED_AT) is not None and row[COUNTED_AT] <= ts
@@ -145,49 +178,30 @@ class OnlineReader:
         has_profile = row[UPDATED_AT] is not None and row[UPDATED_AT] <= ts
         is_counted = self._is_counted(row, ts)
         known = has_profile or is_counted
-        raw = {name: [row[name] if has_profile and name != "user_id" else None] for name in self._user}
-        raw["user_id"] = [user_id if known else None]
-        features = self.schema.aggregates("user")
-        names = [name for feature in features for name in state_columns(feature)]
-        counts = pl.DataFrame(
-            {name: [row[name] if is_counted else None] for name in names},
-            schema={name: self._user_counts[name] for name in names},
-        )
-        profile = encode_features(self.schema.side("user"), pl.DataFrame(raw, schema=self._user))
-        counted_values = _values_at(features, counts, ts)
-        # a frame without columns has no rows, so that the parts are not stacked as frames
-        return known, {column.name: column.to_list()[0] for part in (profile, counted_values) for column in part}
-
-    def _crossed(
-        self, feature: Feature, items: pl.DataFrame, item_ids: list[str], row: Mapping[str, Any], ts: int
-    ) -> pl.Series:
-        """A cross feature of every item: the user's counts of all the keys that the item has, added up."""
-        key = str(aggregate_of(feature).key)
-        keys = pl.Series(KEY, item_ids, pl.String) if key == "item_id" else items[cross_column(key)].alias(KEY)
-        keyed = pl.DataFrame([keys]).with_row_index("candidate")
-        if isinstance(keys.dtype, pl.List):
-            keyed = keyed.explode(KEY, empty_as_null=True, keep_nulls=True)
-        names = [key_column(feature), *state_columns(feature)]
-        kinds = {name: self._user_counts[name].inner for name in names}
-        counts = _per_key(feature, pl.DataFrame({name: row.get(name) or [] for name in names}, schema=kinds), ts)
-        found = keyed.join(counts, on=KEY, how="left", maintain_order="left")
-        summed = found.group_by("candidate", maintain_order=True).agg(pl.col(value_columns([feature])).sum())
-        return summed.select(_values([feature])).to_series()
+        raw = {name: row[name] if has_profile else None for name in self._user if name != "user_id"}
+        raw["user_id"] = user_id if known else None
+        codes = {
+            feature_column(feature): encode_value(feature, raw[feature.source]) for feature in self.schema.side("user")
+        }
+        for feature in self.schema.aggregates("user"):
+            value = aggregate_values(feature, *_of_one(feature, row if is_counted else {}, ts))[0]
+            codes[feature_column(feature)] = None if np.isnan(value) else float(value)
+        return known, codes
 
     def sequences(self, user_id: str) -> dict[str, History]:
         """All stored events per sequence; empty arrays where there are none."""
+        return self._histories(self._read_user(user_id, self._sequence_views))
+
+    def _histories(self, row: Mapping[str, Any]) -> dict[str, History]:
         histories = {}
         for sequence in self.schema.sequences:
-            columns = {timeline_column(sequence, field): field for field in (None, *sequence.fields)}
-            names = [f"{sequence_view(sequence)}:{column}" for column in columns]
-            row = self._read(names, "user_id", [user_id])
-            arrays = {
-                field.name if field is not None else "ts": np.array(
-                    row[name][0] or [], np.float32 if field is not None and field.kind == "number" else np.int64
+            fields = {
+                field.name: np.array(
+                    row[timeline_column(sequence, field)] or [], np.float32 if field.kind == "number" else np.int64
                 )
-                for name, field in columns.items()
+                for field in sequence.fields
             }
-            histories[sequence.name] = History(arrays.pop("ts"), arrays)
+            histories[sequence.name] = History(np.array(row[timeline_column(sequence, None)] or [], np.int64), fields)
         return histories
 
     def items(self, item_ids: list[str], ts: int) -> pl.DataFrame:
@@ -196,7 +210,8 @@ class OnlineReader:
         An item without a profile by ``ts`` (microseconds UTC) has code 0, no number and no values; its id is its own
         once it has been seen in the log. The columns that a cross feature needs stand beside, as text.
         """
-        return self._items.take(item_ids, ts)
+        columns = self._items.take(item_ids, ts)
+        return pl.DataFrame({name: _series(name, values) for name, values in columns.items()})
 
     def _columns(self, name: str, key: str, features: Iterable[Feature]) -> dict[str, Any]:
         """Polars types of a profile's raw columns, its key and the keys of cross features included."""
@@ -220,26 +235,35 @@ class OnlineReader:
         _require(registered_view(self._store, aggregates_view(self.schema, side)), [field.name for field in fields])
         return {field.name: POLARS_TYPES[field.dtype] for field in fields}
 
-    def _read(self, names: list[str], key: str, ids: list[str]) -> dict[str, list[Any]]:
-        """Values by column of these features (view:column)."""
-        stored = [name for name in names if name.split(":", 1)[0] not in self._absent]
-        response: dict[str, list[Any]] = {}
-        if stored:
-            with reachable(self._store):
-                rows = [{key: identifier} for identifier in ids]
-                response = self._store.get_online_features(features=stored, entity_rows=rows).to_dict()
-        nothing = [None] * len(ids)
-        columns = {name: name.split(":", 1)[1] for name in names}
-        return {column: response[column] if name in stored else nothing for name, column in columns.items()}
+    def _view(self, name: str, key: str, columns: Iterable[str]) -> tuple[FeatureView | None, list[str]]:
+        """A view, None where nobody has a row of it, and those of these columns that are not the key."""
+        values = [column for column in columns if column != key]
+        return None if name in self._absent or not values else registered_view(self._store, name), values
+
+    def _read(
+        self, views: Iterable[tuple[FeatureView | None, list[str]]], key: str, ids: list[str]
+    ) -> dict[str, list[Any]]:
+        """Values by column of these views, None where nothing is stored."""
+        keys = [EntityKey(join_keys=[key], entity_values=[Value(string_val=identifier)]) for identifier in ids]
+        columns: dict[str, list[Any]] = {}
+        with reachable(self._store):
+            for view, names in views:
+                found = (
+                    read(self._store, view, keys, names) if view is not None and names else [(None, None)] * len(ids)
+                )
+                for name in names:
+                    columns[name] = [
+                        None if values is None or name not in values else _plain(values[name]) for _, values in found
+                    ]
+        return columns
 
     def _read_items(self, item_ids: list[str], ts: int) -> Stored:
         kinds = {**self._item, **self._item_counts}
-        views = {ITEM_VIEW: self._item, aggregates_view(self.schema, "item"): self._item_counts}
-        names = [f"{view}:{name}" for view, columns in views.items() for name in columns if name != "item_id"]
         portions = []
         for start in range(0, len(item_ids), READ_ROWS):
             ids = item_ids[start : start + READ_ROWS]
-            portions.append(pl.DataFrame({"item_id": ids, **self._read(names, "item_id", ids)}, schema=kinds))
+            columns = {"item_id": ids, **self._read(self._item_views, "item_id", ids)}
+            portions.append(pl.DataFrame(columns, schema=kinds))
         return self._encode_items(pl.concat(portions), ts)
 
     def _encode_items(self, raw: pl.DataFrame, ts: int) -> Stored:
@@ -256,12 +280,12 @@ class OnlineReader:
         known = counted_at.fill_null(NEVER).to_numpy()
         moments = np.maximum(known, ts)
         return Stored(
-            pl.DataFrame([*profile, *crossed]),
+            _columns(pl.DataFrame([*profile, *crossed])),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
             _values_at(aggregates, raw, moments),
             known,
             *_unchanged(aggregates, raw, known, moments),
-            encode_features(id_features, raw),
+            _columns(encode_features(id_features, raw)),
         )
 
 
@@ -276,13 +300,13 @@ class Stored:
         ids: features that are the item's own id; they hold as soon as either part does.
     """
 
-    profile: pl.DataFrame
+    profile: dict[str, Column]
     updated_at: np.ndarray
-    counts: pl.DataFrame
+    counts: dict[str, Column]
     counted_at: np.ndarray
     counts_since: np.ndarray
     counts_until: np.ndarray
-    ids: pl.DataFrame
+    ids: dict[str, Column]
 
     def rows(self, rows: np.ndarray) -> Stored:
         return Stored(
@@ -297,13 +321,13 @@ class Stored:
 
     def and_then(self, other: Stored) -> Stored:
         return Stored(
-            pl.concat([self.profile, other.profile], rechunk=True),
+            _stacked(self.profile, other.profile),
             np.concatenate([self.updated_at, other.updated_at]),
-            pl.concat([self.counts, other.counts], rechunk=True),
+            _stacked(self.counts, other.counts),
             np.concatenate([self.counted_at, other.counted_at]),
             np.concatenate([self.counts_since, other.counts_since]),
             np.concatenate([self.counts_until, other.counts_until]),
-            pl.concat([self.ids, other.ids], rechunk=True),
+            _stacked(self.ids, other.ids),
         )
 
 
@@ -325,7 +349,7 @@ class ItemTable:
         self._table = blank
         self._read_at = np.array([np.inf])
 
-    def take(self, item_ids: list[str], ts: int) -> pl.DataFrame:
+    def take(self, item_ids: list[str], ts: int) -> dict[str, Column]:
         """Rows of these items as known at ``ts``, in this order, with ``item_known``."""
         now = time.monotonic()
         rows = np.array([self._rows.get(item_id, -1) for item_id in item_ids], np.int64)
@@ -343,13 +367,12 @@ class ItemTable:
         table = self._table
         profiled, has_counts = table.updated_at[rows] <= ts, table.counted_at[rows] <= ts
         known = profiled | has_counts
-        parts = (
-            _rows(table.ids, np.where(known, rows, 0)),
-            _rows(table.profile, np.where(profiled, rows, 0)),
-            _rows(table.counts, np.where(has_counts, rows, 0)),
-        )
-        columns = [column for part in parts for column in part]
-        return pl.DataFrame([*columns, pl.Series("item_known", known)])
+        return {
+            **_rows(table.ids, np.where(known, rows, 0)),
+            **_rows(table.profile, np.where(profiled, rows, 0)),
+            **_rows(table.counts, np.where(has_counts, rows, 0)),
+            "item_known": known,
+        }
 
     def _load(self, item_ids: list[str], ts: int, now: float) -> None:
         fresh = self._read(item_ids, ts)
@@ -368,22 +391,83 @@ class ItemTable:
         self._rows = {item_id: row for row, item_id in enumerate(kept, start=1)}
 
 
-def _rows(frame: pl.DataFrame, rows: np.ndarray) -> pl.DataFrame:
-    """These rows; a frame without columns has none to take."""
-    return frame[rows] if frame.width else frame
+def _rows(columns: Mapping[str, Column], rows: np.ndarray) -> dict[str, Column]:
+    return {
+        name: values[rows] if isinstance(values, np.ndarray) else values.take(pa.array(rows))
+        for name, values in columns.items()
+    }
 
 
-def _values_at(features: Iterable[Feature], stored: pl.DataFrame, ts: np.ndarray | int) -> pl.DataFrame:
-    """The values of aggregates from what is stored of each owner, a row each; ``ts``: one moment, or each row's."""
-    columns = []
-    for feature in features:
-        if aggregate_of(feature).window is None:
-            columns += [stored[name] for name in value_columns([feature])]
-        else:
-            entries = _entries(feature, stored)
-            moments = ts if isinstance(ts, int) else ts[entries[0]]
-            columns += within(feature, entries, moments, stored.height)
-    return pl.DataFrame(columns).select(_values(features))
+def _stacked(first: Mapping[str, Column], second: Mapping[str, Column]) -> dict[str, Column]:
+    return {
+        name: np.concatenate([values, second[name]])
+        if isinstance(values, np.ndarray)
+        else pa.concat_arrays([values, second[name]])
+        for name, values in first.items()
+    }
+
+
+def _columns(frame: pl.DataFrame) -> dict[str, Column]:
+    return {column.name: _column(column) for column in frame}
+
+
+def _column(values: pl.Series) -> Column:
+    if isinstance(values.dtype, pl.List):
+        lists = values.to_arrow(compat_level=pl.CompatLevel.oldest())
+        return lists.cast(pa.list_(lists.type.value_type))
+    return np.array(values.to_list(), object) if values.dtype == pl.String else values.to_numpy()
+
+
+def _series(name: str, values: Column) -> pl.Series:
+    if not isinstance(values, np.ndarray):
+        return pl.Series(name, values)
+    if values.dtype == object:
+        return pl.Series(name, values.tolist(), pl.String)
+    return pl.Series(name, values, nan_to_null=True)
+
+
+def _plain(value: Value) -> Any:
+    """A stored value as Python has it; None where there is none."""
+    kind = value.WhichOneof("val")
+    if kind is None or kind == "null_val":
+        return None
+    stored = getattr(value, kind)
+    if kind == "float_val":
+        return np.float32(stored)  # as a text it is shorter than the same number in 64 bits
+    return list(stored.val) if kind.endswith("_list_val") else stored
+
+
+def _of_one(feature: Feature, row: Mapping[str, Any], ts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Count and sum, [1] each, of a user's or item's aggregate at a moment; of an empty row nothing."""
+    if aggregate_of(feature).window is None:
+        count, total = (row.get(name) or 0 for name in value_columns([feature]))
+        return np.array([count]), np.array([float(total)])
+    until, counts, sums = (
+        np.array(row.get(name) or [], np.float64 if name.startswith("sum") else np.int64)
+        for name in state_columns(feature)
+    )
+    return within((np.zeros(len(until), np.int64), until, counts, sums), ts, 1)
+
+
+def _crossed(
+    feature: Feature, items: Mapping[str, Column], item_ids: list[str], row: Mapping[str, Any], ts: int
+) -> np.ndarray:
+    """A cross feature of every item: the user's counts of all the keys that the item has, added up."""
+    key = str(aggregate_of(feature).key)
+    keys = item_ids if key == "item_id" else items[cross_column(key)]
+    counts, totals, places = _per_key(feature, row, ts)
+    if isinstance(keys, pa.Array):
+        lengths = keys.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        owner, keys = np.repeat(np.arange(len(lengths)), lengths), keys.flatten().to_pylist()
+    else:
+        owner = np.arange(len(keys))
+    # the last place holds nothing
+    found = np.array([places.get(one, len(counts) - 1) for one in keys], np.int64)
+    return aggregate_values(
+        feature,
+        np.bincount(owner, counts[found], len(item_ids)),
+        np.bincount(owner, totals[found], len(item_ids)),
+    )
 
 
 def _unchanged(
@@ -400,6 +484,19 @@ def _unchanged(
     return since, until
 
 
+def _values_at(features: Iterable[Feature], stored: pl.DataFrame, ts: np.ndarray) -> dict[str, Column]:
+    """The values of aggregates from what is stored of each owner, each at its row's moment."""
+    columns: dict[str, Column] = {}
+    for feature in features:
+        if aggregate_of(feature).window is None:
+            counts, totals = (stored[name].fill_null(0).to_numpy() for name in value_columns([feature]))
+        else:
+            entries = _entries(feature, stored)
+            counts, totals = within(entries, ts[entries[0]], stored.height)
+        columns[feature_column(feature)] = aggregate_values(feature, counts, totals)
+    return columns
+
+
 def _entries(feature: Feature, stored: pl.DataFrame) -> Entries:
     """What is stored of a windowed feature; the owner's number is its row."""
     lists = [stored[name] for name in state_columns(feature)]
@@ -408,24 +505,19 @@ def _entries(feature: Feature, stored: pl.DataFrame) -> Entries:
     return owner, until, counts, sums
 
 
-def _per_key(feature: Feature, stored: pl.DataFrame, ts: int) -> pl.DataFrame:
-    """What counts at a moment per key (``KEY`` and the value columns), from what is stored of a user's keys."""
-    key = stored[key_column(feature)].alias(KEY)
+def _per_key(feature: Feature, row: Mapping[str, Any], ts: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Counts and sums of a user's keys at a moment, one more of nothing after them, and the place of every key."""
+    keys = row.get(key_column(feature)) or []
+    places: dict[str, int] = {}
+    owner = np.array([places.setdefault(key, len(places)) for key in keys], np.int64)
+    stored = [np.array(row.get(name) or []) for name in state_columns(feature)]
     if aggregate_of(feature).window is None:
-        return pl.DataFrame([key, *[stored[name] for name in value_columns([feature])]])
-    until, counts, sums = (stored[name].to_numpy() for name in state_columns(feature))
-    owner, keys = key.rle_id().to_numpy(), key.unique(maintain_order=True)  # entries are ordered by key
-    return pl.DataFrame([keys, *within(feature, (owner, until, counts, sums), ts, len(keys))])
-
-
-def _values(features: Iterable[Feature]) -> list[pl.Expr]:
-    """The values of aggregates from their counts and sums, as the sample builder makes them."""
-    return [
-        aggregate_value(feature, pl.col(count_column(feature)), pl.col(sum_column(feature))).alias(
-            feature_column(feature)
-        )
-        for feature in features
-    ]
+        counts, sums = stored
+    else:
+        until, counts, sums = stored
+        owner, counts, sums = (values[until > ts] for values in (owner, counts, sums))
+    size = len(places) + 1
+    return np.bincount(owner, counts, size), np.bincount(owner, sums, size), places
 
 
 def encode_features(features: Iterable[Feature], raw: pl.DataFrame) -> pl.DataFrame:

@@ -68,7 +68,7 @@ class Size:
     before: int
 
 
-FULL = Size(users=3_000, items=1_000, first=5, days=8, epochs=2, before=30)
+FULL = Size(users=3_000, items=1_000, first=3, days=14, epochs=2, before=30)
 QUICK = Size(users=60, items=40, first=3, days=2, epochs=1, before=5)
 
 

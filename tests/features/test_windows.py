@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
@@ -104,15 +105,16 @@ def test_online_counts_leave_their_windows_by_themselves_and_equal_the_builders_
             offline = {(row["user_id"], request["ts"]): request for row in rows for request in row["requests"]}
             for ts, user in product(times, users):
                 expected = offline[user, ts]
-                user_known, of_user, of_items = reader.request(user, items, ts)
-                assert user_known == expected["user_known"]
-                assert of_items["item_known"].to_list() == [item["item_known"] for item in expected["candidates"]]
+                known = reader.request(user, items, ts)
+                assert known.user == expected["user_known"]
+                assert known.items["item_known"].tolist() == [item["item_known"] for item in expected["candidates"]]
                 for feature in schema.aggregates("user", "item", "cross"):
                     name = feature_column(feature)
                     if feature.side == "user":
-                        online, counted = [of_user[name]], [expected[name]]
+                        online, counted = [known.codes[name]], [expected[name]]
                     else:
-                        online, counted = of_items[name].to_list(), [item[name] for item in expected["candidates"]]
+                        online = [None if np.isnan(value) else value for value in known.items[name].tolist()]
+                        counted = [item[name] for item in expected["candidates"]]
                     assert online == counted, (feature.name, ts)
                     if None in seconds:  # sums that are exact in any order
                         assert online == [world.value(feature, user, item, ts) for item in items[: len(online)]]

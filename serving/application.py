@@ -10,6 +10,9 @@ from serving.settings import ServingSettings
 
 APPLICATION = "corank"
 
+BY_USER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+"""Sends a user's requests to the ranker that remembers them; where it is full or gone, to the next one on its ring."""
+
 
 def build_application(settings: ServingSettings) -> serve.Application:
     """The application of these settings, for ``serve.run``."""
@@ -19,6 +22,7 @@ def build_application(settings: ServingSettings) -> serve.Application:
         num_replicas=settings.options.ranker_replicas,
         ray_actor_options={"num_cpus": settings.ranker_cpus},
         max_constructor_retry_count=2,
+        request_router_config={"request_router_class": BY_USER} if settings.by_user else None,
     )(Ranker)
     service = serve.deployment(
         # Room above what the proxy passes on of its three paths, for health and the like; what exceeds the service's

@@ -7,6 +7,7 @@ the user side of a request is computed once, however many candidates it has, and
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from collections import OrderedDict
@@ -73,6 +74,8 @@ class Ranker:
                     loaded = load_artifact(artifact)
                     require_selfcheck(artifact, loaded.model, loaded.metadata.get("selfcheck", {}))
                     known = loaded, MemoisedModel(loaded.model, self._memo_bytes)
+                    gc.collect()
+                    gc.freeze()  # what is loaded stays, so that later collections, which stop everybody, skip it
                     with self._order:
                         self._models[artifact] = known
                         while len(self._models) > MOST_MODELS:

@@ -184,7 +184,8 @@ class RankingService:
             ),
         )
         read = time.perf_counter()
-        ranked: Ranked = await self._ask(self._ranker.rank, (live.artifact, row.rows, erased))
+        ranker = self._ranker.options(session_id=str(request.user_id)) if settings.by_user else self._ranker
+        ranked: Ranked = await self._ask(ranker.rank, (live.artifact, row.rows, erased))
         seconds = {"features": read - started, "model": time.perf_counter() - read}
         return answer(request, ts, row, live.model, ranked, seconds, weights)
 

@@ -108,3 +108,8 @@ class ServingSettings:
     ranker_cpus: float = 0.5
     service_cpus: float = 0.1
     ranker_threads: int | None = None
+
+    @property
+    def by_user(self) -> bool:
+        """Whether it matters which ranker a request meets."""
+        return self.options.ranker_replicas > 1

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+import features.store  # noqa: F401 (before any test imports Feast: it decides how)
 from pipeline.runtime import RayConfig, ensure_ray, quiet, stop_ray
 from tests.servers import free_port, wait_for
 

@@ -1,0 +1,33 @@
+"""Several rankers behind one service, on Ray Serve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from serving.client import RankingClient
+from serving.deploy import start, stop
+from serving.settings import ServingConfig, ServingSettings
+from tests.servers import free_port
+from tests.serving.test_ranking import CONTEXT, NOW, settings
+
+__all__ = ["settings"]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+def test_a_users_requests_meet_the_ranker_that_remembers_them(settings: ServingSettings, local_ray: None) -> None:
+    two = replace(settings, options=ServingConfig(ranker_replicas=2, memo_megabytes=16), ranker_cpus=0.1)
+    users = [(f"user {number}", [1, 2, 3], CONTEXT, NOW + number) for number in range(12)]
+    try:
+        with RankingClient(start(two, port=free_port())) as client:
+            first = [client.rank(*user) for user in users]
+            assert {answer["memo"] for answer in first} <= {"none", "timeline"}
+            for user, before in zip(users * 3, first * 3, strict=True):
+                answer = client.rank(*user)
+                assert answer["memo"] == "user"
+                np.testing.assert_allclose(answer["scores"]["click"], before["scores"]["click"], atol=1e-6)
+    finally:
+        stop()

@@ -1,18 +1,18 @@
-"""The Ray Serve application and its client, which is loaded when first asked for."""
+"""The Ray Serve application and its clients, which are loaded when first asked for."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serving.client import RankingClient
+    from serving.client import AsyncRankingClient, RankingClient
 
-__all__ = ["RankingClient"]
+__all__ = ["AsyncRankingClient", "RankingClient"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RankingClient":
-        from serving.client import RankingClient
+    if name in __all__:
+        from serving import client
 
-        return RankingClient
+        return getattr(client, name)
     raise AttributeError(f"module 'serving' has no attribute {name!r}")

@@ -26,7 +26,7 @@ from serving.auth import Tokens, UnauthorizedError
 from serving.bodies import BodyError, bounded_route
 from serving.memo import Ranked
 from serving.metrics import Measuring, Metrics
-from serving.paths import EVENTS, HEALTH, RANK, RANK_BATCH, READY
+from serving.paths import EVENTS, HEALTH, MODEL, RANK, RANK_BATCH, READY
 from serving.proxy import ADMITTED
 from serving.rows import InvalidRequestError, RequestRow
 from serving.settings import MOST_BODY_BYTES, ServingConfig
@@ -204,7 +204,7 @@ def build_api(
             return _error(503, "not_ready", None, told(error))
         return JSONResponse({"status": "ok"}, headers=limits)
 
-    @api.get("/v1/model", **private)
+    @api.get(MODEL, **private)
     async def model() -> JSONResponse:
         return JSONResponse({**_summary(await service.describe()), "refused": service.refused})
 

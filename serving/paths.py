@@ -1,7 +1,7 @@
 """The paths of the endpoint that more than its interface must know."""
 
 RANK, RANK_BATCH, EVENTS = "/v1/rank", "/v1/rank:batch", "/v1/events"
-HEALTH, READY = "/healthz", "/readyz"
+MODEL, HEALTH, READY = "/v1/model", "/healthz", "/readyz"
 
 LIMITED = (RANK, RANK_BATCH, EVENTS)
 """Of these the service holds only so many requests at a time."""

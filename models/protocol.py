@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from collections.abc import Sequence as Several
 from typing import Any
 
 import torch
@@ -31,14 +32,18 @@ class RankingModel(nn.Module, ABC):
     Attributes:
         name: by which the registry built it.
         config: all sizes and switches, those that the schema decides included.
+        streams: the sequences of each entry of a :class:`models.state.TimelineState`, in its order; of a model that
+            does not say otherwise, all of them in one.
     """
 
     name: str
     config: Declaration
+    streams: Several[tuple[Sequence, ...]]
 
     def __init__(self, schema: Schema, event_width: int, event_time: bool, id_dropout: float) -> None:
         super().__init__()
         self.schema, self.event_width, self.event_time = schema, event_width, event_time
+        self.streams = [schema.sequences]
         self.inputs = InputLayer(schema, id_dropout)
         time = TIME_WIDTH if event_time else 0
         self.align = nn.ModuleDict(

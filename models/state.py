@@ -58,18 +58,37 @@ class EncodedEvents:
         timeline = torch.arange(counts[0].numel())
         of_event = torch.cat([torch.repeat_interleave(timeline, counts_SU.flatten()) for counts_SU in counts])
         order = of_event.argsort(stable=True)
+        joined: dict[tuple[int, int], Tensor] = {}
+        for pairs in zip(self.layers, later.layers, strict=True):
+            for pair in zip(*pairs, strict=True):
+                if (id(pair[0]), id(pair[1])) not in joined:  # what layers share stays shared
+                    whole = torch.cat(pair, -2)
+                    joined[id(pair[0]), id(pair[1])] = whole.index_select(-2, order.to(whole.device))
         layers = [
-            tuple(torch.cat(pair, -2).index_select(-2, order.to(pair[0].device)) for pair in zip(*both, strict=True))
-            for both in zip(self.layers, later.layers, strict=True)
+            tuple(joined[id(old), id(new)] for old, new in zip(*pairs, strict=True))
+            for pairs in zip(self.layers, later.layers, strict=True)
         ]
         return EncodedEvents(layers, torch.cat([self.ts, later.ts])[order], offsets_of(counts.sum(0)))
+
+    def since(self, skipped: Tensor) -> EncodedEvents:
+        """The state of the timelines without so many events at their beginnings, [S, U]."""
+        counts = self.offsets.diff() - skipped
+        rows = positions((self.offsets[:, :-1] + skipped).flatten(), counts.flatten())
+        return EncodedEvents(self._rows(rows), self.ts[rows], offsets_of(counts))
 
     def take(self, timelines: Tensor) -> EncodedEvents:
         """The state of these timelines, in this order, with repeats."""
         first, last = self.starts(timelines), self.starts(timelines + 1)
         rows = positions(first.flatten(), (last - first).flatten())
-        layers = [tuple(tensor.index_select(-2, rows.to(tensor.device)) for tensor in layer) for layer in self.layers]
-        return EncodedEvents(layers, self.ts[rows], offsets_of(last - first))
+        return EncodedEvents(self._rows(rows), self.ts[rows], offsets_of(last - first))
+
+    def _rows(self, rows: Tensor) -> list[tuple[Tensor, ...]]:
+        """These events of every layer; what layers share stays shared."""
+        taken: dict[int, Tensor] = {}
+        for tensor in (tensor for layer in self.layers for tensor in layer):
+            if id(tensor) not in taken:
+                taken[id(tensor)] = tensor.index_select(-2, rows.to(tensor.device))
+        return [tuple(taken[id(tensor)] for tensor in layer) for layer in self.layers]
 
     @classmethod
     def concat(cls, states: Several[EncodedEvents]) -> EncodedEvents:
@@ -147,6 +166,10 @@ class TimelineState:
     def append(self, later: TimelineState) -> TimelineState:
         """The state with later events, encoded on their own, at the ends of the same timelines."""
         return TimelineState([old.append(new) for old, new in zip(self.events, later.events, strict=True)])
+
+    def since(self, skipped: Several[Tensor]) -> TimelineState:
+        """The state without so many events at the beginnings of the timelines, [S, U] per entry of ``events``."""
+        return TimelineState([events.since(of_entry) for events, of_entry in zip(self.events, skipped, strict=True)])
 
     def take(self, timelines: Tensor) -> TimelineState:
         """The state of these timelines, in this order, with repeats."""

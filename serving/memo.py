@@ -2,6 +2,8 @@
 
 Two levels (docs/design.md#serving): a ``TimelineState`` under the digest of its events, a ``UserState`` under that of
 the events, the user's features, the context and the time of the request. A digest has 128 bits, so a hit is exact.
+Where a user's timeline has lost its oldest events and got new ones since the last request, the new ones alone are
+encoded and appended to what is left of its state.
 """
 
 from __future__ import annotations
@@ -12,22 +14,32 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from features.batch import Ids, Jagged, RequestBatch, Values, collate
+from features.batch import Ids, Jagged, RequestBatch, Timeline, Values, collate
 from features.sample_table import cut
 from models.protocol import RankingModel
 from models.scoring import UNLIMITED
 from models.state import TimelineState, UserState
 
-S = TypeVar("S", TimelineState, UserState)
-Level = Literal["user", "timeline", "none"]
-"""The part of a request that was remembered: all of its user side, its timeline, or nothing."""
+
+class Sized(Protocol):
+    """What a memo remembers."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+S = TypeVar("S", bound=Sized)
+T = TypeVar("T", TimelineState, UserState)
+Level = Literal["user", "timeline", "events", "none"]
+"""The part of a request that was remembered: all of its user side, its timeline, some of its events, or nothing."""
 
 DIGEST_BYTES = 16
 
@@ -42,6 +54,9 @@ class Memo(Generic[S]):
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._states
 
     def get(self, key: bytes) -> S | None:
         with self._changing:
@@ -83,6 +98,18 @@ class Ranked:
     item_seconds: float
 
 
+@dataclass(frozen=True)
+class KnownTimeline:
+    """A timeline's state, and the events of every sequence as rows of integers, [E, 1 + fields], that it is of."""
+
+    state: TimelineState
+    events: dict[str, np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return self.state.nbytes + sum(rows.nbytes for rows in self.events.values())
+
+
 class MemoisedModel:
     """A model that remembers the user sides that it computed.
 
@@ -92,13 +119,15 @@ class MemoisedModel:
 
     def __init__(self, model: RankingModel, most_bytes: int) -> None:
         self.model = model
-        self.timelines: Memo[TimelineState] = Memo(most_bytes // 2)
+        self.timelines: Memo[KnownTimeline] = Memo(most_bytes // 2)
         self.users: Memo[UserState] = Memo(most_bytes // 2)
+        self._newest: dict[str, bytes] = {}  # digest of a user's last timeline
 
     def forget(self) -> None:
         """Whatever is remembered of anybody."""
         self.timelines.clear()
         self.users.clear()
+        self._newest.clear()
 
     @torch.inference_mode()
     def rank(self, rows: pa.Table, candidates: int) -> Iterator[Ranked]:
@@ -124,8 +153,7 @@ class MemoisedModel:
         if missing:
             encoded, known = self._timelines(rows, batch, [events[place] for place in missing], missing)
             for place in missing:
-                if events[place] in known:
-                    levels[whole[place]] = "timeline"
+                levels[whole[place]] = known.get(events[place], "none")
             users = batch.users if len(missing) == rows.num_rows else self._part(rows, missing).users
             state = self.model.encode_users(users, encoded)
             for place, state_of_user in zip(missing, _apart(state, len(missing)), strict=True):
@@ -135,29 +163,58 @@ class MemoisedModel:
 
     def _timelines(
         self, rows: pa.Table, batch: RequestBatch, events: Sequence[bytes], places: Sequence[int]
-    ) -> tuple[TimelineState, set[bytes]]:
-        """The state of these rows' timelines, in order, and the digests of those that were remembered."""
-        states = {key: state for key in events if (state := self.timelines.get(key)) is not None}
-        known = set(states)
-        missing = {key: places[index] for key, index in _first_places(events).items() if key not in known}
+    ) -> tuple[TimelineState, dict[bytes, Level]]:
+        """The state of these rows' timelines, in order, and the digests of those that were remembered, at least in
+        part."""
+        states = {key: known.state for key in events if (known := self.timelines.get(key)) is not None}
+        levels: dict[bytes, Level] = dict.fromkeys(states, "timeline")
+        missing = {key: places[index] for key, index in _first_places(events).items() if key not in states}
         if missing:
-            new = list(missing.values())
-            part = batch if len(new) == rows.num_rows else self._part(rows, new)
-            state = self.model.encode_timelines(part.timelines)
-            for key, timeline_state in zip(missing, _apart(state, len(new)), strict=True):
-                states[key] = timeline_state
-                self.timelines.put(key, timeline_state)
-        return _joined([states[key] for key in events]), known
+            names = [sequence.name for sequence in self.model.schema.sequences]
+            content = {name: _rows_of(batch.timelines[name]) for name in names}
+            overlaps, users = [], rows["user_id"]
+            for key, place in missing.items():
+                user = users[place].as_py()
+                own = {name: content[name][_span(batch.timelines[name], place)] for name in names}
+                overlaps.append(self._overlap(user, own))
+                self._newest[user] = key
+            tails = _tails(batch.timelines, list(missing.values()), [kept for _, _, kept in overlaps])
+            encoded = _apart(self.model.encode_timelines(tails), len(missing))
+            for (key, place), (earlier, skipped, _), new in zip(missing.items(), overlaps, encoded, strict=True):
+                if earlier is not None:
+                    left = [torch.tensor([[skipped[one.name]] for one in stream]) for stream in self.model.streams]
+                    new = earlier.since(left).append(new)
+                    levels[key] = "events"
+                states[key] = new
+                own = {name: content[name][_span(batch.timelines[name], place)].copy() for name in names}
+                self.timelines.put(key, KnownTimeline(new, own))
+            if len(self._newest) > 2 * len(self.timelines) + 1_000:
+                self._newest = {user: key for user, key in self._newest.items() if key in self.timelines}
+        return _joined([states[key] for key in events]), levels
+
+    def _overlap(
+        self, user: str, own: Mapping[str, np.ndarray]
+    ) -> tuple[TimelineState | None, dict[str, int], dict[str, int]]:
+        """The state of the user's last timeline, how many of its first events are gone and how many others it shares
+        with this one, per sequence; None where it shares none."""
+        known = self.timelines.get(self._newest[user]) if user in self._newest else None
+        skipped, kept = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
+        if known is None:
+            return None, skipped, kept
+        for name, rows in own.items():
+            skipped[name] = _gone(known.events[name], rows)
+            kept[name] = len(known.events[name]) - skipped[name]
+        return (known.state if any(kept.values()) else None), skipped, kept
 
     def _part(self, rows: pa.Table, places: Sequence[int]) -> RequestBatch:
         return collate(rows.take(pa.array(places)), self.model.schema)
 
 
-def _apart(state: S, count: int) -> list[S]:
+def _apart(state: T, count: int) -> list[T]:
     return [state] if count == 1 else [state.take(torch.tensor([place])) for place in range(count)]
 
 
-def _joined(states: Sequence[S]) -> S:
+def _joined(states: Sequence[T]) -> T:
     return states[0] if len(states) == 1 else type(states[0]).concat(states)
 
 
@@ -167,6 +224,47 @@ def _first_places(keys: Sequence[bytes]) -> dict[bytes, int]:
     for place, key in enumerate(keys):
         first.setdefault(key, place)
     return first
+
+
+def _span(timeline: Timeline, place: int) -> slice:
+    return slice(int(timeline.offsets[place]), int(timeline.offsets[place + 1]))
+
+
+def _rows_of(timeline: Timeline) -> np.ndarray:
+    """Events with their fields as integers, [E, 1 + fields]: equal rows are equal bits."""
+    columns = [timeline.ts, *(_plain(values) for values in timeline.fields.values())]
+    return np.stack(
+        [
+            column.numpy().view(np.int32).astype(np.int64) if column.dtype == torch.float32 else column.numpy()
+            for column in columns
+        ],
+        1,
+    )
+
+
+def _gone(before: np.ndarray, now: np.ndarray) -> int:
+    """How many of the first events of ``before`` are gone, if the others are the first of ``now``; else all."""
+    if len(now):
+        for first in np.flatnonzero((before == now[0]).all(1)):
+            left = len(before) - int(first)
+            if left <= len(now) and (before[first:] == now[:left]).all():
+                return int(first)
+    return len(before)
+
+
+def _tails(
+    timelines: Mapping[str, Timeline], places: Sequence[int], kept: Sequence[Mapping[str, int]]
+) -> dict[str, Timeline]:
+    """The events of these timelines after the first ``kept`` of every sequence."""
+    tails = {}
+    for name, timeline in timelines.items():
+        spans = [_span(timeline, place) for place in places]
+        starts = [span.start + own[name] for span, own in zip(spans, kept, strict=True)]
+        counts = torch.tensor([span.stop - start for span, start in zip(spans, starts, strict=True)])
+        rows = torch.cat([torch.arange(start, span.stop) for span, start in zip(spans, starts, strict=True)])
+        fields: dict[str, Values] = {field: _plain(values)[rows] for field, values in timeline.fields.items()}
+        tails[name] = Timeline(fields, timeline.ts[rows], functional.pad(counts.cumsum(0), (1, 0)))
+    return tails
 
 
 def _digest_of_timeline(batch: RequestBatch, place: int) -> bytes:

@@ -984,6 +984,42 @@ def test_what_is_remembered_gives_the_scores_of_what_is_computed(settings: Servi
     assert levels([other, cold, latest]) == ["user", "user", "user"]
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_of_a_timeline_that_has_moved_on_the_new_events_alone_are_encoded(
+    settings: ServingSettings, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = build_model(SCHEMA, name, "tiny", id_dropout=0.0).eval()
+    never, memo = MemoisedModel(model, 0), MemoisedModel(model, 10**9)
+    encode, encoded = model.encode_timelines, list[int]()
+
+    def counted(timelines: Any) -> Any:
+        encoded.append(len(timelines["clicks"].ts))
+        return encode(timelines)
+
+    def levels(*requests: tuple[str, int]) -> tuple[list[str], int]:
+        rows = concatenate(rows_of(settings, *((user, ["1", "2"], ts) for user, ts in requests)))
+        plain = list(never.rank(rows, 100))
+        encoded.clear()
+        monkeypatch.setattr(model, "encode_timelines", counted)
+        ranked = list(memo.rank(rows, 100))
+        monkeypatch.setattr(model, "encode_timelines", encode)
+        for one, other in zip(ranked, plain, strict=True):
+            np.testing.assert_allclose(one.scores, other.scores, atol=1e-6)
+        return [one.remembered for one in ranked], sum(encoded)
+
+    # the user's events have the times 100 … 109, of which a request sees the last five
+    assert levels(("7", 103)) == (["none"], 3)
+    assert levels(("7", 105)) == (["events"], 2)
+    assert levels(("7", 107)) == (["events"], 2)  # two new ones, and the two oldest are gone
+    assert levels(("7", 107), ("8", 107), ("7", 110)) == (["user", "none", "events"], 3)
+    assert levels(("7", 200)) == (["timeline"], 0)
+    assert levels(("7", 102)) == (["none"], 2)  # none of the last timeline's first events
+    assert levels(("7", 111), ("7", 105)) == (["timeline", "user"], 0)
+    memo.forget()
+    assert levels(("7", 106)) == (["none"], 5)
+
+
 def test_what_is_remembered_stays_within_its_bytes_and_the_longest_unused_goes(settings: ServingSettings) -> None:
     torch.manual_seed(0)
     model = build_model(SCHEMA, "ui-mixformer", "tiny", id_dropout=0.0).eval()

@@ -1,7 +1,8 @@
 """The benchmarks that need no data from outside run, and end with a line of JSON.
 
-Not those that walk through whole commands for minutes: ``retraining`` and ``crashwalk``. What they show in bulk has
-tests of its own (test_dag.py, test_cuts.py, test_resume.py, test_repair.py).
+Not those that walk through whole commands, or start a service again and again, for minutes: ``retraining``,
+``crashwalk`` and ``serving``. What they show in bulk has tests of its own (test_dag.py, test_cuts.py, test_resume.py,
+test_repair.py, tests/serving/).
 """
 
 from __future__ import annotations

@@ -31,14 +31,14 @@ def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
 
 
 @contextmanager
-def http_server(host: str, answer: str) -> Iterator[tuple[list[str], int]]:
+def http_server(host: str, answer: str, status: int = 200) -> Iterator[tuple[list[str], int]]:
     """A server that answers every GET with this text: the paths it was asked for, and its port."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            self.send_response(200)
+            self.send_response(status)
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer.encode())

@@ -13,7 +13,7 @@ import pytest
 from pipeline.importers.synthetic import import_synthetic
 from tests.pipeline.commands import corank
 from tests.pipeline.workspaces import START, write_config
-from tests.servers import http_server
+from tests.servers import free_port, http_server
 
 COMMAND = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 COMMANDS = [
@@ -116,6 +116,27 @@ def test_a_port_that_another_program_has_is_named_before_anything_runs(tmp_path:
 
 
 @pytest.mark.slow
+def test_tokens_that_cannot_be_used_are_named_before_anything_runs(tmp_path: Path, data: Path) -> None:
+    tokens, port = tmp_path / "tokens", free_port()
+    tokens.write_text("shop 7c1e0f2ab93d4c55")
+    tokens.chmod(0o644)
+    config = write_config(tmp_path, data, serving={"port": port, "tokens": str(tokens)})
+    done = corank("run", "--config", str(config))
+    assert done.exit_code == 1
+    assert f"{tokens} can be read by other users" in done.stderr
+    assert not list((tmp_path / "work").glob("records/validated/*"))
+    # nor is an endpoint taken for this pipeline's that takes none of them
+    tokens.chmod(0o600)
+    refusal = '{"error": {"type": "unauthorized", "field": null, "message": "none of those"}}'
+    with http_server("127.0.0.1", refusal, status=401) as (asked, taken):
+        config = write_config(tmp_path, data, serving={"port": taken, "tokens": str(tokens)})
+        done = corank("run", "--config", str(config))
+    assert done.exit_code == 1
+    assert "takes no token of serving.tokens, so it is another pipeline's" in done.stderr
+    assert asked == ["/v1/model"]
+    assert not list((tmp_path / "work").glob("records/validated/*"))
+
+
 def test_bad_data_exits_3_names_it_and_leaves_nothing_visible(tmp_path: Path, data: Path) -> None:
     import shutil
 

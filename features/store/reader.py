@@ -280,12 +280,12 @@ class OnlineReader:
         known = counted_at.fill_null(NEVER).to_numpy()
         moments = np.maximum(known, ts)
         return Stored(
-            _columns(pl.DataFrame([*profile, *crossed])),
+            _arrays(pl.DataFrame([*profile, *crossed])),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
             _values_at(aggregates, raw, moments),
             known,
             *_unchanged(aggregates, raw, known, moments),
-            _columns(encode_features(id_features, raw)),
+            _arrays(encode_features(id_features, raw)),
         )
 
 
@@ -407,11 +407,11 @@ def _stacked(first: Mapping[str, Column], second: Mapping[str, Column]) -> dict[
     }
 
 
-def _columns(frame: pl.DataFrame) -> dict[str, Column]:
-    return {column.name: _column(column) for column in frame}
+def _arrays(frame: pl.DataFrame) -> dict[str, Column]:
+    return {column.name: _array(column) for column in frame}
 
 
-def _column(values: pl.Series) -> Column:
+def _array(values: pl.Series) -> Column:
     if isinstance(values.dtype, pl.List):
         lists = values.to_arrow(compat_level=pl.CompatLevel.oldest())
         return lists.cast(pa.list_(lists.type.value_type))

@@ -98,6 +98,18 @@ class Ranked:
     item_seconds: float
 
 
+def in_order(parts: Sequence[Ranked]) -> Ranked:
+    """What a ranker gives for a request that was scored in parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Ranked(
+        np.concatenate([part.scores for part in parts]),
+        parts[0].remembered,
+        sum(part.user_seconds for part in parts),
+        sum(part.item_seconds for part in parts),
+    )
+
+
 @dataclass(frozen=True)
 class KnownTimeline:
     """A timeline's state, and the events of every sequence as rows of integers, [E, 1 + fields], that it is of."""

@@ -55,7 +55,7 @@ class Ranker:
         )
         self._models: OrderedDict[str, tuple[Artifact, MemoisedModel]] = OrderedDict()
         self._loading, self._order = threading.Lock(), threading.Lock()
-        self._max_candidates = settings.options.max_candidates
+        self._chunk_candidates = settings.options.chunk_candidates
         self._erased = 0
         self._memo_bytes = round(settings.options.memo_megabytes * 1e6)
         self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
@@ -105,14 +105,14 @@ class Ranker:
         return await asyncio.to_thread(self.score, requests)
 
     def score(self, requests: Sequence[BoundRow]) -> list[Ranked]:
-        """Scores of these requests, merged per model into batches of at most ``max_candidates`` candidates."""
+        """Scores of these requests, merged per model into batches of at most ``chunk_candidates`` candidates."""
         bound, ranked = [BoundRow(*request) for request in requests], dict[int, Ranked]()
         self.forget(max(request.erased for request in bound))
         for artifact in dict.fromkeys(request.artifact for request in bound):
             places = [place for place, request in enumerate(bound) if request.artifact == artifact]
             rows = concatenate([bound[place].row for place in places])
             _, model = self._model(artifact)
-            ranked |= dict(zip(places, model.rank(rows, self._max_candidates), strict=True))
+            ranked |= dict(zip(places, model.rank(rows, self._chunk_candidates), strict=True))
             if any(bound[place].erased < self._erased for place in places):  # read before a user was forgotten
                 model.forget()
         return [ranked[place] for place in range(len(requests))]

@@ -6,7 +6,7 @@ What is not yet known at the time of the request is coded as unknown, as in the 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from features.encoding import as_text, encode_value
 from features.errors import CorankError
-from features.sample_table import end_column, feature_column, label_column, sample_schema, timeline_column
+from features.sample_table import column_of, end_column, feature_column, label_column, sample_schema, timeline_column
 from features.schema import Feature, Schema
 from features.store.reader import History, OnlineReader
 from serving.settings import MissingContext
@@ -117,6 +117,23 @@ def serving_schema(schema: Schema) -> pa.Schema:
             if field.name not in ("dt", "bucket")
         ]
     )
+
+
+def chunks(row: pa.Table, most: int) -> Iterator[pa.Table]:
+    """A request's row in parts of at most so many of its candidates, in their order."""
+    requests = column_of(row, "requests")
+    request = requests.flatten()
+    candidates = request.field("candidates").flatten()
+    if len(candidates) <= most:
+        yield row
+        return
+    place = row.schema.get_field_index("requests")
+    for start in range(0, len(candidates), most):
+        part = candidates.slice(start, most)
+        fields = {field.name: request.field(field.name) for field in request.type}
+        fields["candidates"] = pa.ListArray.from_arrays(pa.array([0, len(part)], pa.int32()), part)
+        whole = pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), _struct(request.type, fields))
+        yield row.set_column(place, row.schema.field(place), whole)
 
 
 def visible(history: History, before: int, length: int) -> History:

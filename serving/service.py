@@ -44,8 +44,8 @@ from serving.api import (
     weights_of,
 )
 from serving.auth import Tokens
-from serving.memo import Ranked
-from serving.rows import InvalidRequestError, build_row
+from serving.memo import in_order
+from serving.rows import InvalidRequestError, build_row, chunks
 from serving.settings import ServingSettings
 
 FOLLOW_SECONDS = 1.0
@@ -185,7 +185,11 @@ class RankingService:
         )
         read = time.perf_counter()
         ranker = self._ranker.options(session_id=str(request.user_id)) if settings.by_user else self._ranker
-        ranked: Ranked = await self._ask(ranker.rank, (live.artifact, row.rows, erased))
+        # in turns with other requests; without a memo each part would compute the user side anew
+        most = settings.options.chunk_candidates if settings.options.memo_megabytes else settings.options.max_candidates
+        ranked = in_order(
+            [await self._ask(ranker.rank, (live.artifact, part, erased)) for part in chunks(row.rows, most)]
+        )
         seconds = {"features": read - started, "model": time.perf_counter() - read}
         return answer(request, ts, row, live.model, ranked, seconds, weights)
 

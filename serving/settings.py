@@ -39,7 +39,13 @@ class ServingConfig(Declaration):
     )
     ranker_replicas: int = Field(1, ge=1)
     service_replicas: int = Field(1, ge=1)
-    max_candidates: int = Field(5_000, ge=1, description="most candidates of one request, and of one merged batch")
+    max_candidates: int = Field(10_000, ge=1, description="most candidates of one request")
+    chunk_candidates: int = Field(
+        1_000,
+        ge=1,
+        description="candidates that are scored at a time: those of requests that are merged, or so many of a longer "
+        "request, which takes turns with others",
+    )
     max_batch_requests: int = Field(8, ge=1, description="concurrent requests merged into one batch")
     batch_wait_ms: float = Field(0.0, ge=0, description="longest wait for others to join a batch")
     max_ongoing_requests: int = Field(64, ge=1, description="requests of one service replica that are worked on")

@@ -984,6 +984,35 @@ def test_what_is_remembered_gives_the_scores_of_what_is_computed(settings: Servi
     assert levels([other, cold, latest]) == ["user", "user", "user"]
 
 
+def test_a_long_request_is_scored_in_parts_that_take_turns_and_its_user_side_once(settings: ServingSettings) -> None:
+    whole = replace(settings, options=ServingConfig(max_candidates=10, memo_megabytes=16))
+    parts = replace(settings, options=whole.options.model_copy(update={"chunk_candidates": 3}))
+    unremembered = replace(settings, options=parts.options.model_copy(update={"memo_megabytes": 0}))
+    request = body(candidates=[3, 1, 2, 9, "1", 2, 3, 1])
+    answers, asked = [], []
+    for each in (whole, parts, unremembered):
+        ranker = Ranker(each)
+        handle = InProcess(ranker)
+        sizes: list[int] = []
+
+        def counted(bound: Any, ranker: Ranker = ranker, sizes: list[int] = sizes) -> Any:
+            sizes.append(len(bound[1]["requests"][0].as_py()[0]["candidates"]))
+            return ranker.score([bound])[0]
+
+        handle.rank = Remote(counted)
+        with TestClient(build_api(RankingService(each, handle))) as client:  # type: ignore[arg-type]
+            answers.append(client.post("/v1/rank", json=request).json())
+        asked.append(sizes)
+        _, memoised = ranker._model(each.artifact)
+        assert len(memoised.users) == (1 if each is not unremembered else 0)
+    assert asked == [[8], [3, 3, 2], [8]]
+    for answer in answers:
+        assert answer["ranking"] == answers[0]["ranking"]
+        assert answer["memo"] == "none"
+        for task, scores in answers[0]["scores"].items():
+            np.testing.assert_allclose(answer["scores"][task], scores, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_of_a_timeline_that_has_moved_on_the_new_events_alone_are_encoded(
     settings: ServingSettings, name: str, monkeypatch: pytest.MonkeyPatch

@@ -227,15 +227,27 @@ def test_appending_events_to_a_timeline_state_equals_computing_it_whole(variant:
             part[name] = Timeline(fields, packed.ts[rows], offsets)
     whole = model.encode_timelines(batch.timelines)
     appended = model.encode_timelines(early).append(model.encode_timelines(late))
-    for left, right in zip(appended.events, whole.events, strict=True):
+    assert_alike(appended, whole)
+    skipped = [
+        torch.stack([early[sequence.name].offsets.diff() for sequence in stream])
+        if stream
+        else torch.zeros(0, whole.events[0].timelines, dtype=torch.long)
+        for stream in model.streams
+    ]
+    assert_alike(whole.since(skipped), model.encode_timelines(late))
+    assert appended.nbytes == whole.since([torch.zeros_like(counts) for counts in skipped]).nbytes
+    scores = model.score(model.encode_users(batch.users, appended), batch.items)
+    torch.testing.assert_close(scores, model(batch), **TIGHT)
+
+
+def assert_alike(state: TimelineState, other: TimelineState) -> None:
+    for left, right in zip(state.events, other.events, strict=True):
         assert isinstance(left, EncodedEvents)
         assert torch.equal(left.offsets, right.offsets)
         assert torch.equal(left.ts, right.ts)
         for ours, theirs in zip(left.layers, right.layers, strict=True):
             for a, b in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(a, b, **TIGHT)
-    scores = model.score(model.encode_users(batch.users, appended), batch.items)
-    torch.testing.assert_close(scores, model(batch), **TIGHT)
 
 
 def test_every_registered_model_is_held_to_this() -> None:

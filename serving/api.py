@@ -155,6 +155,9 @@ class Service(Protocol):
     def served(self) -> str | None: ...
 
     @property
+    def memo_bytes(self) -> int: ...
+
+    @property
     def refused(self) -> dict[str, str] | None: ...
 
 
@@ -210,7 +213,7 @@ def build_api(
 
     @api.get("/metrics", **private)
     async def measured() -> Response:
-        metrics.state(service.served, service.refused is not None)
+        metrics.state(service.served, service.refused is not None, service.memo_bytes)
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     api.add_middleware(Measuring, metrics=metrics)

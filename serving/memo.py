@@ -90,12 +90,14 @@ class Ranked:
         scores: probabilities [C, K].
         remembered: the part that was not computed anew.
         user_seconds, item_seconds: what the two sides of its whole batch took.
+        memo_bytes: what the ranker remembers with this model now.
     """
 
     scores: np.ndarray
     remembered: Level
     user_seconds: float
     item_seconds: float
+    memo_bytes: int
 
 
 def in_order(parts: Sequence[Ranked]) -> Ranked:
@@ -107,6 +109,7 @@ def in_order(parts: Sequence[Ranked]) -> Ranked:
         parts[0].remembered,
         sum(part.user_seconds for part in parts),
         sum(part.item_seconds for part in parts),
+        parts[-1].memo_bytes,
     )
 
 
@@ -152,8 +155,9 @@ class MemoisedModel:
             logits = self.model.score(_joined(states), batch.items)
             scores = logits.float().sigmoid().cpu().numpy()
             ended = time.perf_counter()
+            memo_bytes = self.users.nbytes + self.timelines.nbytes
             for request_scores, level in zip(np.split(scores, batch.items.offsets[1:-1].numpy()), levels, strict=True):
-                yield Ranked(request_scores, level, encoded - started, ended - encoded)
+                yield Ranked(request_scores, level, encoded - started, ended - encoded, memo_bytes)
 
     def _user_side(self, rows: pa.Table, batch: RequestBatch) -> tuple[list[UserState], list[Level]]:
         """The state of every request, and which part of it was remembered."""

@@ -48,6 +48,7 @@ class Metrics:
         self._candidates = made(Histogram, "rank_candidates", "Candidates of a request.", buckets=CANDIDATES)
         self._cold = made(Counter, "rank_cold", "Users and items of requests that nobody knows.", "entity")
         self._memo = made(Counter, "memo", "Requests by what of their user side was remembered.", "remembered")
+        self._memo_bytes = made(Gauge, "memo_bytes", "What the ranker that answered last remembers.")
         self._model = made(Gauge, "model_served", "1 for the model that requests are bound to.", "version")
         self._refused = made(Gauge, "model_refused", "1 while the newest model named is not fit to be served.")
 
@@ -61,8 +62,9 @@ class Metrics:
         self._cold.labels(self._process, "item").inc(len(cold["items"]))
         self._memo.labels(self._process, answer["memo"]).inc()
 
-    def state(self, version: str | None, refused: bool) -> None:
-        """The version that requests are bound to now, if any."""
+    def state(self, version: str | None, refused: bool, memo_bytes: int) -> None:
+        """The version that requests are bound to now, if any; what the ranker remembers that answered last."""
+        self._memo_bytes.set(memo_bytes)
         self._model.clear()
         if version is not None:
             self._model.labels(self._process, version).set(1)

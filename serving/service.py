@@ -90,6 +90,7 @@ class RankingService:
         self._writer: tuple[FeatureStoreSettings, OnlineWriter] | None = None  # used by the writing thread alone
         self._erased = 0  # when users were last forgotten, microseconds UTC
         self._admitted = {"rank": 0, "push": 0}
+        self.memo_bytes = 0  # of the ranker that answered last
         self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -190,6 +191,7 @@ class RankingService:
         ranked = in_order(
             [await self._ask(ranker.rank, (live.artifact, part, erased)) for part in chunks(row.rows, most)]
         )
+        self.memo_bytes = ranked.memo_bytes
         seconds = {"features": read - started, "model": time.perf_counter() - read}
         return answer(request, ts, row, live.model, ranked, seconds, weights)
 

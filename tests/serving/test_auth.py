@@ -36,6 +36,7 @@ class Answers:
 
     refused = None
     served = "1"
+    memo_bytes = 5
 
     async def require_ready(self) -> None:
         pass

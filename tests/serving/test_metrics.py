@@ -63,6 +63,7 @@ def test_requests_parts_memo_and_what_is_served_are_counted() -> None:
         assert told["corank_rank_cold_total", "item"] == 4
         assert told["corank_memo_total", "timeline"] == 2
         assert told["corank_model_served", "1"] == 1
+        assert told["corank_memo_bytes",] == 5
         service.fails, service.served = True, "2"
         assert client.post("/v1/rank", json=body).status_code == 503
         assert client.get("/readyz").status_code == 503

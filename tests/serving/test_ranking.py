@@ -1000,11 +1000,13 @@ def test_a_long_request_is_scored_in_parts_that_take_turns_and_its_user_side_onc
             return ranker.score([bound])[0]
 
         handle.rank = Remote(counted)
-        with TestClient(build_api(RankingService(each, handle))) as client:  # type: ignore[arg-type]
+        service = RankingService(each, handle)  # type: ignore[arg-type]
+        with TestClient(build_api(service)) as client:
             answers.append(client.post("/v1/rank", json=request).json())
         asked.append(sizes)
         _, memoised = ranker._model(each.artifact)
         assert len(memoised.users) == (1 if each is not unremembered else 0)
+        assert service.memo_bytes == memoised.users.nbytes + memoised.timelines.nbytes
     assert asked == [[8], [3, 3, 2], [8]]
     for answer in answers:
         assert answer["ranking"] == answers[0]["ranking"]

@@ -142,7 +142,7 @@ class MemoisedModel:
         """Whatever is remembered of anybody."""
         self.timelines.clear()
         self.users.clear()
-        self._newest.clear()
+        self._newest = {}  # another thread may read the one before
 
     @torch.inference_mode()
     def rank(self, rows: pa.Table, candidates: int) -> Iterator[Ranked]:
@@ -188,22 +188,22 @@ class MemoisedModel:
         if missing:
             names = [sequence.name for sequence in self.model.schema.sequences]
             content = {name: _rows_of(batch.timelines[name]) for name in names}
-            overlaps, users = [], rows["user_id"]
-            for key, place in missing.items():
-                user = users[place].as_py()
-                own = {name: content[name][_span(batch.timelines[name], place)] for name in names}
-                overlaps.append(self._overlap(user, own))
-                self._newest[user] = key
+            own_events = [
+                {name: content[name][_span(batch.timelines[name], place)].copy() for name in names}
+                for place in missing.values()
+            ]
+            users = [rows["user_id"][place].as_py() for place in missing.values()]
+            overlaps = [self._overlap(user, own) for user, own in zip(users, own_events, strict=True)]
             tails = _tails(batch.timelines, list(missing.values()), [kept for _, _, kept in overlaps])
             encoded = _apart(self.model.encode_timelines(tails), len(missing))
-            for (key, place), (earlier, skipped, _), new in zip(missing.items(), overlaps, encoded, strict=True):
+            for key, own, (earlier, skipped, _), new in zip(missing, own_events, overlaps, encoded, strict=True):
                 if earlier is not None:
                     left = [torch.tensor([[skipped[one.name]] for one in stream]) for stream in self.model.streams]
                     new = earlier.since(left).append(new)
                     levels[key] = "events"
                 states[key] = new
-                own = {name: content[name][_span(batch.timelines[name], place)].copy() for name in names}
                 self.timelines.put(key, KnownTimeline(new, own))
+            self._newest |= dict(zip(users, missing, strict=True))
             if len(self._newest) > 2 * len(self.timelines) + 1_000:
                 self._newest = {user: key for user, key in self._newest.items() if key in self.timelines}
         return _joined([states[key] for key in events]), levels
@@ -213,7 +213,7 @@ class MemoisedModel:
     ) -> tuple[TimelineState | None, dict[str, int], dict[str, int]]:
         """The state of the user's last timeline, how many of its first events are gone and how many others it shares
         with this one, per sequence; None where it shares none."""
-        known = self.timelines.get(self._newest[user]) if user in self._newest else None
+        known = self.timelines.get(self._newest.get(user, b""))
         skipped, kept = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
         if known is None:
             return None, skipped, kept

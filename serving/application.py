@@ -22,7 +22,7 @@ def build_application(settings: ServingSettings) -> serve.Application:
         num_replicas=settings.options.ranker_replicas,
         ray_actor_options={"num_cpus": settings.ranker_cpus},
         max_constructor_retry_count=2,
-        request_router_config={"request_router_class": BY_USER} if settings.by_user else None,
+        request_router_config={"request_router_class": BY_USER} if settings.by_user else {},
     )(Ranker)
     service = serve.deployment(
         # Room above what the proxy passes on of its three paths, for health and the like; what exceeds the service's

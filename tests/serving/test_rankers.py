@@ -18,11 +18,15 @@ __all__ = ["settings"]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 
-def test_a_users_requests_meet_the_ranker_that_remembers_them(settings: ServingSettings, local_ray: None) -> None:
-    two = replace(settings, options=ServingConfig(ranker_replicas=2, memo_megabytes=16), ranker_cpus=0.1)
+@pytest.mark.parametrize("rankers", [1, 2])
+def test_a_users_requests_meet_the_ranker_that_remembers_them(
+    settings: ServingSettings, local_ray: None, rankers: int
+) -> None:
+    options = ServingConfig(ranker_replicas=rankers, memo_megabytes=16)
+    some = replace(settings, options=options, ranker_cpus=0.1)
     users = [(f"user {number}", [1, 2, 3], CONTEXT, NOW + number) for number in range(12)]
     try:
-        with RankingClient(start(two, port=free_port())) as client:
+        with RankingClient(start(some, port=free_port())) as client:
             first = [client.rank(*user) for user in users]
             assert {answer["memo"] for answer in first} <= {"none", "timeline"}
             for user, before in zip(users * 3, first * 3, strict=True):

@@ -5,34 +5,24 @@ A value means the same offline and online, and what is not known at the time of 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 from feast import FeatureView
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Array, Bool, FeastType, Float32, Float64, Int64, String
 
-from features.builder.aggregates import (
-    Entries,
-    aggregate_of,
-    aggregate_values,
-    cross_column,
-    key_column,
-    state_columns,
-    value_columns,
-    within,
-)
+from features.builder.aggregates import aggregate_values, cross_column
 from features.delta.table import Table
 from features.encoding import encode, encode_value
 from features.errors import CorankError
 from features.sample_table import event_id_column, feature_column, timeline_column
 from features.schema import Feature
+from features.store.counts import crossed, of_one, unchanged, values_at
 from features.store.definitions import (
     ITEM_VIEW,
     UPDATED_AT,
@@ -42,6 +32,7 @@ from features.store.definitions import (
     sequence_view,
 )
 from features.store.feast_internals import read
+from features.store.items import NEVER, Column, ItemTable, Stored, arrays, series
 from features.store.online import FeatureStoreSettings, open_store, reachable, registered_view
 
 READ_ROWS = 5_000
@@ -50,8 +41,6 @@ READ_ROWS = 5_000
 COUNTED_AT = "ts"
 """When the counts of a user or item became known, microseconds UTC; null for one that was never seen."""
 
-NEVER = np.iinfo(np.int64).max
-"""``updated_at`` of a profile that does not exist: later than any request."""
 
 POLARS_TYPES: dict[FeastType, Any] = {
     String: pl.String,
@@ -63,10 +52,6 @@ POLARS_TYPES: dict[FeastType, Any] = {
     Array(Int64): pl.List(pl.Int64),
     Array(Float64): pl.List(pl.Float64),
 }
-
-
-Column: TypeAlias = "np.ndarray | pa.Array"
-"""Values of rows: codes, numbers (a missing one is NaN) or texts in NumPy, lists in Arrow."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +144,7 @@ class OnlineReader:
         items = self._items.take(item_ids, ts)
         counts = row if self._is_counted(row, ts) else {}
         for feature in self.schema.aggregates("cross"):
-            items[feature_column(feature)] = _crossed(feature, items, item_ids, counts, ts)
+            items[feature_column(feature)] = crossed(feature, items, item_ids, counts, ts)
         for key in self.schema.cross_keys:
             del items[cross_column(key)]
         return Known(known, codes, self._histories(row), items)
@@ -184,7 +169,7 @@ class OnlineReader:
             feature_column(feature): encode_value(feature, raw[feature.source]) for feature in self.schema.side("user")
         }
         for feature in self.schema.aggregates("user"):
-            value = aggregate_values(feature, *_of_one(feature, row if is_counted else {}, ts))[0]
+            value = aggregate_values(feature, *of_one(feature, row if is_counted else {}, ts))[0]
             codes[feature_column(feature)] = None if np.isnan(value) else float(value)
         return known, codes
 
@@ -211,7 +196,7 @@ class OnlineReader:
         once it has been seen in the log. The columns that a cross feature needs stand beside, as text.
         """
         columns = self._items.take(item_ids, ts)
-        return pl.DataFrame({name: _series(name, values) for name, values in columns.items()})
+        return pl.DataFrame({name: series(name, values) for name, values in columns.items()})
 
     def _columns(self, name: str, key: str, features: Iterable[Feature]) -> dict[str, Any]:
         """Polars types of a profile's raw columns, its key and the keys of cross features included."""
@@ -219,8 +204,8 @@ class OnlineReader:
             return {key: pl.String, UPDATED_AT: pl.Int64}
         view = registered_view(self._store, name)
         kinds = {feature.name: POLARS_TYPES[feature.dtype] for feature in view.features}
-        crossed = self.schema.cross_keys if key == "item_id" else ()
-        sources = dict.fromkeys([*[feature.source for feature in features], *crossed, UPDATED_AT])
+        keys = self.schema.cross_keys if key == "item_id" else ()
+        sources = dict.fromkeys([*[feature.source for feature in features], *keys, UPDATED_AT])
         sources.pop(key, None)
         _require(view, sources)
         return {key: pl.String, **{source: kinds[source] for source in sources}}
@@ -269,10 +254,10 @@ class OnlineReader:
     def _encode_items(self, raw: pl.DataFrame, ts: int) -> Stored:
         features, aggregates = self.schema.side("item"), self.schema.aggregates("item")
         id_features = [feature for feature in features if feature.source == "item_id" and feature.kind == "id"]
-        crossed = []
+        keys = []
         for key in self.schema.cross_keys:
             kind = pl.List(pl.String) if isinstance(raw.schema[key], pl.List) else pl.String
-            crossed.append(raw[key].cast(kind).alias(cross_column(key)))
+            keys.append(raw[key].cast(kind).alias(cross_column(key)))
         profile = encode_features([feature for feature in features if feature not in id_features], raw)
         counted_at = (
             raw[COUNTED_AT] if COUNTED_AT in raw.columns else pl.repeat(None, raw.height, dtype=pl.Int64, eager=True)
@@ -280,150 +265,13 @@ class OnlineReader:
         known = counted_at.fill_null(NEVER).to_numpy()
         moments = np.maximum(known, ts)
         return Stored(
-            _arrays(pl.DataFrame([*profile, *crossed])),
+            arrays(pl.DataFrame([*profile, *keys])),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
-            _values_at(aggregates, raw, moments),
+            values_at(aggregates, raw, moments),
             known,
-            *_unchanged(aggregates, raw, known, moments),
-            _arrays(encode_features(id_features, raw)),
+            *unchanged(aggregates, raw, known, moments),
+            arrays(encode_features(id_features, raw)),
         )
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Items as they are stored, encoded in parts, each with the time from which on it holds (microseconds UTC).
-
-    Attributes:
-        profile, updated_at: codes and numbers of the profile; ``NEVER`` without one.
-        counts, counted_at: values of the aggregates; ``NEVER`` for an item that was never seen.
-        counts_since, counts_until: from and until when these values hold, as windows move on.
-        ids: features that are the item's own id; they hold as soon as either part does.
-    """
-
-    profile: dict[str, Column]
-    updated_at: np.ndarray
-    counts: dict[str, Column]
-    counted_at: np.ndarray
-    counts_since: np.ndarray
-    counts_until: np.ndarray
-    ids: dict[str, Column]
-
-    def rows(self, rows: np.ndarray) -> Stored:
-        return Stored(
-            _rows(self.profile, rows),
-            self.updated_at[rows],
-            _rows(self.counts, rows),
-            self.counted_at[rows],
-            self.counts_since[rows],
-            self.counts_until[rows],
-            _rows(self.ids, rows),
-        )
-
-    def and_then(self, other: Stored) -> Stored:
-        return Stored(
-            _stacked(self.profile, other.profile),
-            np.concatenate([self.updated_at, other.updated_at]),
-            _stacked(self.counts, other.counts),
-            np.concatenate([self.counted_at, other.counted_at]),
-            np.concatenate([self.counts_since, other.counts_since]),
-            np.concatenate([self.counts_until, other.counts_until]),
-            _stacked(self.ids, other.ids),
-        )
-
-
-class ItemTable:
-    """Read-through table of encoded items in memory: reading 500 items from a store takes 10 ms, from here 0.1.
-
-    Args:
-        blank: one row, which stands for whatever is not known at the time of a request.
-        read: these ids as they are stored, in their order, with the counts of a moment (microseconds UTC).
-        max_age: seconds until an entry is read again.
-        max_items: the table is emptied when it would hold more ids.
-    """
-
-    def __init__(self, blank: Stored, read: Callable[[list[str], int], Stored], max_age: float, max_items: int) -> None:
-        self._read = read
-        self._max_age = max_age
-        self._max_items = max_items
-        self._rows: dict[str, int] = {}
-        self._table = blank
-        self._read_at = np.array([np.inf])
-
-    def take(self, item_ids: list[str], ts: int) -> dict[str, Column]:
-        """Rows of these items as known at ``ts``, in this order, with ``item_known``."""
-        now = time.monotonic()
-        rows = np.array([self._rows.get(item_id, -1) for item_id in item_ids], np.int64)
-        stale = (rows < 0) | (self._read_at[rows] + self._max_age < now)
-        stale |= (self._table.counted_at[rows] <= ts) & (
-            (ts < self._table.counts_since[rows]) | (self._table.counts_until[rows] <= ts)
-        )
-        if stale.any():
-            self._load(
-                list(dict.fromkeys(item_id for item_id, old in zip(item_ids, stale, strict=True) if old)), ts, now
-            )
-            if len(self._rows) > self._max_items:
-                self._keep_only(set(item_ids))
-            rows = np.array([self._rows[item_id] for item_id in item_ids], np.int64)
-        table = self._table
-        profiled, has_counts = table.updated_at[rows] <= ts, table.counted_at[rows] <= ts
-        known = profiled | has_counts
-        return {
-            **_rows(table.ids, np.where(known, rows, 0)),
-            **_rows(table.profile, np.where(profiled, rows, 0)),
-            **_rows(table.counts, np.where(has_counts, rows, 0)),
-            "item_known": known,
-        }
-
-    def _load(self, item_ids: list[str], ts: int, now: float) -> None:
-        fresh = self._read(item_ids, ts)
-        size = len(self._read_at)
-        self._rows.update(zip(item_ids, range(size, size + len(item_ids)), strict=True))
-        self._table = self._table.and_then(fresh)
-        self._read_at = np.concatenate([self._read_at, np.full(len(item_ids), now)])
-        if len(self._read_at) > 2 * len(self._rows) + 1:
-            self._keep_only(set(self._rows))
-
-    def _keep_only(self, item_ids: set[str]) -> None:
-        """Drop other items, and the rows that newer ones have replaced."""
-        kept = [item_id for item_id in self._rows if item_id in item_ids]
-        rows = np.array([0, *[self._rows[item_id] for item_id in kept]], np.int64)
-        self._table, self._read_at = self._table.rows(rows), self._read_at[rows]
-        self._rows = {item_id: row for row, item_id in enumerate(kept, start=1)}
-
-
-def _rows(columns: Mapping[str, Column], rows: np.ndarray) -> dict[str, Column]:
-    return {
-        name: values[rows] if isinstance(values, np.ndarray) else values.take(pa.array(rows))
-        for name, values in columns.items()
-    }
-
-
-def _stacked(first: Mapping[str, Column], second: Mapping[str, Column]) -> dict[str, Column]:
-    return {
-        name: np.concatenate([values, second[name]])
-        if isinstance(values, np.ndarray)
-        else pa.concat_arrays([values, second[name]])
-        for name, values in first.items()
-    }
-
-
-def _arrays(frame: pl.DataFrame) -> dict[str, Column]:
-    return {column.name: _array(column) for column in frame}
-
-
-def _array(values: pl.Series) -> Column:
-    if isinstance(values.dtype, pl.List):
-        lists = values.to_arrow(compat_level=pl.CompatLevel.oldest())
-        return lists.cast(pa.list_(lists.type.value_type))
-    return np.array(values.to_list(), object) if values.dtype == pl.String else values.to_numpy()
-
-
-def _series(name: str, values: Column) -> pl.Series:
-    if not isinstance(values, np.ndarray):
-        return pl.Series(name, values)
-    if values.dtype == object:
-        return pl.Series(name, values.tolist(), pl.String)
-    return pl.Series(name, values, nan_to_null=True)
 
 
 def _plain(value: Value) -> Any:
@@ -435,89 +283,6 @@ def _plain(value: Value) -> Any:
     if kind == "float_val":
         return np.float32(stored)  # as a text it is shorter than the same number in 64 bits
     return list(stored.val) if kind.endswith("_list_val") else stored
-
-
-def _of_one(feature: Feature, row: Mapping[str, Any], ts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count and sum, [1] each, of a user's or item's aggregate at a moment; of an empty row nothing."""
-    if aggregate_of(feature).window is None:
-        count, total = (row.get(name) or 0 for name in value_columns([feature]))
-        return np.array([count]), np.array([float(total)])
-    until, counts, sums = (
-        np.array(row.get(name) or [], np.float64 if name.startswith("sum") else np.int64)
-        for name in state_columns(feature)
-    )
-    return within((np.zeros(len(until), np.int64), until, counts, sums), ts, 1)
-
-
-def _crossed(
-    feature: Feature, items: Mapping[str, Column], item_ids: list[str], row: Mapping[str, Any], ts: int
-) -> np.ndarray:
-    """A cross feature of every item: the user's counts of all the keys that the item has, added up."""
-    key = str(aggregate_of(feature).key)
-    keys = item_ids if key == "item_id" else items[cross_column(key)]
-    counts, totals, places = _per_key(feature, row, ts)
-    if isinstance(keys, pa.Array):
-        lengths = keys.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-        owner, keys = np.repeat(np.arange(len(lengths)), lengths), keys.flatten().to_pylist()
-    else:
-        owner = np.arange(len(keys))
-    # the last place holds nothing
-    found = np.array([places.get(one, len(counts) - 1) for one in keys], np.int64)
-    return aggregate_values(
-        feature,
-        np.bincount(owner, counts[found], len(item_ids)),
-        np.bincount(owner, totals[found], len(item_ids)),
-    )
-
-
-def _unchanged(
-    features: Iterable[Feature], stored: pl.DataFrame, known: np.ndarray, moments: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """From and until when the values of each row's moment hold, microseconds UTC; ``known`` is the first such."""
-    since, until = known.copy(), np.full_like(known, NEVER)
-    for feature in features:
-        if aggregate_of(feature).window is not None:
-            owner, ends, *_ = _entries(feature, stored)
-            ahead = ends > moments[owner]
-            np.maximum.at(since, owner[~ahead], ends[~ahead])
-            np.minimum.at(until, owner[ahead], ends[ahead])
-    return since, until
-
-
-def _values_at(features: Iterable[Feature], stored: pl.DataFrame, ts: np.ndarray) -> dict[str, Column]:
-    """The values of aggregates from what is stored of each owner, each at its row's moment."""
-    columns: dict[str, Column] = {}
-    for feature in features:
-        if aggregate_of(feature).window is None:
-            counts, totals = (stored[name].fill_null(0).to_numpy() for name in value_columns([feature]))
-        else:
-            entries = _entries(feature, stored)
-            counts, totals = within(entries, ts[entries[0]], stored.height)
-        columns[feature_column(feature)] = aggregate_values(feature, counts, totals)
-    return columns
-
-
-def _entries(feature: Feature, stored: pl.DataFrame) -> Entries:
-    """What is stored of a windowed feature; the owner's number is its row."""
-    lists = [stored[name] for name in state_columns(feature)]
-    owner = np.repeat(np.arange(stored.height), lists[0].list.len().fill_null(0).to_numpy())
-    until, counts, sums = (column.list.explode(empty_as_null=False, keep_nulls=False).to_numpy() for column in lists)
-    return owner, until, counts, sums
-
-
-def _per_key(feature: Feature, row: Mapping[str, Any], ts: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Counts and sums of a user's keys at a moment, one more of nothing after them, and the place of every key."""
-    keys = row.get(key_column(feature)) or []
-    places: dict[str, int] = {}
-    owner = np.array([places.setdefault(key, len(places)) for key in keys], np.int64)
-    stored = [np.array(row.get(name) or []) for name in state_columns(feature)]
-    if aggregate_of(feature).window is None:
-        counts, sums = stored
-    else:
-        until, counts, sums = stored
-        owner, counts, sums = (values[until > ts] for values in (owner, counts, sums))
-    size = len(places) + 1
-    return np.bincount(owner, counts, size), np.bincount(owner, sums, size), places
 
 
 def encode_features(features: Iterable[Feature], raw: pl.DataFrame) -> pl.DataFrame:

@@ -11,9 +11,7 @@ from serving.client import RankingClient
 from serving.deploy import start, stop
 from serving.settings import ServingConfig, ServingSettings
 from tests.servers import free_port
-from tests.serving.test_ranking import CONTEXT, NOW, settings
-
-__all__ = ["settings"]
+from tests.serving.worlds import CONTEXT, NOW
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 

@@ -27,7 +27,7 @@ from serving.service import RankingService
 from serving.settings import ServingSettings
 from tests.features import worlds
 from tests.features.worlds import COLORS, DAYS, SCHEMA, fold_all, write_world
-from tests.serving.test_ranking import InProcess
+from tests.serving.worlds import InProcess
 
 USER_ID, AGE, DEVICE, ITEM_ID, ITEM_COLORS = SCHEMA.features
 SEQUENCES, CLICK = SCHEMA.sequences, SCHEMA.tasks

@@ -103,8 +103,7 @@ def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
     """Erase users from the derived tables, the online store, self-checks, the deployment's example and a running
     service, which forgets all user sides that it remembers.
 
-    What was erased is recorded under ``records/forgotten``
-    without the id. Model weights are not changed.
+    What was erased is recorded under ``records/forgotten`` without the id. Model weights are not changed.
 
     Raises:
         CorankError: a table or the online store cannot be read or written.

@@ -103,22 +103,21 @@ class OnlineReader:
         self._item = self._columns(ITEM_VIEW, "item_id", settings.schema.side("item"))
         self._user_counts = self._counts("user", settings.user_aggregates)
         self._item_counts = self._counts("item", settings.item_aggregates)
-        self._user_views = [
+        self._user_views = (
             self._view(USER_VIEW, "user_id", self._user),
             self._view(aggregates_view(self.schema, "user"), "user_id", self._user_counts),
-        ]
-        self._item_views = [
+        )
+        self._item_views = (
             self._view(ITEM_VIEW, "item_id", self._item),
             self._view(aggregates_view(self.schema, "item"), "item_id", self._item_counts),
-        ]
-        self._sequence_views = []
+        )
+        self._sequence_views = {}
         for sequence in self.schema.sequences:
             columns = [timeline_column(sequence, field) for field in (None, *sequence.fields)]
-            self._sequence_views.append(self._view(sequence_view(sequence), "user_id", columns))
+            self._sequence_views[sequence.name] = self._view(sequence_view(sequence), "user_id", columns)
             _require(registered_view(self._store, sequence_view(sequence)), [*columns, event_id_column(sequence)])
-        nothing = {name: [None] for name in (*self._item, *self._item_counts)}
         self._items = ItemTable(
-            self._encode_items(pl.DataFrame(nothing, schema={**self._item, **self._item_counts}), 0),
+            self._encode_items(_frame(self._item, {}, 1), _frame(self._item_counts, {}, 1), 0),
             self._read_items,
             settings.item_max_age_seconds,
             settings.max_cached_items,
@@ -126,8 +125,7 @@ class OnlineReader:
 
     def user(self, user_id: str) -> dict[str, Any] | None:
         """Raw profile with ``user_id`` and ``updated_at``; None when there is none."""
-        row = self._user_row(user_id)
-        profile = {name: row[name] for name in self._user if name != "user_id"}
+        profile, _ = self._read_user(user_id)
         return None if profile[UPDATED_AT] is None else {**profile, "user_id": user_id}
 
     def encoded_user(self, user_id: str, ts: int) -> tuple[bool, dict[str, Any]]:
@@ -135,51 +133,49 @@ class OnlineReader:
 
         Someone unknown has code 0, no number and no values in every feature.
         """
-        return self._encoded(user_id, self._user_row(user_id), ts)
+        return self._encoded(user_id, *self._read_user(user_id), ts)
 
     def request(self, user_id: str, item_ids: list[str], ts: int) -> Known:
-        """What is known of a user and some items by ``ts`` (microseconds UTC), in one read of the user."""
-        row = self._read_user(user_id, [*self._user_views, *self._sequence_views])
-        known, codes = self._encoded(user_id, row, ts)
+        """What is known of a user and some items by ``ts`` (microseconds UTC); each view is read once."""
+        profile, counts = self._read_user(user_id)
+        known, codes = self._encoded(user_id, profile, counts, ts)
         items = self._items.take(item_ids, ts)
-        counts = row if self._is_counted(row, ts) else {}
         for feature in self.schema.aggregates("cross"):
-            items[feature_column(feature)] = crossed(feature, items, item_ids, counts, ts)
+            known_counts = counts if _is_counted(counts, ts) else {}
+            items[feature_column(feature)] = crossed(feature, items, item_ids, known_counts, ts)
         for key in self.schema.cross_keys:
             del items[cross_column(key)]
-        return Known(known, codes, self._histories(row), items)
+        return Known(known, codes, self.sequences(user_id), items)
 
-    def _user_row(self, user_id: str) -> dict[str, Any]:
-        """Profile and counts as they are stored; nulls where there are none."""
-        return self._read_user(user_id, self._user_views)
+    def _read_user(self, user_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Profile and counts as they are stored, which may have columns of the same name; None where there are none."""
+        profile, counts = (self._read_one(view, user_id) for view in self._user_views)
+        return profile, counts
 
-    def _read_user(self, user_id: str, views: Iterable[tuple[FeatureView | None, list[str]]]) -> dict[str, Any]:
-        return {name: values[0] for name, values in self._read(views, "user_id", [user_id]).items()}
+    def _read_one(self, view: View, user_id: str) -> dict[str, Any]:
+        return {name: values[0] for name, values in self._read(view, "user_id", [user_id]).items()}
 
-    def _is_counted(self, row: Mapping[str, Any], ts: int) -> bool:
-        return row.get(COUNTED_AT) is not None and row[COUNTED_AT] <= ts
-
-    def _encoded(self, user_id: str, row: Mapping[str, Any], ts: int) -> tuple[bool, dict[str, Any]]:
-        has_profile = row[UPDATED_AT] is not None and row[UPDATED_AT] <= ts
-        is_counted = self._is_counted(row, ts)
+    def _encoded(
+        self, user_id: str, profile: Mapping[str, Any], counts: Mapping[str, Any], ts: int
+    ) -> tuple[bool, dict[str, Any]]:
+        has_profile = profile[UPDATED_AT] is not None and profile[UPDATED_AT] <= ts
+        is_counted = _is_counted(counts, ts)
         known = has_profile or is_counted
-        raw = {name: row[name] if has_profile else None for name in self._user if name != "user_id"}
+        raw = {name: value if has_profile else None for name, value in profile.items()}
         raw["user_id"] = user_id if known else None
         codes = {
             feature_column(feature): encode_value(feature, raw[feature.source]) for feature in self.schema.side("user")
         }
         for feature in self.schema.aggregates("user"):
-            value = aggregate_values(feature, *of_one(feature, row if is_counted else {}, ts))[0]
+            value = aggregate_values(feature, *of_one(feature, counts if is_counted else {}, ts))[0]
             codes[feature_column(feature)] = None if np.isnan(value) else float(value)
         return known, codes
 
     def sequences(self, user_id: str) -> dict[str, History]:
         """All stored events per sequence; empty arrays where there are none."""
-        return self._histories(self._read_user(user_id, self._sequence_views))
-
-    def _histories(self, row: Mapping[str, Any]) -> dict[str, History]:
         histories = {}
         for sequence in self.schema.sequences:
+            row = self._read_one(self._sequence_views[sequence.name], user_id)
             fields = {
                 field.name: np.array(
                     row[timeline_column(sequence, field)] or [], np.float32 if field.kind == "number" else np.int64
@@ -216,42 +212,36 @@ class OnlineReader:
         if table is None:
             if len(fields) > 1:
                 raise CorankError(f"the model reads counts ({fields[1].name}), but the store's settings have none")
-            return {}
+            self._absent.add(aggregates_view(self.schema, side))
+            return {COUNTED_AT: pl.Int64}
         _require(registered_view(self._store, aggregates_view(self.schema, side)), [field.name for field in fields])
         return {field.name: POLARS_TYPES[field.dtype] for field in fields}
 
-    def _view(self, name: str, key: str, columns: Iterable[str]) -> tuple[FeatureView | None, list[str]]:
-        """A view, None where nobody has a row of it, and those of these columns that are not the key."""
+    def _view(self, name: str, key: str, columns: Iterable[str]) -> View:
         values = [column for column in columns if column != key]
-        return None if name in self._absent or not values else registered_view(self._store, name), values
+        return None if name in self._absent else registered_view(self._store, name), values
 
-    def _read(
-        self, views: Iterable[tuple[FeatureView | None, list[str]]], key: str, ids: list[str]
-    ) -> dict[str, list[Any]]:
-        """Values by column of these views, None where nothing is stored."""
+    def _read(self, view: View, key: str, ids: list[str]) -> dict[str, list[Any]]:
+        """Values by column of a view, None where nothing is stored."""
+        stored, names = view
+        if stored is None:
+            return {name: [None] * len(ids) for name in names}
         keys = [EntityKey(join_keys=[key], entity_values=[Value(string_val=identifier)]) for identifier in ids]
-        columns: dict[str, list[Any]] = {}
         with reachable(self._store):
-            for view, names in views:
-                found = (
-                    read(self._store, view, keys, names) if view is not None and names else [(None, None)] * len(ids)
-                )
-                for name in names:
-                    columns[name] = [
-                        None if values is None or name not in values else _plain(values[name]) for _, values in found
-                    ]
-        return columns
+            found = [values or {} for _, values in read(self._store, stored, keys, names)]
+        return {name: [_plain(values[name]) if name in values else None for values in found] for name in names}
 
     def _read_items(self, item_ids: list[str], ts: int) -> Stored:
-        kinds = {**self._item, **self._item_counts}
-        portions = []
+        profiles, counts = [], []
         for start in range(0, len(item_ids), READ_ROWS):
             ids = item_ids[start : start + READ_ROWS]
-            columns = {"item_id": ids, **self._read(self._item_views, "item_id", ids)}
-            portions.append(pl.DataFrame(columns, schema=kinds))
-        return self._encode_items(pl.concat(portions), ts)
+            profile, counted = (self._read(view, "item_id", ids) for view in self._item_views)
+            profiles.append(_frame(self._item, {"item_id": ids, **profile}, len(ids)))
+            counts.append(_frame(self._item_counts, counted, len(ids)))
+        return self._encode_items(pl.concat(profiles), pl.concat(counts), ts)
 
-    def _encode_items(self, raw: pl.DataFrame, ts: int) -> Stored:
+    def _encode_items(self, raw: pl.DataFrame, counts: pl.DataFrame, ts: int) -> Stored:
+        """Of profiles and counts, a row each per item."""
         features, aggregates = self.schema.side("item"), self.schema.aggregates("item")
         id_features = [feature for feature in features if feature.source == "item_id" and feature.kind == "id"]
         keys = []
@@ -259,19 +249,30 @@ class OnlineReader:
             kind = pl.List(pl.String) if isinstance(raw.schema[key], pl.List) else pl.String
             keys.append(raw[key].cast(kind).alias(cross_column(key)))
         profile = encode_features([feature for feature in features if feature not in id_features], raw)
-        counted_at = (
-            raw[COUNTED_AT] if COUNTED_AT in raw.columns else pl.repeat(None, raw.height, dtype=pl.Int64, eager=True)
-        )
-        known = counted_at.fill_null(NEVER).to_numpy()
+        known = counts[COUNTED_AT].fill_null(NEVER).to_numpy()
         moments = np.maximum(known, ts)
         return Stored(
             arrays(pl.DataFrame([*profile, *keys])),
             raw[UPDATED_AT].fill_null(NEVER).to_numpy(),
-            values_at(aggregates, raw, moments),
+            values_at(aggregates, counts, moments),
             known,
-            *unchanged(aggregates, raw, known, moments),
+            *unchanged(aggregates, counts, known, moments),
             arrays(encode_features(id_features, raw)),
         )
+
+
+View = tuple[FeatureView | None, list[str]]
+"""A view of the store, None where nobody has a row of it, and those of its columns that are read, its key left out."""
+
+
+def _is_counted(counts: Mapping[str, Any], ts: int) -> bool:
+    return counts[COUNTED_AT] is not None and bool(counts[COUNTED_AT] <= ts)
+
+
+def _frame(kinds: Mapping[str, Any], columns: Mapping[str, list[Any]], height: int) -> pl.DataFrame:
+    """Columns of these kinds, nulls where they are not given."""
+    nothing = [None] * height
+    return pl.DataFrame({name: columns.get(name, nothing) for name in kinds}, schema=dict(kinds))
 
 
 def _plain(value: Value) -> Any:

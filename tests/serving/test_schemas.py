@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from datetime import date
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -69,7 +73,97 @@ def test_the_endpoint_answers_what_is_scored_offline(
 ) -> None:
     features, sequences, tasks = parts
     schema = Schema(features=features, sequences=sequences, tasks=tasks)
-    tables = write_world(tmp_path, seed=3)
+    models = [name for name in MODELS if sequences or name != "hyformer"]
+    assert_endpoint_scores_as_offline(tmp_path, schema, write_world(tmp_path, seed=3), models)
+
+
+def profiles_with(tmp_path: Path, tables: dict[str, Table], columns: list[pl.Expr]) -> dict[str, Table]:
+    """The tables, of whose profiles both kinds have these columns, too."""
+    for role in ("users", "items"):
+        rows = tables[role].scan().collect().with_row_index("row").with_columns(columns).drop("row")
+        rows.write_delta(str(tmp_path / f"other {role}"))
+        tables[role] = Table(role, str(tmp_path / f"other {role}"))
+    return tables
+
+
+def of_profile(side: Literal["user", "item"], column: str, **declared: Any) -> Feature:
+    name = "_".join([side, column, *map(str, declared), declared.get("kind", "id")])
+    return Feature(name=name, column=column, side=side, **declared)
+
+
+OWN_NAMES = ("ts", "count__watched", "count__shown", "own__ts", "key__color_clicks")
+"""Columns that tables of ours have, as well."""
+
+
+@pytest.mark.parametrize("side", ["user", "item"])
+def test_a_profiles_column_may_be_called_as_one_of_ours(tmp_path: Path, side: Literal["user", "item"]) -> None:
+    own = [of_profile(side, name, kind="number") for name in OWN_NAMES]
+    features = (USER_ID, ITEM_ID, *own, USER_COUNT, ITEM_COUNT, CROSS_COUNT)
+    schema = Schema(features=features, sequences=sequence(EventField(name="seconds", kind="number")), tasks=CLICK)
+    columns = [(pl.col("row").cast(pl.Int64) + place).alias(name) for place, name in enumerate(OWN_NAMES)]
+    tables = profiles_with(tmp_path, write_world(tmp_path, seed=3), columns)
+    assert_endpoint_scores_as_offline(tmp_path, schema, tables, ["ui-mixformer"])
+
+
+def repeated(values: list[Any], kind: Any) -> pl.Expr:
+    return pl.lit(pl.Series(values, dtype=kind)).gather(pl.col("row") % len(values))
+
+
+LISTS = {
+    "texts": repeated([["de", None], None, [], ["fr", "de", "de"]], pl.List(pl.String)),
+    "integers": repeated([[1, None], None, [], [-3, 2, 2]], pl.List(pl.Int32)),
+    "booleans": repeated([[True, None], None, [], [False]], pl.List(pl.Boolean)),
+    "dates": repeated([[date(2026, 1, 5), None], None, []], pl.List(pl.Date)),
+    "decimals": repeated([[7, None], None, []], pl.List(pl.Int64)).cast(pl.List(pl.Decimal(20, 0))),
+}
+IDS = {
+    "flag": repeated([True, None, False], pl.Boolean),
+    "day": repeated([date(2026, 1, 5), None], pl.Date),
+    "text": repeated(["", None, "ö", "a"], pl.String),
+    "whole": repeated([2**63 - 1, None, 5], pl.Int64),
+}
+NUMBERS = {
+    "real": repeated([math.nan, None, math.inf, 1e300, -1.0, -2.5, 3.3], pl.Float64),
+    "wide": repeated([2**62 + 2**38 + 1, None, 2**53 + 2**24 + 1, -5], pl.Int64),
+    "small": repeated([math.nan, None, math.inf, 0.1], pl.Float32),
+}
+
+
+def of_every_kind(side: Literal["user", "item"]) -> list[Feature]:
+    return [
+        *[of_profile(side, column, multi=True) for column in LISTS],
+        *[of_profile(side, column) for column in IDS],
+        *[of_profile(side, column, kind="number") for column in (*NUMBERS, "flag")],
+        of_profile(side, "real", kind="number", scale="log"),
+        of_profile(side, "flag", kind="category", vocabulary=("true", "false")),
+        of_profile(side, "whole", kind="category", vocabulary=("5",)),
+        of_profile(side, "texts", kind="category", vocabulary=("de",), multi=True),
+    ]
+
+
+CROSSED = [
+    Feature(name=f"by_{key}_{window or 0}", side="cross", aggregate=Aggregate(key=key, window=window))
+    for key in (*LISTS, *IDS)
+    for window in (None, 1)
+]
+
+
+@pytest.mark.parametrize(
+    "features",
+    [[*of_every_kind("user"), ITEM_ID], [USER_ID, *of_every_kind("item")], [USER_ID, ITEM_ID, *CROSSED]],
+    ids=["of users", "of items", "crossed"],
+)
+def test_values_of_every_type_mean_online_what_they_mean_offline(tmp_path: Path, features: list[Feature]) -> None:
+    columns = [values.alias(name) for name, values in (LISTS | IDS | NUMBERS).items()]
+    tables = profiles_with(tmp_path, write_world(tmp_path, seed=3), columns)
+    schema = Schema(features=tuple(features), sequences=(), tasks=CLICK)
+    assert_endpoint_scores_as_offline(tmp_path, schema, tables, ["mixformer"])
+
+
+def assert_endpoint_scores_as_offline(
+    tmp_path: Path, schema: Schema, tables: dict[str, Table], models: list[str]
+) -> None:
+    """From these tables to samples, a store, a model of each name, and its answers over HTTP."""
     build, close = worlds.settings(tables, tmp_path, schema=schema), partition_bounds(DAYS[-1], "day")[1]
     fold_all(build, DAYS, [])
     store = FeatureStoreSettings(
@@ -88,8 +182,7 @@ def test_the_endpoint_answers_what_is_scored_offline(
     impressions = asked_again(build, DAYS[-1], close, limit=4)
     contexts, rows = raw_contexts(schema, impressions), rows_after(build, DAYS, impressions)
     samples = SampleSource(str(tmp_path / SAMPLES), schema, tuple(DAYS), 0, 2**62)
-    fitting = [name for name in MODELS if sequences or name != "hyformer"]
-    for name in fitting:
+    for name in models:
         torch.manual_seed(0)
         model = build_model(schema, name, "tiny")
         for file in samples.files():
@@ -106,7 +199,7 @@ def test_the_endpoint_answers_what_is_scored_offline(
                 body["candidates"] = [one["item_id"] for one in request["candidates"]]
                 answer = client.post("/v1/rank", json=body)
                 assert answer.status_code == 200, answer.text
-                online = np.array([answer.json()["scores"][task.name] for task in tasks]).T
+                online = np.array([answer.json()["scores"][task.name] for task in schema.tasks]).T
                 offline = np.array(score_rows(model, row)["scores"].to_pylist())
                 np.testing.assert_allclose(online, offline, atol=1e-5)
             unknown = {"user_id": "nobody", "candidates": ["nothing"], "ts": close}

@@ -65,9 +65,8 @@ def fingerprints(
         if 0 <= doubt >= seen.get(partition, -1) and (now[partition] != before.get(partition) or hidden):
             named[partition] = f"files {now[partition]}" + (f" of version {newest}" if hidden else "")
         named.setdefault(partition, 0)
-    commit = _commit(store, newest)
     cache |= {"table": identity, "version": newest, "partitions": named, "files": now}
-    cache["commit"] = None if commit is None else _digest(commit.decode())
+    cache["commit"] = digest_of_commit(store, newest)
     return {partition: f"{identity}@{named[partition]}" for partition in files}
 
 
@@ -75,8 +74,14 @@ def _was_replaced(store: fs.FileSystem, cache: Mapping[str, Any]) -> bool:
     """Whether the last commit seen is now another one, since the log was restored and then written differently."""
     if cache.get("commit") is None:
         return False
-    commit = _commit(store, cache["version"])
-    return commit is not None and _digest(commit.decode()) != cache["commit"]
+    now = digest_of_commit(store, cache["version"])
+    return now is not None and now != cache["commit"]
+
+
+def digest_of_commit(store: fs.FileSystem, version: int) -> str | None:
+    """Tells a version from another one of this number, of a log that was restored; None when it was cleaned up."""
+    commit = _commit(store, version)
+    return None if commit is None else _digest(commit.decode())
 
 
 def _actions(store: fs.FileSystem, version: int) -> list[dict[str, Any]] | None:

@@ -19,7 +19,7 @@ from deltalake.exceptions import DeltaError, DeltaProtocolError
 from features.delta.columns import partition_column, read, read_type, row_text, type_name
 from features.delta.damage import MENDED, check_files
 from features.delta.files import READ_ERRORS, LocalPaths, scan_files
-from features.delta.fingerprints import WHOLE_TABLE, fingerprints
+from features.delta.fingerprints import WHOLE_TABLE, digest_of_commit, fingerprints
 from features.delta.paths import address, patient, table_store
 from features.encoding import bucket_column
 from features.errors import (
@@ -355,6 +355,12 @@ class Table:
         if self.is_bucketed():
             return pl.col("bucket").cast(pl.Int32) == bucket
         return bucket_column(pl.col("user_id"), buckets) == bucket
+
+    def identity(self) -> str:
+        """Names the table's version, and tells it from another one of its number after the log was restored."""
+        delta = self.delta()
+        commit = digest_of_commit(table_store(self.uri, self.storage_options), delta.version())
+        return f"{delta.metadata().id}@{delta.version()} {commit}"
 
     def fingerprints(self, cache: dict[str, Any] | None = None) -> dict[str, str]:
         """The fingerprint of every partition (:mod:`features.delta.fingerprints`).

@@ -228,7 +228,7 @@ class Log:
         """
         table = self.tables[role]
         columns = sorted({*self.config.schema_.profile_columns(role), PROFILE_KEYS[role], "updated_at"})
-        version = f"{table.delta().metadata().id}@{table.delta().version()} {columns}"
+        version = f"{table.identity()} {columns}"
         if cache.get("version") == version and set(self.partitions) <= set(cache["partitions"]):
             return dict(cache["partitions"])
         check_files(table)

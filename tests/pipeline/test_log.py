@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -32,6 +33,24 @@ def append_late_rows(config: Config, role: str = "watches") -> int:
     late = table.scan([START]).collect().head(3).with_columns(pl.format("late-{}", "event_id").alias("event_id"))
     late.write_delta(table.uri, mode="append")
     return late.height
+
+
+def test_profiles_that_were_restored_and_went_another_way_are_seen(config: Config, tmp_path: Path) -> None:
+    table, backup = config.table("users"), tmp_path / "backup"
+    shutil.copytree(table.uri, backup)
+
+    def append(rows: int) -> tuple[int, str]:
+        late = table.scan().collect().head(rows).with_columns(pl.lit(rows, pl.Int64).alias("updated_at"))
+        late.write_delta(table.uri, mode="append")
+        return table.delta().version(), Workspace(config, Progress()).log.fingerprint(START)["users"]
+
+    version, before = append(1)
+    assert Workspace(config, Progress()).log.fingerprint(START)["users"] == before
+    shutil.rmtree(table.uri)
+    shutil.copytree(backup, table.uri)
+    again, after = append(3)
+    assert again == version
+    assert after != before
 
 
 def test_what_is_written_meanwhile_belongs_to_the_next_run(config: Config) -> None:

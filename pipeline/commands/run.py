@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from features.errors import CorankError
+from features.schema import Grain, partition_bounds
 from pipeline.commands.common import ConfigOption, DebugOption, UntilOption, guarded, load, open_workspace
 from pipeline.commands.endpoint import keep_serving
 
@@ -68,8 +69,8 @@ def retrain(
         from pipeline.training.settings import TooFewError
 
         loaded = load(config)
-        first, last = _backfilled(backfill, partition)
-        announced, passed_over = "", None
+        first, last = _backfilled(backfill, partition, loaded.grain)
+        announced, passed_over, deployed = "", None, False
         with exclusive(loaded):  # what is next depends on what another one makes
             while step := next_retraining(loaded, last, together, full, passed_over):
                 taken = step
@@ -86,7 +87,7 @@ def retrain(
                 left = pending(step.workspace, step.training)
                 try:
                     if left:
-                        _work(step.workspace, False, step.training)
+                        deployed |= _work(step.workspace, serve, step.training)
                 except TooFewError as error:
                     if full or not step.workspace.warm_start:
                         raise
@@ -96,20 +97,24 @@ def retrain(
                     passed_over = None
                 if full or not left:
                     break
-            deployed = serve and _work(taken.workspace, True, taken.training and passed_over is None)
         if serve:
             keep_serving(taken.workspace, running=deployed)
 
 
-def _backfilled(backfill: str | None, partition: str | None) -> tuple[str | None, str | None]:
+def _backfilled(backfill: str | None, partition: str | None, grain: Grain) -> tuple[str | None, str | None]:
     """The first and the last partition to take.
 
     Raises:
-        CorankError: the range is not written as A..B.
+        CorankError: the range is not written as A..B, or they are no partitions of the grain.
     """
     if backfill is None:
         return None, partition
     first, dots, last = backfill.partition("..")
+    try:
+        for name in filter(None, (first, last)):
+            partition_bounds(name, grain)
+    except ValueError as error:
+        raise CorankError(f"--backfill {backfill}: {error}") from None
     if not (first and dots and last and first <= last) or partition is not None:
         raise CorankError(
             f"--backfill {backfill}: write the first and the last partition, e.g. 2026-01-05..2026-01-09, and leave "
@@ -129,11 +134,13 @@ def _execute(workspace: Workspace, serve: bool, training: bool = True) -> None:
 
 def _work(workspace: Workspace, serve: bool, training: bool) -> bool:
     """Do what is left; whether a version was deployed. The caller has the workspace alone."""
+    from features.tasks import ray_runs
     from pipeline.commands.summary import print_summary
     from pipeline.maintenance import retain
     from pipeline.stages import pending
     from pipeline.stages.deployment import DEPLOYMENT, serves_already
     from serving.auth import read_tokens
+    from serving.deploy import runs
     from serving.ports import require_free
 
     left, options = pending(workspace, training), workspace.config.serving
@@ -142,9 +149,9 @@ def _work(workspace: Workspace, serve: bool, training: bool) -> bool:
     # what is wrong with the endpoint is better said now than after the training
     if options.tokens is not None and (serve or deploying):
         read_tokens(Path(options.tokens))
-    if serve:
+    if serve and not (ray_runs() and runs()):  # else this process has deployed a version before
         require_free(options.host, options.port)
-    elif deploying:
+    elif not serve and deploying:
         serves_already(workspace)
     if left:
         from pipeline.dag import run_dag

@@ -31,7 +31,8 @@ from features.errors import CorankError, DataGateError
 from features.store.online import apply
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
-from pipeline.commands.summary import gate_text, print_status, print_summary
+from pipeline.commands.run import _work
+from pipeline.commands.summary import gate_text, print_models, print_status, print_summary
 from pipeline.config import Config
 from pipeline.cost import costs
 from pipeline.dag import open_instance, run_dag
@@ -59,7 +60,7 @@ from pipeline.workspace.registry import PROMOTED_BY_HAND
 from serving.application import APPLICATION
 from serving.client import RankingClient
 from serving.deploy import stop
-from serving.ports import endpoint_url
+from serving.ports import endpoint_url, is_free
 from tests.browser import drawn, opened
 from tests.pipeline.workspaces import LENIENT, START, load, make
 from tests.servers import free_port
@@ -140,6 +141,28 @@ def test_running_again_does_nothing(config: Config) -> None:
     run(config, until=DAYS[1])
     assert [DeltaTable(table.table_uri).version() for table in tables] == [table.version() for table in tables]
     assert len(workspace.registry.versions()) == 1
+
+
+def test_a_process_that_has_deployed_a_version_goes_on_to_serve_it(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `retrain --serve` does with the next partition; its own endpoint has the port."""
+    assert not is_free(config.serving.host, config.serving.port)
+    assert _work(Workspace(config, Progress(), DAYS[1]), serve=True, training=True) is False
+    printed = capsys.readouterr().out
+    assert "Nothing to do: every stage is up to date" in printed
+    assert "warning     the training had " in printed  # so few steps
+
+
+def test_the_summary_says_what_tables_lack_and_what_is_taken_instead(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(Path(config.table("users").uri).parent, tmp_path / "data")
+    users = tmp_path / "data" / "users"
+    rows = pl.read_delta(str(users)).drop("updated_at").unique("user_id")
+    rows.write_delta(str(users), mode="overwrite", delta_write_options={"schema_mode": "overwrite"})
+    print_summary(Workspace(load(tmp_path, tmp_path / "data"), Progress(), DAYS[1]), None)
+    assert "note        table users has no updated_at: " in capsys.readouterr().out
 
 
 @dataclass(frozen=True)
@@ -558,7 +581,9 @@ def test_a_corrected_profile_rebuilds_and_a_later_snapshot_does_not(config: Conf
     assert all(now != before[day] for day, now in SAMPLES.inputs(Workspace(moved, Progress())).items())
 
 
-def test_a_rejected_first_challenger_is_registered_but_not_served(config: Config, tmp_path: Path) -> None:
+def test_a_rejected_first_challenger_is_registered_but_not_served(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(Path(config.table("users").uri).parent, tmp_path / "data")
     shutil.copytree(config.local_path(), tmp_path / "work")
     strict = load(tmp_path, tmp_path / "data", evaluation=LENIENT | {"min_gain_over_baseline": 0.9})
@@ -589,6 +614,16 @@ def test_a_rejected_first_challenger_is_registered_but_not_served(config: Config
     assert gate_text(forced, verdict).endswith(forced.tags[PROMOTED_BY_HAND])
     passed = registry.judged(refused.number, "another", [])
     assert gate_text(passed, replace(verdict, passed=True)).startswith("passed; promoted by hand ")
+    # each version is listed with its own verdict, whatever was judged later
+    workspace.records.write(EVALUATION, "another", replace(verdict, passed=True))
+    later = registry.register(refused.artifact, registry.log_run("run", "later", {}, {}, [], refused.artifact), {})
+    registry.judged(later.number, "another", [])
+    registry.judged(refused.number, refused.tags["evaluation"], verdict.reasons)
+    capsys.readouterr()
+    print_models(workspace)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ ")]
+    assert "passed" in next(line for line in lines if line.startswith(f"│ {later.number} "))
+    assert "failed" in next(line for line in lines if line.startswith(f"│ {refused.number} "))
 
 
 def test_a_hyformer_goes_through_the_same_dag(config: Config, tmp_path: Path) -> None:

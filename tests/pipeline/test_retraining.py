@@ -172,17 +172,27 @@ def test_a_partition_with_too_few_requests_is_taken_with_the_next_and_is_an_erro
         assert done.stdout.count("is passed over, the next one takes its requests along: 5 requests are too few") == 3
 
 
+def test_a_backfill_names_partitions_exactly(tmp_path: Path) -> None:
+    import_synthetic(tmp_path / "data", days=2, users=10, items=10, seed=5, start=START, buckets=2, say=lambda _: None)
+    load(tmp_path, tmp_path / "data")
+    for written in ("2026-01-1..2026-01-20", "2026-1-5..2026-01-09", "2026-01-05..2026-01-9"):
+        done = corank("retrain", "--config", str(tmp_path / "config.yaml"), "--backfill", written)
+        assert done.exit_code == 1
+        assert f"--backfill {written}: partition" in done.stderr
+        assert "is not a day: it is written like" in done.stderr
+
+
 @pytest.mark.parametrize("written", ["", "..", "2026-01-05", "2026-01-06..2026-01-05", "2026-01-05.."])
 def test_a_backfill_that_names_no_range_is_a_mistake(written: str) -> None:
     with pytest.raises(CorankError, match="write the first and the last partition"):
-        _backfilled(written, None)
+        _backfilled(written, None, "day")
 
 
 def test_a_backfill_is_a_first_and_a_last_partition() -> None:
-    assert _backfilled(f"{DAYS[0]}..{DAYS[2]}", None) == (DAYS[0], DAYS[2])
-    assert _backfilled(None, DAYS[1]) == (None, DAYS[1])
+    assert _backfilled(f"{DAYS[0]}..{DAYS[2]}", None, "day") == (DAYS[0], DAYS[2])
+    assert _backfilled(None, DAYS[1], "day") == (None, DAYS[1])
     with pytest.raises(CorankError, match="leave --partition out"):
-        _backfilled(f"{DAYS[0]}..{DAYS[2]}", DAYS[1])
+        _backfilled(f"{DAYS[0]}..{DAYS[2]}", DAYS[1], "day")
 
 
 def test_partitions_without_requests_are_not_scored(tmp_path: Path) -> None:

@@ -192,7 +192,9 @@ def _events_body(events: Sequence[Mapping[str, Any]], table: str | None) -> dict
 
 
 def _options(url: str, timeout: float, token: str | None) -> dict[str, Any]:
-    token = token or os.environ.get(TOKEN)
+    token = token or os.environ.get(TOKEN, "")
+    if not token.isascii() or not token.isprintable():
+        raise CorankError("the token has letters that no token of serving.tokens can have")
     # http_proxy, all_proxy, … in the environment name proxies; this machine's own addresses need none
     headers = {"authorization": f"Bearer {token}"} if token else {}
     return {"base_url": url, "timeout": timeout, "trust_env": not is_own(url), "headers": headers}
@@ -217,10 +219,12 @@ def _addressed(url: str) -> Iterator[None]:
 def _explained(url: str, path: str, timeout: float) -> Iterator[None]:
     """
     Raises:
-        CorankError: there was no answer.
+        CorankError: the request cannot be sent, or there was no answer.
     """
     try:
         yield
+    except (TypeError, ValueError) as error:  # NaN, half a character, a number of NumPy
+        raise CorankError(f"{url}{path}: the request cannot be written as JSON: {error}") from None
     except httpx.ConnectError:
         raise NoEndpointError(f"no endpoint at {url}; start it with `corank serve`") from None
     except httpx.TimeoutException:

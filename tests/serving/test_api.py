@@ -157,7 +157,7 @@ STRANGE_BODIES = {
 }
 
 
-@pytest.mark.parametrize("path", ["/v1/rank", "/v1/events"])
+@pytest.mark.parametrize("path", ["/v1/rank", "/v1/rank:batch", "/v1/events"])
 @pytest.mark.parametrize("strange", STRANGE_BODIES.values(), ids=STRANGE_BODIES)
 def test_bodies_that_are_no_finite_unicode_json_of_some_length_are_refused_by_field(
     settings: ServingSettings, strange: tuple[str | bytes, int, str], path: str

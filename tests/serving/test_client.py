@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import threading
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 
@@ -111,6 +114,21 @@ def test_what_is_wrong_is_raised_with_the_endpoints_words(endpoint: tuple[Rememb
         called(kind, f"http://127.0.0.1:{free_port()}", "healthz")
     with pytest.raises(CorankError, match="Correct the address"):
         called(kind, "http://::1:8000", "healthz")
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+@pytest.mark.parametrize(
+    "request_parts",
+    [("u", ["a"], {"x": math.nan}), ("u\ud800", ["a"]), (np.int64(3), ["a"]), ("u", ["a"], {"x": Decimal("1.5")})],
+    ids=["NaN", "half a character", "a number of NumPy", "a decimal"],
+)
+def test_what_no_request_can_hold_is_said_so(
+    endpoint: tuple[Remembers, str], kind: str, request_parts: tuple[Any, ...]
+) -> None:
+    with pytest.raises(CorankError, match="/v1/rank: the request cannot be written as JSON: "):
+        called(kind, endpoint[1], "rank", *request_parts)
+    with pytest.raises(CorankError, match="the token has letters"):
+        called(kind, endpoint[1], "model", token="ö" * 16)
 
 
 def test_both_clients_have_the_same_methods() -> None:

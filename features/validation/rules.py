@@ -181,7 +181,7 @@ def value_rules(fields: Sequence[FieldSpec], rules: ValidationRules, summed: Col
         Rule(
             f"not_finite_{column}",
             (~is_finite(pl.col(column))).sum(),
-            f"have a {column} that is no finite number (NaN, infinite or beyond 32 bits); it is read as missing",
+            f"hold no finite number in {column} (NaN, infinite or beyond 32 bits); it is read as missing",
             gate=False,
         )
         for column in numbers

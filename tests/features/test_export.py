@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,24 @@ def test_a_flattened_row_holds_what_the_model_sees_of_its_candidate(tmp_path: Pa
         chunks = [flatten(samples, SCHEMA, start, stop) for start, stop in bounds]
         assert pa.concat_tables(chunks).to_pylist() == expected
         assert (len(bounds) > 1) == several
+
+
+def test_raw_numbers_are_those_of_the_tables_where_the_model_reads_logarithms(tmp_path: Path) -> None:
+    rows = read_all(build_samples(tmp_path, seed=1))
+    (feature,) = [feature for feature in SCHEMA.features if feature.kind == "number"]
+    logged = SCHEMA.model_copy(
+        update={
+            "features": tuple(
+                one.model_copy(update={"scale": "log"}) if one is feature else one for one in SCHEMA.features
+            )
+        }
+    )
+    samples, name = Unnested.of(rows), feature_column(feature)
+    stored, raw = (flatten(samples, logged, 0, len(samples.candidates), raw) for raw in (False, True))
+    assert any(value is not None for value in stored[name].to_pylist())
+    expected = [None if value is None else pytest.approx(math.expm1(value)) for value in stored[name].to_pylist()]
+    assert raw[name].to_pylist() == expected
+    assert raw.drop_columns([name]).equals(stored.drop_columns([name]))
 
 
 def test_rows_are_flattened_alike_from_a_slice_of_a_larger_table(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,17 @@ def test_a_burst_pushed_again_changes_nothing(writer: OnlineWriter, reader: Onli
     for _ in range(3):
         assert writer.push(burst)["bought"] == 0
         assert bought(reader) == stored
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, 1e39, "inf"])
+def test_what_no_number_of_a_table_can_be_is_no_number_of_a_push(
+    writer: OnlineWriter, reader: OnlineReader, value: object
+) -> None:
+    with pytest.raises(EventsError, match="seconds"):
+        writer.push(pl.DataFrame([event(DAY, "a", action="watch", seconds=value)]))
+    rows = [event(DAY + at, f"e{at}", action="watch", seconds=seconds) for at, seconds in enumerate((math.nan, 1.5))]
+    assert writer.push(pl.DataFrame(rows))["watched"] == 2
+    np.testing.assert_array_equal(reader.sequences("1")["watched"].fields["seconds"], np.float32([math.nan, 1.5]))
 
 
 def test_a_push_takes_timestamps_and_text_ids_like_the_log(writer: OnlineWriter, reader: OnlineReader) -> None:

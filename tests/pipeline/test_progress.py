@@ -30,3 +30,16 @@ def test_brackets_are_no_markup_and_colons_no_emoji(capsys: pytest.CaptureFixtur
         assert name in printed.out
     for name in NAMES:
         assert printed.err.count(name) == 3
+
+
+def test_a_stage_that_fails_has_no_check_mark(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with Progress().stage("validated") as stage:
+            stage.say("0 of 3 partitions pass")
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    printed = capsys.readouterr().err
+    assert "✗ validated      0 of 3 partitions pass" in printed
+    assert "✓" not in printed

@@ -161,7 +161,10 @@ class Config(Declaration):
         if strange:
             raise ValueError(f"serving.weights: {strange[0]!r} is none of the tasks {[t.name for t in schema.tasks]}")
         if self.start is not None:
-            partition_bounds(self.start, self.grain)
+            try:
+                partition_bounds(self.start, self.grain)
+            except ValueError as error:
+                raise ValueError(f"start: {error}") from None
         if "://" in self.workspace and self.local is None:
             raise ValueError("local: a workspace on s3:// needs a local folder for SQLite files")
         return self

@@ -94,6 +94,8 @@ def test_partitions_that_no_grain_writes_are_errors_that_say_so(config: Config, 
     content["watches"]["partition"] = {"column": "ts"}  # type: ignore[assignment]
     cut = load(tmp_path, tmp_path / "data", tables=content)
     assert Workspace(cut, Progress()).partitions == Workspace(config, Progress()).partitions
+    with pytest.raises(ConfigError, match="start: partition '2026-1-6' is not a day"):
+        Workspace(load(tmp_path, tmp_path / "data", start="2026-1-6"), Progress()).partitions  # noqa: B018
     with pytest.raises(ConfigError, match="--until: partition '2026-1-6' is not a day"):
         Log(config, Workspace(config, Progress()).records, until="2026-1-6")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import NoneType
 from typing import Annotated, Any, Protocol
 
@@ -22,13 +21,14 @@ from starlette.exceptions import HTTPException
 
 from features.errors import CorankError, message_of
 from features.schema import OTHER_UNITS, Schema
-from serving.auth import Tokens, UnauthorizedError
+from serving.auth import Tokens, TooOftenError, UnauthorizedError
 from serving.bodies import BodyError, bounded_route
+from serving.inline import Inline, InvalidRequestError
 from serving.memo import Ranked
 from serving.metrics import Measuring, Metrics
-from serving.paths import EVENTS, HEALTH, MODEL, RANK, RANK_BATCH, READY
+from serving.paths import EVENTS, FEEDBACK, HEALTH, MODEL, RANK, RANK_BATCH, READY
 from serving.proxy import ADMITTED
-from serving.rows import InvalidRequestError, RequestRow
+from serving.rows import RequestRow
 from serving.settings import MOST_BODY_BYTES, ServingConfig
 
 MOST_EVENTS = 10_000
@@ -74,6 +74,19 @@ Scalar = Annotated[
 ]
 
 
+def _candidate(value: Any) -> str | int | dict[str, Any]:
+    if not isinstance(value, dict):
+        return _identifier(value)
+    if "item_id" not in value:
+        raise ValueError("has no item_id")
+    return value | {"item_id": _identifier(value["item_id"])}
+
+
+Candidate = Annotated[
+    str | int | dict[str, Any], PlainValidator(_candidate, json_schema_input_type=str | int | dict[str, Any])
+]
+
+
 def _in_microseconds(ts: int) -> int:
     for unit, (low, high) in OTHER_UNITS.items():
         if low <= ts < high:
@@ -84,14 +97,34 @@ def _in_microseconds(ts: int) -> int:
 Microseconds = Annotated[StrictInt, Field(ge=0, lt=2**62), AfterValidator(_in_microseconds)]
 
 
+class PastEvent(BaseModel):
+    """An event of a sequence: its time, and the columns that the sequence reads."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    ts: Annotated[Microseconds, Field(description="time of the event, microseconds UTC")]
+
+
 class RankRequest(BaseModel):
     """Body of ``POST /v1/rank``."""
 
     model_config = ConfigDict(extra="forbid")
 
     user_id: Identifier
-    candidates: Annotated[list[Identifier], FailFast(), Field(min_length=1, description="item ids")]
+    candidates: Annotated[
+        list[Candidate],
+        FailFast(),
+        Field(min_length=1, description="item ids; or objects with item_id and features of the item"),
+    ]
     context: Annotated[dict[str, Any], Field(description="context features by the column they come from")] = {}
+    user: Annotated[
+        dict[str, Any], Field(description="features of the user, by column, in place of those that are stored")
+    ] = {}
+    history: Annotated[
+        dict[str, Annotated[list[PastEvent], FailFast(), Field(max_length=MOST_EVENTS)]],
+        Field(description="per sequence all its events, in place of those that are stored"),
+    ] = {}
     ts: Annotated[Microseconds | None, Field(description="time of the request, microseconds UTC; default: now")] = None
     tasks: Annotated[list[str] | None, Field(min_length=1, description="whose scores to answer; default: all")] = None
     top_k: Annotated[int | None, Field(ge=1, description="length of the ranking; default: all")] = None
@@ -99,6 +132,29 @@ class RankRequest(BaseModel):
         dict[str, Annotated[float, Field(allow_inf_nan=False)]],
         Field(description="rank by this weighted sum of the tasks' scores; default: serving.weights of the config"),
     ] = {}
+    request_id: Annotated[
+        Identifier | None, Field(description="what feedback calls this request; default: a new id")
+    ] = None
+    model_version: Annotated[
+        str | None, Field(description="of a model that is served, to be asked; default: as the config splits users")
+    ] = None
+
+    @cached_property
+    def item_ids(self) -> list[str | int]:
+        return [one["item_id"] if isinstance(one, dict) else one for one in self.candidates]
+
+    @cached_property
+    def inline(self) -> Inline:
+        """What it brings along in place of what is stored."""
+        return Inline(
+            self.user,
+            {name: [event.model_dump() for event in events] for name, events in self.history.items()},
+            {
+                place: {name: value for name, value in one.items() if name != "item_id"}
+                for place, one in enumerate(self.candidates)
+                if isinstance(one, dict)
+            },
+        )
 
 
 class RankBatchRequest(BaseModel):
@@ -134,6 +190,26 @@ class EventsRequest(BaseModel):
     ] = None
 
 
+class Label(BaseModel):
+    """What became of an item that was answered."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    request_id: Annotated[Identifier, Field(description="of the answer")]
+    item_id: Identifier
+    label: Annotated[str, Field(description="name of a task of the model")]
+    value: Annotated[StrictInt, Field(ge=0, le=1)] = 1
+    ts: Annotated[Microseconds | None, Field(description="when it happened, microseconds UTC; default: now")] = None
+
+
+class FeedbackRequest(BaseModel):
+    """Body of ``POST /v1/feedback``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    feedback: Annotated[list[Label], FailFast(), Field(min_length=1, max_length=MOST_EVENTS)]
+
+
 class OverloadedError(CorankError):
     """More requests than the limits allow."""
 
@@ -147,9 +223,17 @@ class Service(Protocol):
 
     async def push(self, request: EventsRequest) -> dict[str, Any]: ...
 
+    async def feedback(self, request: FeedbackRequest) -> dict[str, Any]: ...
+
     async def describe(self) -> ModelDescription: ...
 
     async def require_ready(self) -> None: ...
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    @property
+    def beside(self) -> dict[str, Any]: ...
 
     @property
     def served(self) -> str | None: ...
@@ -176,7 +260,7 @@ def build_api(
     api = FastAPI(title="corank")
     # only shown in the documentation; the route checks it, before the body is read
     private: dict[str, Any] = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if tokens is not None else []}
-    metrics = Metrics(f"{socket.gethostname()}:{os.getpid()}")
+    metrics = service.metrics
     api.router.route_class = bounded_route(max_body_bytes, tokens.require if tokens is not None else lambda _: None)
     limits = {ADMITTED: str(admitted)}
 
@@ -197,6 +281,10 @@ def build_api(
     async def events(request: EventsRequest) -> JSONResponse:
         return JSONResponse(await service.push(request), headers=limits)
 
+    @api.post(FEEDBACK, **private)
+    async def feedback(request: FeedbackRequest) -> JSONResponse:
+        return JSONResponse(await service.feedback(request), headers=limits)
+
     @api.get(HEALTH)
     @api.get(READY)
     async def health() -> JSONResponse:
@@ -209,7 +297,7 @@ def build_api(
 
     @api.get(MODEL, **private)
     async def model() -> JSONResponse:
-        return JSONResponse({**_summary(await service.describe()), "refused": service.refused})
+        return JSONResponse({**_summary(await service.describe()), "refused": service.refused, **service.beside})
 
     @api.get("/metrics", **private)
     async def measured() -> Response:
@@ -240,6 +328,10 @@ def build_api(
     @api.exception_handler(UnauthorizedError)
     async def unauthorized(_: Request, error: UnauthorizedError) -> JSONResponse:
         return _error(401, "unauthorized", None, str(error), {"WWW-Authenticate": "Bearer"})
+
+    @api.exception_handler(TooOftenError)
+    async def too_often(_: Request, error: TooOftenError) -> JSONResponse:
+        return _error(429, "too_often", None, str(error), {"Retry-After": "1"})
 
     @api.exception_handler(OverloadedError)
     async def overloaded(_: Request, error: OverloadedError) -> JSONResponse:
@@ -306,23 +398,24 @@ def answer(
     model: ModelDescription,
     ranked: Ranked,
     seconds: Mapping[str, float],
-    weights: np.ndarray,
+    order: Sequence[int],
 ) -> dict[str, Any]:
     """The body of an answer.
 
     Args:
         seconds: ``features`` and ``model``, the way to the ranker and the wait for others included.
-        weights: of the tasks, [K]: the ranking is by the weighted sum of their probabilities.
+        order: places of the candidates in the ranking.
     """
     tasks = request.tasks or model.tasks
-    order = np.argsort(-(ranked.scores @ weights), kind="stable")
-    known = zip(request.candidates, row.item_known, strict=True)
+    item_ids = request.item_ids
+    known = zip(item_ids, row.item_known, strict=True)
     return {
+        "request_id": row.request_id,
         "model_version": model.version,
         "request_ts": ts,
         "tasks": tasks,
         "scores": {task: ranked.scores[:, model.tasks.index(task)].tolist() for task in tasks},
-        "ranking": [request.candidates[index] for index in order[: request.top_k]],
+        "ranking": [item_ids[index] for index in order],
         "cold_start": {"user": not row.user_known, "items": [item for item, is_known in known if not is_known]},
         "memo": ranked.remembered,
         "milliseconds": {
@@ -332,6 +425,16 @@ def answer(
             "between": 1e3 * (seconds["model"] - ranked.user_seconds - ranked.item_seconds),
         },
     }
+
+
+def ranking_of(scores: np.ndarray, weights: np.ndarray, top_k: int | None) -> list[int]:
+    """Places of the best candidates by the weighted sum of their probabilities, best first; ties in their order.
+
+    Args:
+        scores: [C, K].
+        weights: of the tasks, [K].
+    """
+    return [int(place) for place in np.argsort(-(scores @ weights), kind="stable")[:top_k]]
 
 
 def weights_of(request: RankRequest, tasks: list[str], configured: Mapping[str, float]) -> np.ndarray:

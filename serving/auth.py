@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import re
 import time
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,16 +22,24 @@ class UnauthorizedError(CorankError):
     """A request without a token that the file names."""
 
 
+class TooOftenError(CorankError):
+    """A token came with more requests than one may."""
+
+
 class Tokens:
     """The tokens that a file names now: a line ``name token`` each; other lines are empty or begin with #."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, is_allowed: Callable[[str], bool] = lambda _: True) -> None:
         """
+        Args:
+            is_allowed: whether the holder of a token may ask once more now.
+
         Raises:
             CorankError: the file cannot be read.
         """
         self._path, self._stamp, self._looked = path, (0, 0), float("-inf")
-        self._digests: list[bytes] = []
+        self._digests: dict[str, bytes] = {}
+        self._is_allowed = is_allowed
         self._look()
 
     def require(self, authorization: str | None) -> None:
@@ -40,6 +49,7 @@ class Tokens:
 
         Raises:
             UnauthorizedError: it holds no token that the file names now.
+            TooOftenError: this token came with too many requests.
             CorankError: the file cannot be read.
         """
         self._look()
@@ -48,9 +58,13 @@ class Tokens:
             raise UnauthorizedError("send a token of serving.tokens: the header authorization: Bearer TOKEN")
         sent = _digest(token.strip())
         # all of them are compared: how long it takes says nothing about the tokens
-        equal = [hmac.compare_digest(sent, digest) for digest in self._digests]
-        if not any(equal):
+        equal = [holder for holder, digest in self._digests.items() if hmac.compare_digest(sent, digest)]
+        if not equal:
             raise UnauthorizedError("the token is none of those in serving.tokens; it may have been revoked")
+        if not self._is_allowed(equal[0]):
+            raise TooOftenError(
+                f"the token of {equal[0]} came with more than serving.requests_per_second allows; try again later"
+            )
 
     def _look(self) -> None:
         """Read the file if it has changed."""
@@ -62,7 +76,8 @@ class Tokens:
             raise CorankError(f"serving.tokens: {self._path}: {error.strerror}") from None
         stamp = (status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
-            self._digests, self._stamp = [_digest(token) for token in read_tokens(self._path).values()], stamp
+            tokens = read_tokens(self._path)
+            self._digests, self._stamp = {holder: _digest(token) for holder, token in tokens.items()}, stamp
         self._looked = time.monotonic()
 
 

@@ -13,7 +13,7 @@ import httpx
 
 from features.errors import CorankError
 from serving.auth import UnauthorizedError
-from serving.paths import EVENTS, HEALTH, MODEL, RANK, RANK_BATCH
+from serving.paths import EVENTS, FEEDBACK, HEALTH, MODEL, RANK, RANK_BATCH
 from serving.ports import is_own
 
 TOKEN = "CORANK_TOKEN"
@@ -44,24 +44,28 @@ class RankingClient:
     def rank(
         self,
         user_id: str | int,
-        candidates: Sequence[str | int],
+        candidates: Sequence[str | int | Mapping[str, Any]],
         context: Mapping[str, Any] | None = None,
         ts: int | None = None,
         *,
         tasks: Sequence[str] | None = None,
         top_k: int | None = None,
         weights: Mapping[str, float] | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         """Scores and ranking of the candidates.
 
         Args:
+            candidates: item ids; or ``item_id`` and features of the item in place of the stored ones.
             context: context features by the column they come from.
             ts: time of the request in microseconds UTC; default: now.
             tasks: whose scores to answer; default: all.
             top_k: length of the ranking; default: all.
             weights: of the tasks, by whose weighted sum to rank; default: as the endpoint is configured.
+            more: ``user``, ``history``: features in place of the stored ones; ``request_id``: what feedback calls it;
+                ``model_version``: of the model to ask.
         """
-        return self._call("POST", RANK, rank_body(user_id, candidates, context, ts, tasks, top_k, weights))
+        return self._call("POST", RANK, rank_body(user_id, candidates, context, ts, tasks, top_k, weights, **more))
 
     def rank_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The answers to several requests, in their order; all of them, or an error.
@@ -83,6 +87,15 @@ class RankingClient:
             events added per sequence.
         """
         return cast(dict[str, int], self._call("POST", EVENTS, _events_body(events, table))["added"])
+
+    def feedback(self, labels: Sequence[Mapping[str, Any]]) -> int:
+        """Log what became of items that were answered; returns how many labels were accepted.
+
+        Args:
+            labels: request_id (of the answer), item_id, label (a task), and value (0 or 1; default: 1) and ts
+                (microseconds UTC; default: now).
+        """
+        return int(self._call("POST", FEEDBACK, _feedback_body(labels))["accepted"])
 
     def healthz(self) -> dict[str, Any]:
         """``{"status": "ok"}`` when the model answers."""
@@ -120,16 +133,19 @@ class AsyncRankingClient:
     async def rank(
         self,
         user_id: str | int,
-        candidates: Sequence[str | int],
+        candidates: Sequence[str | int | Mapping[str, Any]],
         context: Mapping[str, Any] | None = None,
         ts: int | None = None,
         *,
         tasks: Sequence[str] | None = None,
         top_k: int | None = None,
         weights: Mapping[str, float] | None = None,
+        **more: Any,
     ) -> dict[str, Any]:
         """As :meth:`RankingClient.rank`."""
-        return await self._call("POST", RANK, rank_body(user_id, candidates, context, ts, tasks, top_k, weights))
+        return await self._call(
+            "POST", RANK, rank_body(user_id, candidates, context, ts, tasks, top_k, weights, **more)
+        )
 
     async def rank_batch(self, requests: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """As :meth:`RankingClient.rank_batch`."""
@@ -138,6 +154,10 @@ class AsyncRankingClient:
     async def push(self, events: Sequence[Mapping[str, Any]], table: str | None = None) -> dict[str, int]:
         """As :meth:`RankingClient.push`."""
         return cast(dict[str, int], (await self._call("POST", EVENTS, _events_body(events, table)))["added"])
+
+    async def feedback(self, labels: Sequence[Mapping[str, Any]]) -> int:
+        """As :meth:`RankingClient.feedback`."""
+        return int((await self._call("POST", FEEDBACK, _feedback_body(labels)))["accepted"])
 
     async def healthz(self) -> dict[str, Any]:
         """As :meth:`RankingClient.healthz`."""
@@ -165,22 +185,24 @@ class AsyncRankingClient:
 
 def rank_body(
     user_id: str | int,
-    candidates: Sequence[str | int],
+    candidates: Sequence[str | int | Mapping[str, Any]],
     context: Mapping[str, Any] | None = None,
     ts: int | None = None,
     tasks: Sequence[str] | None = None,
     top_k: int | None = None,
     weights: Mapping[str, float] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Of ``POST /v1/rank``, e.g. for :meth:`RankingClient.rank_batch`; arguments as of :meth:`RankingClient.rank`."""
-    body: dict[str, Any] = {"user_id": user_id, "candidates": list(candidates), "context": dict(context or {})}
+    items = [dict(candidate) if isinstance(candidate, Mapping) else candidate for candidate in candidates]
+    body: dict[str, Any] = {"user_id": user_id, "candidates": items, "context": dict(context or {})}
     chosen = {
         "ts": ts,
         "tasks": None if tasks is None else list(tasks),
         "top_k": top_k,
         "weights": None if weights is None else dict(weights),
     }
-    return body | {name: value for name, value in chosen.items() if value is not None}
+    return body | {name: value for name, value in (chosen | more).items() if value is not None}
 
 
 def _batch_body(requests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -189,6 +211,10 @@ def _batch_body(requests: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _events_body(events: Sequence[Mapping[str, Any]], table: str | None) -> dict[str, Any]:
     return {"events": [dict(event) for event in events], "table": table}
+
+
+def _feedback_body(labels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"feedback": [dict(label) for label in labels]}
 
 
 def _options(url: str, timeout: float, token: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,6 +16,9 @@ GONE = 499
 """Status of a request whose client did not wait for the answer."""
 
 CANDIDATES = (1, 10, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
+
+
+DIFFERENCES = (1e-6, 1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class Metrics:
@@ -49,6 +53,15 @@ class Metrics:
         self._cold = made(Counter, "rank_cold", "Users and items of requests that nobody knows.", "entity")
         self._memo = made(Counter, "memo", "Requests by what of their user side was remembered.", "remembered")
         self._memo_bytes = made(Gauge, "memo_bytes", "What the ranker that answered last remembers.")
+        self._log_rows = made(Counter, "log_rows", "Rows of the served log.", "table", "outcome")
+        self._shadow_differences = made(
+            Histogram,
+            "shadow_score_difference",
+            "Mean difference of a request's scores between a shadow and what was answered.",
+            "task",
+            buckets=DIFFERENCES,
+        )
+        self._shadow_failed = made(Counter, "shadow_failed", "Requests of which the shadow has no scores.")
         self._model = made(Gauge, "model_served", "1 for the model that requests are bound to.", "version")
         self._refused = made(Gauge, "model_refused", "1 while the newest model named is not fit to be served.")
 
@@ -61,6 +74,18 @@ class Metrics:
         self._cold.labels(self._process, "user").inc(bool(cold["user"]))
         self._cold.labels(self._process, "item").inc(len(cold["items"]))
         self._memo.labels(self._process, answer["memo"]).inc()
+
+    def logged(self, table: str, outcome: str, rows: int) -> None:
+        """Count rows of the served log (:class:`serving.request_log.RequestLog`)."""
+        self._log_rows.labels(self._process, table, outcome).inc(rows)
+
+    def shadowed(self, task: str, served: np.ndarray, other: np.ndarray) -> None:
+        """Compare a shadow's scores of one request with those that were answered, [C] each."""
+        self._shadow_differences.labels(self._process, task).observe(float(np.abs(served - other).mean()))
+
+    def shadow_failed(self) -> None:
+        """A shadow did not answer, or was not asked because it had too much to do."""
+        self._shadow_failed.inc()
 
     def state(self, version: str | None, refused: bool, memo_bytes: int) -> None:
         """The version that requests are bound to now, if any; what the ranker remembers that answered last."""

@@ -1,9 +1,9 @@
 """The paths of the endpoint that more than its interface must know."""
 
-RANK, RANK_BATCH, EVENTS = "/v1/rank", "/v1/rank:batch", "/v1/events"
+RANK, RANK_BATCH, EVENTS, FEEDBACK = "/v1/rank", "/v1/rank:batch", "/v1/events", "/v1/feedback"
 MODEL, HEALTH, READY = "/v1/model", "/healthz", "/readyz"
 
-LIMITED = (RANK, RANK_BATCH, EVENTS)
+LIMITED = (RANK, RANK_BATCH, EVENTS, FEEDBACK)
 """Of these the service holds only so many requests at a time."""
 
 OPEN = (HEALTH, READY)

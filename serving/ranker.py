@@ -41,8 +41,8 @@ class BoundRow(NamedTuple):
     erased: int = 0
 
 
-MOST_MODELS = 2
-"""Models that a ranker holds: the one that is served, and the one before or after it."""
+MOST_MODELS = 4
+"""Models that a ranker holds: the one that is served, the one before or after it, that of a split, and a shadow."""
 
 
 class Ranker:

@@ -14,22 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from features.encoding import as_text, encode_value
-from features.errors import CorankError
+from features.encoding import encode_value
 from features.sample_table import column_of, end_column, feature_column, label_column, sample_schema, timeline_column
-from features.schema import Feature, Schema
+from features.schema import Schema
 from features.store.reader import History, OnlineReader
+from serving.inline import Inline, InvalidRequestError, raw, with_inline
 from serving.settings import MissingContext
 
-MOST = float(np.finfo(np.float32).max)
-
-
-class InvalidRequestError(CorankError):
-    """The request does not fit the model; ``field`` names the part of it that is wrong."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
+NOTHING = Inline()
 
 
 @dataclass(frozen=True)
@@ -37,10 +29,12 @@ class RequestRow:
     """One request, ready to be scored.
 
     Attributes:
+        request_id: of the request.
         rows: one row in the layout of :func:`features.sample_table.sample_schema`, without labels and partition.
         item_known: [C].
     """
 
+    request_id: str
     rows: pa.Table
     user_known: bool
     item_known: list[bool]
@@ -54,6 +48,8 @@ def build_row(
     context: Mapping[str, Any],
     ts: int,
     missing_context: MissingContext = "error",
+    inline: Inline = NOTHING,
+    request_id: str | None = None,
 ) -> RequestRow:
     """Read the features of a request and lay them out.
 
@@ -63,13 +59,17 @@ def build_row(
         context: source column → value.
         ts: time of the request, microseconds UTC.
         missing_context: whether a column that the context lacks is an error or unknown.
+        inline: what the request brings along in place of what is stored.
+        request_id: default: a new one.
 
     Raises:
-        InvalidRequestError: the context is not what the schema declares.
+        InvalidRequestError: the context, or what is sent along, is not what the schema declares.
     """
-    schema = reader.schema
+    schema, request_id = reader.schema, request_id or uuid.uuid4().hex
     context_codes = encode_context(schema, context, missing_context)
     known = reader.request(user_id, item_ids, ts)
+    if inline:
+        known = with_inline(schema, known, inline, user_id, item_ids)
     timelines = {
         sequence.name: visible(known.histories[sequence.name], ts - log_delay, sequence.length)
         for sequence in schema.sequences
@@ -79,7 +79,7 @@ def build_row(
     candidate_type = request_type.field("candidates").type.value_type
     candidates = _struct(candidate_type, {"item_id": item_ids, **known.items})
     request = {
-        "request_id": [uuid.uuid4().hex],
+        "request_id": [request_id],
         "ts": [ts],
         "user_known": [known.user],
         **{end_column(sequence): [len(timelines[sequence.name].ts)] for sequence in schema.sequences},
@@ -96,7 +96,7 @@ def build_row(
         for field in sequence.fields:
             columns[timeline_column(sequence, field)] = [timeline.fields[field.name]]
     rows = pa.table([_array(columns[field.name], field.type) for field in layout], schema=layout)
-    return RequestRow(rows, known.user, known.items["item_known"].tolist())
+    return RequestRow(request_id, rows, known.user, known.items["item_known"].tolist())
 
 
 @lru_cache(maxsize=16)
@@ -163,30 +163,10 @@ def encode_context(schema: Schema, context: Mapping[str, Any], missing: MissingC
     for feature in features:
         if feature.source not in context and missing == "error":
             raise InvalidRequestError(f"context.{feature.source}", "is missing; send null if it is not known")
-        codes[feature_column(feature)] = encode_value(feature, _raw(feature, context.get(feature.source)))
+        codes[feature_column(feature)] = encode_value(
+            feature, raw(feature, context.get(feature.source), f"context.{feature.source}")
+        )
     return codes
-
-
-def _raw(feature: Feature, value: Any) -> Any:
-    field = f"context.{feature.source}"
-    if value is None:
-        return None
-    if feature.kind == "number":
-        if not isinstance(value, (int, float)) or not -MOST <= value <= MOST:  # a boolean is a number in tables, too
-            raise InvalidRequestError(field, "must be a finite number or null")
-        return float(value)
-    if not feature.multi:
-        return _text(field, value)
-    if not isinstance(value, list):
-        raise InvalidRequestError(field, "must be a list or null")
-    return [_text(f"{field}.{index}", element) for index, element in enumerate(value) if element is not None]
-
-
-def _text(field: str, value: Any) -> str:
-    """The text by which an id or a category is coded, as for a table's column."""
-    if not isinstance(value, (str, int, float)):
-        raise InvalidRequestError(field, "must be a text, a number or a boolean")
-    return as_text(value)
 
 
 def _struct(kind: pa.StructType, columns: Mapping[str, Any]) -> pa.StructArray:

@@ -1,20 +1,16 @@
-"""The deployment that answers: it validates requests, reads their features, asks the ranker, and stores new events.
-
-A request is bound to one model when it is admitted. When another model is to be served (``ServingSettings.follow``), it
-is loaded and checked beside the old one and a reader of its features is opened; only then are requests bound to it. No
-request waits for that, and none is answered by two models.
-"""
+"""The deployment that answers: it validates requests, reads their features, asks the ranker, and stores new events."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -22,51 +18,40 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 from fastapi import FastAPI
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from features.delta.paths import file_system
 from features.encoding import as_text
-from features.errors import CorankError, UnavailableError, raised
+from features.errors import CorankError
+from features.schema import Schema
 from features.store.online import FeatureStoreSettings
 from features.store.push import EventsError, OnlineWriter
-from features.store.reader import OnlineReader
 from serving.api import (
     EventsRequest,
+    FeedbackRequest,
     ModelDescription,
     OverloadedError,
     RankBatchRequest,
     RankRequest,
     answer,
     build_api,
-    told,
+    ranking_of,
     weights_of,
 )
 from serving.auth import Tokens
-from serving.memo import in_order
-from serving.rows import InvalidRequestError, build_row, chunks
+from serving.inline import InvalidRequestError
+from serving.live import LiveModel, LiveModels
+from serving.memo import Ranked, in_order
+from serving.metrics import Metrics
+from serving.rankers import Rankers
+from serving.rate import Rate
+from serving.request_log import RequestLog, ServedRequest
+from serving.rows import RequestRow, build_row, chunks
 from serving.settings import ServingSettings
 
-FOLLOW_SECONDS = 1.0
-"""Seconds between two looks at which model is to be served."""
-
-NO_RANKER = "the model does not answer, its process has ended; try again"
+MOST_SHADOWED = 8
+"""Requests of which a shadow is asked at a time; of others it is not."""
 
 LOG = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class LiveModel:
-    """A model that requests are bound to, with a reader of the features that it reads (its schema, not the config's).
-
-    Attributes:
-        artifact: its directory, by which the ranker knows it.
-    """
-
-    artifact: str
-    model: ModelDescription
-    reader: OnlineReader
 
 
 class RankingService:
@@ -78,43 +63,59 @@ class RankingService:
 
     def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
         self._settings = settings
-        self._ranker = ranker
+        self.metrics = Metrics(f"{socket.gethostname()}:{os.getpid()}")
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="feature-store-reader")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
-        self._opening = asyncio.Lock()
-        self._live: LiveModel | None = None
-        self._following: asyncio.Task[None] | None = None
-        self.refused: dict[str, str] | None = None  # the last artifact that is not fit to be served, and why
+        self._log = RequestLog(settings.log, self.metrics.logged) if settings.log is not None else None
+        self._rankers = Rankers(ranker, settings.by_user)
+        self._models = LiveModels(settings, self._rankers, self._reading, self._forget, self._write_to)
         # the store by the newest config, whose views it has; a model may read fewer of them
         self._writes_to = settings.store
         self._writer: tuple[FeatureStoreSettings, OnlineWriter] | None = None  # used by the writing thread alone
-        self._erased = 0  # when users were last forgotten, microseconds UTC
         self._admitted = {"rank": 0, "push": 0}
+        self._shadowing: set[asyncio.Task[None]] = set()
         self.memo_bytes = 0  # of the ranker that answered last
-        self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = self._settings.options
-        tokens = Tokens(Path(options.tokens)) if options.tokens is not None else None
+        tokens = None
+        if options.tokens is not None:
+            most = options.requests_per_second
+            tokens = Tokens(Path(options.tokens), Rate(most).allows if most is not None else lambda _: True)
         return build_api(self, options.max_body_bytes, options.admitted * options.service_replicas, tokens)
+
+    def __del__(self) -> None:
+        """Ray Serve calls this when a replica is stopped, and waits for it."""
+        if (log := getattr(self, "_log", None)) is not None:
+            log.close()
 
     async def describe(self) -> ModelDescription:
         """What the ranker serves, asked anew each time."""
-        return await self._described((await self._open()).artifact)
+        return await self._rankers.describe((await self._models.open()).artifact)
 
     async def require_ready(self) -> None:
         """
         Raises:
             CorankError: the model does not answer, or the online store cannot be read.
         """
-        live = await self._open()
-        await self._described(live.artifact)
+        live = await self._models.open()
+        await self._rankers.describe(live.artifact)
         await _in_thread(self._reading, lambda: live.reader.user(""))
 
     @property
     def served(self) -> str | None:
         """Version of the model that requests are bound to now; None before the first."""
-        return self._live.model.version if self._live is not None else None
+        return self._models.served.model.version if self._models.served is not None else None
+
+    @property
+    def refused(self) -> dict[str, str] | None:
+        """The last artifact that is not fit to be served, and why."""
+        return self._models.refused
+
+    @property
+    def beside(self) -> dict[str, Any]:
+        """Versions of a split and of a shadow."""
+        return self._models.beside
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
         """Score and order the candidates of a request.
@@ -125,7 +126,7 @@ class RankingService:
             UnavailableError: the online store does not answer.
         """
         with self._admission("rank"):
-            live = await self._open()
+            live = await self._models.bind(str(request.user_id), request.model_version)
             return await self._answer(live, request, self._weights(live, request))
 
     async def rank_batch(self, batch: RankBatchRequest) -> list[dict[str, Any]]:
@@ -139,15 +140,12 @@ class RankingService:
         if len(requests) > most:
             raise InvalidRequestError("requests", f"has {len(requests)}; at most {most} are worked on at a time")
         with self._admission("rank", len(requests)):
-            live = await self._open()
-            weights = []
+            bound = []
             for place, request in enumerate(requests):
                 with _named(place):
-                    weights.append(self._weights(live, request))
-            answers = await asyncio.gather(
-                *(self._answer(live, request, own) for request, own in zip(requests, weights, strict=True)),
-                return_exceptions=True,
-            )
+                    live = await self._models.bind(str(request.user_id), request.model_version)
+                    bound.append((live, request, self._weights(live, request)))
+            answers = await asyncio.gather(*(self._answer(*each) for each in bound), return_exceptions=True)
             for place, answered in enumerate(answers):
                 if isinstance(answered, BaseException):
                     with _named(place):
@@ -168,32 +166,111 @@ class RankingService:
         return weights_of(request, live.model.tasks, limits.weights)
 
     async def _answer(self, live: LiveModel, request: RankRequest, weights: np.ndarray) -> dict[str, Any]:
-        settings = self._settings
         started = time.perf_counter()
         ts = request.ts if request.ts is not None else time.time_ns() // 1_000
-        erased = self._erased  # before the row is read: it may hold what is erased meanwhile
+        row, erased = await self._read(live, request, ts)
+        read = time.perf_counter()
+        ranked = await self._ranked(live, request, row, erased)
+        self.memo_bytes = ranked.memo_bytes
+        order = ranking_of(ranked.scores, weights, request.top_k)
+        if self._log is not None:
+            self._log.request(ServedRequest(request, row, ts, ranked, order, live.model))
+        if (shadow := self._models.shadow) is not None and shadow is not live:
+            self._ask_too(shadow, request, ts, ranked, live)
+        seconds = {"features": read - started, "model": time.perf_counter() - read}
+        return answer(request, ts, row, live.model, ranked, seconds, order)
+
+    async def _read(self, live: LiveModel, request: RankRequest, ts: int) -> tuple[RequestRow, int]:
+        """A request's row, and when users had last been forgotten as it was read."""
+        settings, erased = self._settings, self._models.erased  # before the row: it may hold what is erased meanwhile
         row = await _in_thread(
             self._reading,
             lambda: build_row(
                 live.reader,
                 settings.log_delay,
                 str(request.user_id),
-                [str(item) for item in request.candidates],
+                [str(item) for item in request.item_ids],
                 request.context,
                 ts,
                 settings.options.missing_context,
+                request.inline,
+                None if request.request_id is None else str(request.request_id),
             ),
         )
-        read = time.perf_counter()
-        ranker = self._ranker.options(session_id=str(request.user_id)) if settings.by_user else self._ranker
+        return row, erased
+
+    async def _ranked(self, live: LiveModel, request: RankRequest, row: RequestRow, erased: int) -> Ranked:
+        options, user_id = self._settings.options, str(request.user_id)
         # in turns with other requests; without a memo each part would compute the user side anew
-        most = settings.options.chunk_candidates if settings.options.memo_megabytes else settings.options.max_candidates
-        ranked = in_order(
-            [await self._ask(ranker.rank, (live.artifact, part, erased)) for part in chunks(row.rows, most)]
+        most = options.chunk_candidates if options.memo_megabytes else options.max_candidates
+        parts = [await self._rankers.rank(user_id, live.artifact, part, erased) for part in chunks(row.rows, most)]
+        return in_order(parts)
+
+    def _ask_too(self, shadow: LiveModel, request: RankRequest, ts: int, ranked: Ranked, live: LiveModel) -> None:
+        """Compare the scores of another model with those that are answered, without anybody waiting for it."""
+
+        async def compare() -> None:
+            try:
+                row, erased = await self._read(shadow, request, ts)
+                other = await self._ranked(shadow, request, row, erased)
+            except Exception:  # the answer is on its way
+                LOG.exception("the shadow %s does not answer", shadow.model.version)
+                self.metrics.shadow_failed()
+                return
+            for task in [task for task in live.model.tasks if task in shadow.model.tasks]:
+                of_both = [
+                    scored.scores[:, model.tasks.index(task)]
+                    for scored, model in ((ranked, live.model), (other, shadow.model))
+                ]
+                self.metrics.shadowed(task, *of_both)
+            if self._log is not None:
+                self._log.shadow(ServedRequest(request, row, ts, other, range(len(other.scores)), shadow.model))
+
+        if len(self._shadowing) >= MOST_SHADOWED:
+            self.metrics.shadow_failed()
+            return
+        task = asyncio.create_task(compare())
+        self._shadowing.add(task)
+        task.add_done_callback(self._shadowing.discard)
+
+    def _forget(self) -> None:
+        if self._log is not None:
+            self._log.forget()
+
+    def _write_to(self, schema: Schema) -> None:
+        """The config has changed: pushes fill the views that its models read."""
+        if schema != self._writes_to.schema:
+            self._writes_to = replace(self._writes_to, schema=schema)
+
+    async def feedback(self, request: FeedbackRequest) -> dict[str, Any]:
+        """Log labels of items that were answered.
+
+        Returns:
+            ``accepted``: how many.
+
+        Raises:
+            InvalidRequestError: nothing is logged, or a label is no task of the model.
+        """
+        if self._log is None:
+            raise InvalidRequestError("feedback", "is not logged here; serving.log_share turns the log on")
+        tasks, now = (await self._models.open()).model.tasks, time.time_ns() // 1_000
+        for place, label in enumerate(request.feedback):
+            if label.label not in tasks:
+                problem = f"{label.label!r} is no task of the model; there are: {', '.join(tasks)}"
+                raise InvalidRequestError(f"feedback.{place}.label", problem)
+        self._log.feedback(
+            [
+                {
+                    "request_id": str(label.request_id),
+                    "item_id": str(label.item_id),
+                    "label": label.label,
+                    "value": label.value,
+                    "ts": now if label.ts is None else label.ts,
+                }
+                for label in request.feedback
+            ]
         )
-        self.memo_bytes = ranked.memo_bytes
-        seconds = {"features": read - started, "model": time.perf_counter() - read}
-        return answer(request, ts, row, live.model, ranked, seconds, weights)
+        return {"accepted": len(request.feedback)}
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         """Append events to the online sequences; the next request sees them.
@@ -230,11 +307,14 @@ class RankingService:
                     advice = "" if column == "event_id" else "; send null if it is not known"
                     raise InvalidRequestError(f"events.{index}.{column}", f"is missing{advice}")
         try:
-            return writer.push(_frame(events), table)
+            added = writer.push(_frame(events), table)
         except EventsError as error:
             first, alone = _first_refused(events, lambda some: writer.check(_frame(some), table), error)
             place = f"events.{first}.{alone.column}" if first is not None and alone.column else "events"
             raise InvalidRequestError(place, str(alone)) from error
+        if self._log is not None:
+            self._log.events(table, _frame(events), writer.log_types(table))
+        return added
 
     @contextmanager
     def _admission(self, kind: Literal["rank", "push"], count: int = 1) -> Iterator[None]:
@@ -253,106 +333,6 @@ class RankingService:
         finally:
             self._admitted[kind] -= count
 
-    async def _open(self) -> LiveModel:
-        """The model that requests are bound to now."""
-        if self._live is None:
-            async with self._opening:
-                if self._live is None:
-                    await self._begin()
-        assert self._live is not None
-        if self._settings.follow is not None and (self._following is None or self._following.done()):
-            self._following = asyncio.create_task(self._follow())
-        return self._live
-
-    async def _begin(self) -> None:
-        """Bind requests to the model that is to be served now or, if it is not fit, to the one of the start."""
-        wanted = await self._wanted()
-        if wanted is None or not await self._switch(wanted):
-            self._live = await self._prepared(self._settings.artifact)
-
-    async def _prepared(self, artifact: str) -> LiveModel:
-        model = await self._described(artifact)
-        store = replace(self._settings.store, schema=model.schema)
-        reader = await _in_thread(self._reading, lambda: OnlineReader(store))
-        # a store that was lost has its views, but no tables: then this fails
-        await _in_thread(self._reading, lambda: reader.user(""))
-        return LiveModel(artifact, model, reader)
-
-    async def _wanted(self) -> str | None:
-        """The artifact that is to be served; None when nothing says so. What the ranker is to forget, it is told."""
-        if self._settings.follow is None:
-            return None
-        document = await asyncio.to_thread(followed, self._settings.follow)
-        if document is not None and document.erased > self._erased:
-            self._erased = document.erased
-            with suppress(UnavailableError):  # the next request tells it
-                await self._ask(self._ranker.forget, self._erased)
-        return None if document is None else document.artifact
-
-    async def _follow(self) -> None:
-        """Bind requests to each model that is to be served, once it is ready; ``refused`` says why one is not fit."""
-        while True:
-            await asyncio.sleep(FOLLOW_SECONDS)
-            wanted = await self._wanted()
-            if wanted is None or self._live is None or wanted == self._live.artifact:
-                continue
-            if self.refused is None or wanted != self.refused["artifact"]:
-                with suppress(UnavailableError):  # the ranker or the store does not answer; tried again
-                    await self._switch(wanted)
-
-    async def _switch(self, artifact: str) -> bool:
-        """Bind requests to a model from now on, once it is ready; returns whether it was fit.
-
-        Raises:
-            UnavailableError: the ranker or the store does not answer.
-        """
-        try:
-            live = await self._prepared(artifact)
-        except UnavailableError:
-            raise
-        except Exception as error:  # whatever it is, requests stay bound to the model before
-            LOG.exception("model %s is not served", artifact)
-            self.refused = {"artifact": artifact, "why": told(error)}
-            return False
-        if artifact != self._settings.artifact and live.model.schema != self._writes_to.schema:
-            # the config has changed: pushes fill the views that its models read
-            self._writes_to = replace(self._writes_to, schema=live.model.schema)
-        self._live, self.refused = live, None
-        return True
-
-    async def _described(self, artifact: str) -> ModelDescription:
-        description: ModelDescription = await self._ask(self._ranker.describe, artifact)
-        return description
-
-    async def _ask(self, method: Any, *arguments: Any) -> Any:
-        """What a ranker answers. After one has ended nobody waits for it, until another is there.
-
-        Raises:
-            UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
-            Exception: what it raised, as it was raised there.
-        """
-        if self._missing is not None and not self._missing.done():
-            raise UnavailableError(NO_RANKER)
-        try:
-            return await method.remote(*arguments)
-        except (RayError, RayServeException) as failure:
-            error = raised(failure)
-            if not isinstance(error, (RayError, RayServeException)):
-                raise error from None
-            LOG.error("the model does not answer", exc_info=failure)
-            if self._missing is None or self._missing.done():
-                self._missing = asyncio.create_task(self._until_answered())
-            raise UnavailableError(NO_RANKER) from None
-
-    async def _until_answered(self) -> None:
-        """Wait for a ranker, as every request would in Ray's queue."""
-        while True:
-            try:
-                await self._ranker.describe.remote(self._live.artifact if self._live else self._settings.artifact)
-                return
-            except (RayError, RayServeException):
-                await asyncio.sleep(0.2)
-
 
 @contextmanager
 def _named(place: int) -> Iterator[None]:
@@ -365,30 +345,6 @@ def _named(place: int) -> Iterator[None]:
 
 async def _in_thread(thread: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
     return await asyncio.get_running_loop().run_in_executor(thread, work)
-
-
-@dataclass(frozen=True)
-class Followed:
-    """What the document of ``ServingSettings.follow`` says.
-
-    Attributes:
-        artifact: to be served.
-        erased: when users were last forgotten, microseconds UTC.
-    """
-
-    artifact: str
-    erased: int = 0
-
-
-def followed(path: str) -> Followed | None:
-    """The document of ``ServingSettings.follow``; None when it is not there or half written."""
-    store, inside = file_system(path)
-    try:
-        with store.open_input_stream(inside) as stream:
-            document = json.loads(stream.read())
-            return Followed(str(document["artifact"]), int(document.get("erased", 0)))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:

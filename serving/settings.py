@@ -8,17 +8,34 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from features.encoding import bucket_of
 from features.schema import Declaration
 from serving.auth import read_tokens
 from serving.ports import is_loopback
 
 if TYPE_CHECKING:
     from features.store.online import FeatureStoreSettings
+    from serving.request_log import LogSettings
 
 MOST_BODY_BYTES = 8 << 20
 """Bytes of one body, by default."""
 
 MissingContext = Literal["error", "unknown"]
+
+
+PARTS = 1_000_000
+
+
+def share_of_users(user_id: str) -> float:
+    """Where a user's hash lies, 0 … 1: a share of all users is those below it."""
+    return bucket_of(user_id, PARTS) / PARTS
+
+
+class SplitConfig(Declaration):
+    """A version for a share of users."""
+
+    version: int = Field(description="number in the registry")
+    share: float = Field(gt=0, lt=1, description="of users, by hash")
 
 
 class ServingConfig(Declaration):
@@ -53,6 +70,21 @@ class ServingConfig(Declaration):
     max_body_bytes: int = Field(MOST_BODY_BYTES, ge=1, description="a larger body of a request is answered 413")
     memo_megabytes: float = Field(
         256.0, ge=0, description="user sides that a ranker remembers per model, in true bytes; 0: none"
+    )
+    log_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of users, by hash, whose requests are logged in the tables below `served` of the workspace, "
+        "with all pushed events and feedback; 0: nothing is logged",
+    )
+    log_seconds: float = Field(10.0, gt=0, description="until logged rows are written; a killed replica loses them")
+    requests_per_second: float | None = Field(
+        None, gt=0, description="of one token at one service replica; what is more is answered 429. Default: any number"
+    )
+    split: SplitConfig | None = Field(None, description="a share of users is answered by another version")
+    shadow: int | None = Field(
+        None, description="version that is asked, too, and whose scores are compared but not answered"
     )
     weights: dict[str, float] = Field(
         {}, description="rank by this weighted sum of the tasks' scores; default: by the first task"
@@ -104,6 +136,7 @@ class ServingSettings:
         follow: JSON document that names the ``artifact`` to serve from now on, whenever it changes; None: always this.
         ranker_cpus, service_cpus: CPUs that Ray sets aside per replica, not a limit.
         ranker_threads: threads of the model; default: the machine's CPUs shared among the replicas.
+        log: where served requests are logged; None: nowhere.
     """
 
     artifact: str
@@ -114,6 +147,7 @@ class ServingSettings:
     ranker_cpus: float = 0.5
     service_cpus: float = 0.1
     ranker_threads: int | None = None
+    log: LogSettings | None = None
 
     @property
     def by_user(self) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
-from deltalake.exceptions import CommitFailedError
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 
 from features.delta.paths import address, patient, table_store
@@ -180,6 +180,30 @@ def replace_partitions(
             post_commithook_properties=PostCommitHookProperties(create_checkpoint=True, cleanup_expired_logs=False),
         )
     return DeltaTable(uri, storage_options=options).version()
+
+
+def append(root: str, rows: pa.Table, options: Mapping[str, str]) -> None:
+    """Add rows to a table that is partitioned by ``dt``; it is made, or gets new columns, where needed.
+
+    Several processes may append at a time.
+
+    Raises:
+        CorankError: a column has another type than in the table, or the storage is full or out of reach.
+    """
+    if "://" not in root:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    try:
+        with committing(root):
+            write_deltalake(
+                address(root),
+                rows,
+                mode="append",
+                partition_by=["dt"],
+                schema_mode="merge",
+                storage_options=patient(options),
+            )
+    except (DeltaError, pa.ArrowInvalid) as error:
+        raise CorankError(f"table at {root}: nothing was added to it: {first_line(error)}") from error
 
 
 @contextmanager

@@ -111,6 +111,12 @@ class OnlineWriter:
         identity = self._identifying.get(table) or ["event_id"]
         return list(dict.fromkeys(["user_id", "ts", *identity, *read]))
 
+    def log_types(self, table: str) -> dict[str, Any]:
+        """Columns of the log's rows and their Polars types, what is made of them left out."""
+        log = self.settings.events[table]
+        made = {*log.made(), "dt"}
+        return {name: kind for name, kind in log.scan([]).collect_schema().items() if name not in made}
+
     def push(self, events: pl.DataFrame, table: str | None = None) -> dict[str, int]:
         """Append raw events to every sequence that reads this table.
 

@@ -65,7 +65,7 @@ def verify_endpoint(
         context = contexts[request["request_id"]]
         items = [candidate["item_id"] for candidate in request["candidates"]]
         offline = np.array(score_rows(artifact.model, row)["scores"].to_pylist())
-        answer = client.rank(user_id, items, context, request["ts"])
+        answer = client.rank(user_id, items, context, request["ts"], model_version=artifact.version)
         online = np.array([answer["scores"][task.name] for task in schema.tasks]).T
         difference = float(np.abs(online - offline).max())
         if not difference <= TOLERANCE:

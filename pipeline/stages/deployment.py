@@ -20,9 +20,14 @@ from serving.ports import endpoint_url
 
 if TYPE_CHECKING:
     from models.artifact import Artifact
+    from pipeline.config import Config
     from pipeline.progress import Line
     from pipeline.workspace.registry import ModelVersion
+    from serving.request_log import LogSettings
     from serving.settings import ServingSettings
+
+SERVED_LOG = "served"
+"""Folder of the workspace in which served requests are logged."""
 
 CURRENT = "current"
 """Key of the only record."""
@@ -149,7 +154,26 @@ def name_served(workspace: Workspace, version: ModelVersion) -> None:
     url = endpoint_url(options.host, options.port)
     erased = (workspace.records.get(*SERVED) or {}).get("erased", 0)
     named = {"number": version.number, "artifact": version.artifact, "url": url, "erased": erased}
-    workspace.records.put(*SERVED, named)
+    workspace.records.put(*SERVED, named | _beside(workspace, version))
+
+
+def _beside(workspace: Workspace, served: ModelVersion) -> dict[str, Any]:
+    """The models of the config's split and shadow, as a running service reads them.
+
+    Raises:
+        CorankError: there is no such version.
+    """
+    options, versions = workspace.config.serving, {one.number: one for one in workspace.registry.versions()}
+    chosen = {"split": options.split.version if options.split else None, "shadow": options.shadow}
+    for name, number in chosen.items():
+        if number is not None and number not in versions:
+            raise CorankError(f"serving.{name}: there is no version {number}; there are {sorted(versions)}")
+    found: dict[str, Any] = {}
+    if options.split is not None and options.split.version != served.number:
+        found["split"] = {"artifact": versions[options.split.version].artifact, "share": options.split.share}
+    if options.shadow is not None and options.shadow != served.number:
+        found["shadow"] = versions[options.shadow].artifact
+    return found
 
 
 def tell_of_erasure(workspace: Workspace) -> None:
@@ -291,4 +315,15 @@ def serving_settings(workspace: Workspace, champion: ModelVersion) -> ServingSet
         config.serving,
         log_delay=config.log_delay,
         follow=config.path("records", *SERVED) + ".json",
+        log=log_settings(config),
     )
+
+
+def log_settings(config: Config) -> LogSettings | None:
+    """Where served requests are logged; None: nowhere."""
+    from serving.request_log import LogSettings
+
+    options = config.serving
+    if not options.log_share:
+        return None
+    return LogSettings(config.path(SERVED_LOG), config.grain, options.log_share, options.log_seconds)

@@ -13,9 +13,11 @@ from fastapi.testclient import TestClient
 from features.errors import CorankError
 from features.schema import Feature, Schema, Task
 from serving import auth
-from serving.api import EventsRequest, ModelDescription, RankBatchRequest, RankRequest, build_api
+from serving.api import EventsRequest, FeedbackRequest, ModelDescription, RankBatchRequest, RankRequest, build_api
 from serving.auth import Tokens, read_tokens
 from serving.client import RankingClient
+from serving.metrics import Metrics
+from serving.rate import Rate
 from serving.settings import ServingConfig
 
 SHOP, REPORTS = "shop-7c1e0f2ab93d4c55", "reports-51d20c77aa10e4"
@@ -38,6 +40,9 @@ class Answers:
     served = "1"
     memo_bytes = 5
 
+    def __init__(self) -> None:
+        self.metrics, self.beside = Metrics("test"), dict[str, Any]()
+
     async def require_ready(self) -> None:
         pass
 
@@ -49,6 +54,9 @@ class Answers:
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         return {"added": {}}
+
+    async def feedback(self, request: FeedbackRequest) -> dict[str, Any]:
+        return {"accepted": len(request.feedback)}
 
     async def describe(self) -> ModelDescription:
         return ModelDescription("1", SCHEMA, {})
@@ -155,3 +163,21 @@ def test_the_client_sends_the_token_that_it_is_given_or_that_of_the_environment(
     for token, sent in ((None, REPORTS), (SHOP, SHOP)):
         with RankingClient("http://127.0.0.1:1", token=token) as client:
             assert client._http.headers["authorization"] == f"Bearer {sent}"
+
+
+def test_a_token_that_comes_too_often_is_told_so_and_others_are_answered(tokens: Path) -> None:
+    allowed = Rate(0.3).allows  # three in ten seconds
+    with TestClient(build_api(Answers(), tokens=Tokens(tokens, allowed))) as client:
+        statuses = [client.get("/v1/model", headers=bearer(SHOP)).status_code for _ in range(5)]
+        assert statuses == [200, 200, 200, 429, 429]
+        answer = client.get("/v1/model", headers=bearer(SHOP))
+        assert answer.json()["error"]["type"] == "too_often"
+        assert "of shop" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"] == "1"
+        assert client.get("/v1/model", headers=bearer(REPORTS)).status_code == 200
+        assert client.get("/healthz").status_code == 200
+
+
+def test_a_rate_of_less_than_one_in_ten_seconds_is_kept() -> None:
+    rate = Rate(0.01)
+    assert [rate.allows("a"), rate.allows("a"), rate.allows("b")] == [True, False, True]

@@ -16,10 +16,10 @@ import uvicorn
 
 from features.errors import CorankError
 from serving import AsyncRankingClient, RankingClient
-from serving.api import EventsRequest, RankBatchRequest, RankRequest, build_api
+from serving.api import EventsRequest, FeedbackRequest, RankBatchRequest, RankRequest, build_api
 from serving.auth import Tokens, UnauthorizedError
 from serving.client import NoEndpointError, rank_body
-from serving.rows import InvalidRequestError
+from serving.inline import InvalidRequestError
 from tests.servers import free_port
 from tests.serving.test_auth import ANSWER, SHOP, Answers, write
 
@@ -32,6 +32,7 @@ REQUEST: dict[str, Any] = {
     "top_k": 1,
     "weights": {"click": 0.5},
 }
+LABEL = {"request_id": "r", "item_id": 1, "label": "click"}
 EVENT = {"event_id": "e", "user_id": 7, "ts": 5 * 10**14, "item_id": 1}
 
 
@@ -39,6 +40,7 @@ class Remembers(Answers):
     """Knows what it was asked."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked: list[Any] = []
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
@@ -54,6 +56,10 @@ class Remembers(Answers):
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         self.asked.append(request)
         return {"added": {"clicks": 1}}
+
+    async def feedback(self, request: FeedbackRequest) -> dict[str, Any]:
+        self.asked.append(request)
+        return await super().feedback(request)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +103,12 @@ def test_every_method_sends_what_it_is_given_and_returns_what_is_answered(
     assert service.asked[-1].requests == [RankRequest(**REQUEST), RankRequest(user_id="u", candidates=["i"])]
     assert called(kind, url, "push", [EVENT], table="clicks") == {"clicks": 1}
     assert service.asked[-1] == EventsRequest(events=[EVENT], table="clicks")
+    assert called(kind, url, "feedback", [LABEL, LABEL | {"value": 0}]) == 2
+    assert service.asked[-1] == FeedbackRequest(feedback=[LABEL, LABEL | {"value": 0}])
+    inline: dict[str, Any] = {"user": {"age": 3}, "history": {"clicks": [{"ts": 1, "item_id": 2}]}}
+    inline |= {"request_id": 5, "model_version": "v"}
+    assert called(kind, url, "rank", "u", [{"item_id": 1, "price": 2.0}], **inline) == ANSWER
+    assert service.asked[-1] == RankRequest(user_id="u", candidates=[{"item_id": 1, "price": 2.0}], **inline)
     assert called(kind, url, "healthz") == {"status": "ok"}
     assert called(kind, url, "model")["model_version"] == "1"
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-import serving.service
+import serving.live
 from features.sample_table import concatenate
 from features.store.reader import OnlineReader
 from models.registry import MODELS, build_model
@@ -28,7 +28,7 @@ from tests.serving.worlds import CONTEXT, NOW, SCHEMA, InProcess, Remote, body, 
 def test_after_a_user_is_forgotten_nothing_that_was_read_before_is_remembered(
     settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving.service, "FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(serving.live, "FOLLOW_SECONDS", 0.05)
     document = tmp_path / "current.json"
     name(document, settings.artifact)
     ranker = Ranker(settings)

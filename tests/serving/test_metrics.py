@@ -21,6 +21,7 @@ from tests.serving.test_auth import ANSWER, SHOP, Answers, bearer, write
 
 class Ranks(Answers):
     def __init__(self) -> None:
+        super().__init__()
         self.fails = False
 
     async def rank(self, request: RankRequest) -> dict[str, Any]:
@@ -106,6 +107,7 @@ def test_every_path_is_answered_through_the_proxy_before_and_after_it_knows_the_
         "/v1/rank": body,
         "/v1/rank:batch": {"requests": [body]},
         "/v1/events": {"events": [{"user_id": 1, "ts": 1_767_571_200_000_000}]},
+        "/v1/feedback": {"feedback": [{"request_id": "r", "item_id": 1, "label": "click"}]},
     }
     paths = [route.path for route in api.routes if isinstance(route, APIRoute)]
     assert set(bodies) | {"/healthz", "/readyz", "/metrics", "/v1/model"} == set(paths)

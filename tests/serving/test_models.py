@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-import serving.service
+import serving.live
+import serving.ranker
 from features.errors import CorankError
 from features.sample_table import sample_schema
 from features.store.reader import OnlineReader
@@ -28,7 +29,7 @@ from tests.serving.worlds import CONTEXT, NOW, SCHEMA, InProcess, body, name, pu
 def test_a_model_that_is_named_while_requests_come_takes_over_without_a_lost_or_mixed_answer(
     settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving.service, "FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(serving.live, "FOLLOW_SECONDS", 0.05)
     (first, one), (second, two) = published(tmp_path, 1), published(tmp_path, 2)
     document = tmp_path / "current.json"
     name(document, first)
@@ -90,8 +91,9 @@ def test_a_model_that_scores_its_self_check_otherwise_is_refused(settings: Servi
 
 
 def test_requests_of_two_models_that_meet_in_one_batch_are_scored_each_by_its_own(
-    settings: ServingSettings, tmp_path: Path
+    settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(serving.ranker, "MOST_MODELS", 2)
     (first, _), (second, _) = published(tmp_path, 1), published(tmp_path, 2)
     ranker, reader = Ranker(replace(settings, artifact=first)), OnlineReader(settings.store)
     sizes = (("7", 3), ("8", 1), ("7", 2))

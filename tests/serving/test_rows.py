@@ -12,7 +12,8 @@ from features.encoding import hash_id
 from features.sample_table import concatenate, feature_column, sample_schema
 from features.schema import Feature
 from features.store.reader import History, OnlineReader
-from serving.rows import InvalidRequestError, build_row, encode_context, serving_schema, visible
+from serving.inline import InvalidRequestError
+from serving.rows import build_row, encode_context, serving_schema, visible
 from serving.settings import ServingSettings
 from tests.serving.worlds import CONTEXT, NOW, SCHEMA
 

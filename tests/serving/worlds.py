@@ -42,7 +42,7 @@ NOW = 1_000
 
 def without_cost(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer without how it came about."""
-    return {name: value for name, value in answer.items() if name not in ("memo", "milliseconds")}
+    return {name: value for name, value in answer.items() if name not in ("request_id", "memo", "milliseconds")}
 
 
 class InProcess:
@@ -86,7 +86,7 @@ def published(root: Path, seed: int) -> tuple[str, str]:
     return str(artifact), save_artifact(artifact, model, {"selfcheck": {"rows": [], "scores": []}})
 
 
-def name(document: Path, artifact: str, **more: int) -> None:
+def name(document: Path, artifact: str, **more: Any) -> None:
     scratch = document.with_suffix(".tmp")
     scratch.write_text(json.dumps({"artifact": artifact, **more}))
     scratch.replace(document)

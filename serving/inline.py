@@ -1,0 +1,170 @@
+"""Features that a request brings along, in place of those in the online store.
+
+They are named by the columns that they come from, as in the log and the profile tables, and coded as those are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from features.encoding import as_text, encode_value
+from features.errors import CorankError
+from features.sample_table import feature_column
+from features.schema import EventField, Feature, Schema
+from features.schema import Sequence as BehaviourSequence
+from features.store.items import Column
+from features.store.reader import History, Known
+
+MOST = float(np.finfo(np.float32).max)
+
+
+class InvalidRequestError(CorankError):
+    """The request does not fit the model; ``field`` names the part of it that is wrong."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@dataclass(frozen=True)
+class Inline:
+    """What a request brings along.
+
+    Attributes:
+        user: profile columns and counts of the user, by column or name of the feature.
+        history: per sequence all its events, each with ``ts`` in microseconds UTC and the columns that it reads.
+        items: by place of the candidate: profile columns, counts and cross features.
+    """
+
+    user: Mapping[str, Any] = field(default_factory=dict)
+    history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    items: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.user or self.history or self.items)
+
+
+def with_inline(schema: Schema, known: Known, inline: Inline, user_id: str, item_ids: Sequence[str]) -> Known:
+    """What is known of a request, with what it brings along in place of what is stored.
+
+    A user or item of whom something is sent is known.
+
+    Raises:
+        InvalidRequestError: the model reads no such column or sequence, or a value is of the wrong kind.
+    """
+    user, codes = known.user, dict(known.codes)
+    if inline.user:
+        user = True
+        codes |= _codes("user", (*schema.side("user"), *schema.aggregates("user")), {"user_id": user_id, **inline.user})
+    histories = dict(known.histories)
+    sequences = {sequence.name: sequence for sequence in schema.sequences}
+    for name, events in inline.history.items():
+        if name not in sequences:
+            raise InvalidRequestError(f"history.{name}", f"is no sequence of the model; there are {list(sequences)}")
+        histories[name] = _history(sequences[name], events)
+    return replace(known, user=user, codes=codes, histories=histories, items=_items(schema, known, inline, item_ids))
+
+
+def _items(schema: Schema, known: Known, inline: Inline, item_ids: Sequence[str]) -> dict[str, Column]:
+    items = dict(known.items)
+    if not inline.items:
+        return items
+    coded = {
+        place: _codes(f"candidates.{place}", schema.item_side, {"item_id": item_ids[place], **sent})
+        for place, sent in inline.items.items()
+    }
+    items["item_known"] = np.array(items["item_known"])
+    items["item_known"][list(coded)] = True
+    for name in dict.fromkeys(name for codes in coded.values() for name in codes):
+        new = {place: codes[name] for place, codes in coded.items() if name in codes}
+        items[name] = _replaced(items[name], new)
+    return items
+
+
+def _replaced(column: Column, new: Mapping[int, Any]) -> Column:
+    if isinstance(column, np.ndarray):
+        column = column.copy()
+        column[list(new)] = [np.nan if value is None else value for value in new.values()]
+        return column
+    values = column.to_pylist()
+    for place, value in new.items():
+        values[place] = value
+    return pa.array(values, column.type)
+
+
+def _codes(where: str, features: Iterable[Feature], sent: Mapping[str, Any]) -> dict[str, Any]:
+    """Codes by ``feature_column`` of the features whose columns were sent."""
+    by_source: dict[str, list[Feature]] = {}
+    for feature in features:
+        by_source.setdefault(feature.source, []).append(feature)
+    codes = {}
+    for column, value in sent.items():
+        if column not in by_source and column not in ("user_id", "item_id"):
+            raise InvalidRequestError(f"{where}.{column}", f"the model reads no such column; it reads {[*by_source]}")
+        for feature in by_source.get(column, ()):
+            codes[feature_column(feature)] = encode_value(feature, raw(feature, value, f"{where}.{column}"))
+    return codes
+
+
+def _history(sequence: BehaviourSequence, events: Sequence[Mapping[str, Any]]) -> History:
+    """Events in order of time; those of one time stay in their order."""
+    sources = ["ts", *dict.fromkeys(event_field.source for event_field in sequence.fields)]
+    for place, event in enumerate(events):
+        where = f"history.{sequence.name}.{place}"
+        for column in event:
+            if column not in sources:
+                raise InvalidRequestError(f"{where}.{column}", f"the sequence reads no such column; it reads {sources}")
+        for column in sources:
+            if column not in event:
+                raise InvalidRequestError(f"{where}.{column}", "is missing; send null if it is not known")
+    order = sorted(range(len(events)), key=lambda place: events[place]["ts"])
+    fields = {
+        event_field.name: np.array(
+            [
+                _or_nan(encode_value(event_field, raw(event_field, events[place][event_field.source], where)))
+                for place in order
+                for where in [f"history.{sequence.name}.{place}.{event_field.source}"]
+            ],
+            np.float32 if event_field.kind == "number" else np.int64,
+        )
+        for event_field in sequence.fields
+    }
+    return History(np.array([events[place]["ts"] for place in order], np.int64), fields)
+
+
+def _or_nan(code: Any) -> Any:
+    return np.nan if code is None else code
+
+
+def raw(feature: Feature | EventField, value: Any, where: str) -> Any:
+    """A value as it is coded: text, number, boolean, or (multi-valued) a list of them, without the nulls in it.
+
+    Args:
+        where: names the value in the request.
+
+    Raises:
+        InvalidRequestError: it is of another kind.
+    """
+    if value is None:
+        return None
+    if feature.kind == "number":
+        if not isinstance(value, (int, float)) or not -MOST <= value <= MOST:  # a boolean is a number in tables, too
+            raise InvalidRequestError(where, "must be a finite number or null")
+        return float(value)
+    if not getattr(feature, "multi", False):
+        return _text(where, value)
+    if not isinstance(value, list):
+        raise InvalidRequestError(where, "must be a list or null")
+    return [_text(f"{where}.{place}", element) for place, element in enumerate(value) if element is not None]
+
+
+def _text(where: str, value: Any) -> str:
+    """The text by which an id or a category is coded, as for a table's column."""
+    if not isinstance(value, (str, int, float)):
+        raise InvalidRequestError(where, "must be a text, a number or a boolean")
+    return as_text(value)

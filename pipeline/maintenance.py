@@ -6,9 +6,10 @@ requests than there are, which harms no reader, and the same command finishes wh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -28,17 +29,29 @@ from features.delta.maintenance import (
 from features.delta.table import Table
 from features.encoding import hash_id
 from features.sample_table import timeline_column
-from pipeline.stages.deployment import CURRENT, DEPLOYMENT, tell_of_erasure
+from pipeline.stages.deployment import CURRENT, DEPLOYMENT, SERVED, SERVED_LOG, tell_of_erasure
 from pipeline.stages.feature_store import store_settings
 from pipeline.stages.samples import SAMPLES, SamplesRecord
 from pipeline.workspace import Workspace
 from pipeline.workspace.registry import CHAMPION, PREVIOUS
+
+if TYPE_CHECKING:
+    from pipeline.progress import Line
 
 
 def workspace_tables(workspace: Workspace) -> list[Table]:
     """All Delta tables that corank derived in this workspace, the quarantine included; never the user's own."""
     quarantine = Table("quarantine", workspace.config.path("quarantine"))
     return [*derived_tables(workspace.config.path("tables")), *([quarantine] if quarantine.exists() else [])]
+
+
+def served_tables(workspace: Workspace) -> list[Table]:
+    """The tables of the served log (:mod:`serving.request_log`), to which a running service may append."""
+    from serving.request_log import EVENTS
+
+    root = workspace.config.path(SERVED_LOG)
+    found = [*derived_tables(root), *derived_tables(f"{root}/{EVENTS}")]
+    return [replace(table, name=f"served {table.name}") for table in found]
 
 
 # --- compaction -----------------------------------------------------------------------------------------
@@ -52,7 +65,8 @@ def compact_tables(workspace: Workspace, keep_hours: int) -> dict[str, tuple[Siz
     """
     sizes = {}
     with workspace.progress.stage("compact") as stage:
-        for table in workspace_tables(workspace):
+        served = served_tables(workspace)
+        for table in [*workspace_tables(workspace), *served]:
             before = size_in_storage(table)
             stage.say(f"{table.name}: {before.files:,} files")
 
@@ -60,7 +74,7 @@ def compact_tables(workspace: Workspace, keep_hours: int) -> dict[str, tuple[Siz
                 stage.say(f"{name}: {done}/{total} partitions")
 
             compact(table, compacted)
-            vacuum(table, keep_hours)
+            vacuum(table, keep_hours, written=table in served)
             sizes[table.name] = (before, size_in_storage(table))
         stage.say(f"{len(sizes)} tables")
     return sizes
@@ -135,6 +149,7 @@ def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
                 erase_users(affected)
             stage.say(f"removing old files of {affected.table.name}")  # of versions before: rebuilt, retired, compacted
             vacuum(affected.table, keep_hours=0)
+        found += _erase_served(workspace, users, stage)
         stage.say("self-checks of models")
         selfchecks = _erase_from_models(workspace, users)
         _erase_example(workspace, users)
@@ -157,6 +172,22 @@ def forget(workspace: Workspace, users: Sequence[str]) -> list[Forgotten]:
                 records.put("forgotten", key, {**erased, "remains": result.remains, "finished": True})
         stage.say(f"{sum(result.found for result in results)} of {len(results)} users found")
     return results
+
+
+def _erase_served(workspace: Workspace, users: Sequence[str], stage: Line) -> list[FoundUsers]:
+    """Erase users from the served log. Of feedback, which names no user, the requests that it belongs to are erased."""
+    from serving.live import FOLLOW_SECONDS
+
+    tables = served_tables(workspace)
+    if tables and workspace.records.get(*SERVED) is not None:
+        stage.say("waiting until a running service has dropped what it would still log")
+        time.sleep(2 * FOLLOW_SECONDS)
+    found = [find_users(table, users) for table in tables]
+    for affected in found:
+        stage.say(f"erasing from {affected.table.name}")
+        erase_users(affected)
+        vacuum(affected.table, keep_hours=0, written=True)
+    return found
 
 
 def update_sample_records(workspace: Workspace, found: FoundUsers) -> None:

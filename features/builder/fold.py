@@ -131,35 +131,50 @@ def fold_bucket(
             tally.forget_before(last)
 
 
-def rows_after(settings: BuildSettings, earlier: Sequence[str], impressions: pl.DataFrame) -> pa.Table:
+def rows_after(
+    settings: BuildSettings, earlier: Sequence[str], impressions: pl.DataFrame, partition: str | None = None
+) -> pa.Table:
     """Sample rows of requests after the newest partition, from the states and profiles alone.
 
     They are what the next partition's samples would hold if nothing else happened, and what the online store should
     answer.
 
     Args:
-        earlier: the partitions built so far.
-        impressions: rows of the log, all of them good, with ``ts`` at or after the newest partition's close.
+        earlier: the partitions built so far, or before ``partition``.
+        impressions: rows in the shape of the log, all of them good, with ``ts`` at or after the close of these.
+        partition: the one that the requests lie in, whose events they see; None: nothing has happened since.
     """
     schema = settings.schema
     rows = [unpartitioned(sample_schema(schema)).empty_table()]
-    moment = int(impressions.select(pl.col("ts").min()).item())
-    named = impressions.select(pl.col("item_id").cast(pl.String)).drop_nulls().unique()
-    items = profiles_of(settings, "items", "item_id", schema.side("item"), named)
+    opening, close = (
+        partition_bounds(partition, settings.grain)
+        if partition is not None
+        else (int(impressions.select(pl.col("ts").min()).item()), 0)
+    )
+    asked = impressions.select(pl.col("item_id").cast(pl.String)).drop_nulls().unique()
     per_item = item_tally(schema, settings.grain)
-    restore_items(settings, per_item, named, earlier, moment)
+    restore_items(settings, per_item, asked, earlier, opening)
     marked = impressions.with_columns(
-        bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"), pl.lit(0, pl.Int64).alias(CLOSE)
+        bucket_column(pl.col("user_id"), settings.buckets).alias("bucket"), pl.lit(close, pl.Int64).alias(CLOSE)
     )
     for (bucket,), part in marked.partition_by("bucket", as_dict=True, include_key=False).items():
         per_user, cross = user_tallies(schema, settings.grain)
-        restore_users(settings, [per_user, *cross], bucket, earlier, moment)
+        restore_users(settings, [per_user, *cross], bucket, earlier, opening)
         users = profiles_of(settings, "users", "user_id", schema.side("user"), int(bucket))
         state = load_state(settings, bucket, earlier, part.select("user_id").unique())
+        named = asked
+        if partition is not None:
+            named = pl.concat([asked, items_named(settings, [partition], bucket)]).unique()
+        items = profiles_of(settings, "items", "item_id", schema.side("item"), named)
+        if partition is not None:
+            of_logs, _ = log_rows(settings, [partition], bucket)
+            for s in schema.sequences:
+                new = _delivered_once(settings, s, new_events(s, of_logs[s.events], items), state[s.name], [close])
+                state[s.name] = pl.concat([state[s.name], new.drop(CLOSE)])
         timelines = {name: in_order(events) for name, events in state.items()}
         rows += [
             samples
-            for _, samples in sample_rows(settings, part, [0], timelines, users, items, per_user, cross, per_item)
+            for _, samples in sample_rows(settings, part, [close], timelines, users, items, per_user, cross, per_item)
         ]
     return pa.concat_tables(rows)
 

@@ -101,18 +101,19 @@ def compact(table: Table, progress: Progress = lambda *_: None) -> int:
     return replaced
 
 
-def vacuum(table: Table, keep_hours: int = KEEP_HOURS) -> int:
+def vacuum(table: Table, keep_hours: int = KEEP_HOURS, written: bool = False) -> int:
     """Remove the files that the newest version does not refer to, also what killed runs left.
 
     Args:
         keep_hours: files that became unreferenced later than this many hours ago stay, for those who still read
-            an older version. 0 keeps none: nobody may be writing the table meanwhile.
+            an older version. 0 keeps none: nobody may be writing the table meanwhile, unless ``written``.
+        written: others may be writing: files that no version ever referred to stay.
 
     Returns:
         files removed.
     """
     removed = table.delta().vacuum(
-        retention_hours=keep_hours, dry_run=False, enforce_retention_duration=False, full=True
+        retention_hours=keep_hours, dry_run=False, enforce_retention_duration=False, full=not written
     )
     return len(removed)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands import upkeep
+from pipeline.commands import skew, upkeep
 from pipeline.commands.common import ConfigOption, DebugOption, guarded, load, open_workspace
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ features_app = typer.Typer(
     help="The feature store and the derived tables: look at them, check them, keep them in order.", no_args_is_help=True
 )
 upkeep.register(features_app)
+skew.register(features_app)
 
 PartitionsOption = Annotated[
     list[str] | None,
@@ -329,63 +330,3 @@ def _size(size: float) -> str:
 
 def _times(part: int, whole: int) -> str:
     return f"{part / whole:.1f} ×" if whole else "–"
-
-
-# --- skew ---------------------------------------------------------------------------------------------
-
-
-@features_app.command("skew")
-def features_skew(
-    config: ConfigOption,
-    partition: Annotated[str | None, typer.Option("--partition", "-p", help="Default: the newest built one.")] = None,
-    requests: Annotated[int, typer.Option(min=0, help="Requests to replay, spread over the partition; 0: all.")] = 300,
-    threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest share of differing values that is still a success.")
-    ] = 0.0,
-    debug: DebugOption = False,
-) -> None:
-    """Replay a partition against a scratch online store and compare every value with its samples.
-
-    Exit code 1 when a larger share than --threshold differs.
-    """
-    with guarded(debug):
-        from rich.table import Table
-
-        from features.errors import CorankError
-        from pipeline.deployment.skew import replay
-        from pipeline.leftovers import exclusive
-        from pipeline.progress import plain_console
-        from pipeline.stages.feature_store import store_settings
-        from pipeline.stages.samples import FOREVER, SAMPLES, build_settings, kept, sample_source
-
-        workspace = open_workspace(load(config))
-        with exclusive(workspace.config), workspace.progress.stage("skew") as stage:
-            stale = set(SAMPLES.stale(workspace))
-            built = [kept_partition for kept_partition in kept(workspace) if kept_partition not in stale]
-            chosen = partition or (built[-1] if built else None)
-            if chosen is None or chosen not in built:
-                raise CorankError(
-                    f"partition {chosen or '(none)'} has no samples of the present log and config; there are "
-                    f"{', '.join(built[-3:]) or 'none'}. Run `corank run` first"
-                )
-            stage.say("filling a scratch store")
-            report = replay(
-                build_settings(workspace),
-                store_settings(workspace),
-                sample_source(workspace, 0, FOREVER, (chosen,)),
-                chosen,
-                requests,
-                workspace.config.local_path("skew"),
-                lambda done, total: stage.say(f"{done:,} of {total:,} requests"),
-            )
-            stage.say(f"{report.requests:,} requests of partition {chosen}, {report.rate:.4%} of all values differ")
-        table = Table("feature", "values", "differ", "share", "first difference", title=f"partition {chosen}")
-        for name, skew in report.features.items():
-            table.add_row(name, f"{skew.compared:,}", f"{skew.differ:,}", f"{skew.rate:.2%}", skew.example)
-        plain_console().print(table)
-        if not report.rate <= threshold:
-            raise CorankError(
-                f"skew, partition {chosen}: {report.rate:.4%} of the values differ, more than --threshold "
-                f"{threshold:.4%}. The table names each feature's first difference; materialise from the samples' own "
-                "tables (`corank features materialize --all`) or rebuild the partition"
-            )

@@ -17,7 +17,9 @@ from typing import Any
 
 import polars as pl
 
+from features.builder.fold import rows_after
 from features.builder.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
+from features.delta.table import Table
 from features.errors import CorankError
 from features.sample_table import end_column, feature_column, timeline_column
 from features.samples.export import Unnested
@@ -28,15 +30,21 @@ from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader
 from features.validation import distinct_events
 from pipeline.deployment.verification import raw_contexts
+from serving.request_log import FEATURES, FROM_STORE, IMPRESSIONS, REQUESTS, schema_digest
 from serving.rows import build_row
 
 
 @dataclass
 class FeatureSkew:
-    """One feature's values: how many were compared, how many differ, and the first that did."""
+    """One feature's values: how many were compared, how many differ, and the first that did.
+
+    Of those that differ, online lacks ``missing`` ones, and has ``extra`` ones that the samples lack.
+    """
 
     compared: int = 0
     differ: int = 0
+    missing: int = 0
+    extra: int = 0
     example: str = ""
 
     @property
@@ -46,10 +54,15 @@ class FeatureSkew:
 
 @dataclass
 class SkewReport:
-    """What a replay found, by feature; a sequence's feature is its visible window."""
+    """What was found, by feature; a sequence's feature is its visible window.
+
+    Attributes:
+        left_out: requests that cannot be compared.
+    """
 
     partition: str
     requests: int = 0
+    left_out: int = 0
     features: dict[str, FeatureSkew] = field(default_factory=dict)
 
     @property
@@ -63,6 +76,8 @@ class SkewReport:
         found.compared += 1
         if not same(offline, online):
             found.differ += 1
+            found.missing += _has_value(offline) and not _has_value(online)
+            found.extra += _has_value(online) and not _has_value(offline)
             found.example = found.example or f"{where}: samples {_short(offline)}, online {_short(online)}"
 
 
@@ -148,6 +163,70 @@ def replay(
     return report
 
 
+def served_skew(
+    build: BuildSettings,
+    folder: str,
+    partition: str,
+    earlier: Sequence[str],
+    limit: int,
+    progress: Callable[[int, int], None],
+) -> SkewReport:
+    """Compare the features of logged requests, as they were served, with what the log gives for the same requests now.
+
+    Args:
+        build: of the pipeline; the states of the partitions before must be there.
+        folder: of the served log (:mod:`serving.request_log`).
+        partition: closed; its requests are compared.
+        earlier: the partitions before it.
+        limit: requests, spread evenly over the partition; 0: all.
+        progress: called with (requests done, requests to do).
+
+    Raises:
+        CorankError: no request of the partition was logged, or none by a model of these features.
+    """
+    schema = build.schema
+    requests = Table("served requests", f"{folder}/{REQUESTS}")
+    shown = Table("served impressions", f"{folder}/{IMPRESSIONS}")
+    if not (requests.exists() and shown.exists()):
+        raise CorankError(f"no request was logged at {folder}; `serving.log_share` turns the log on")
+    logged = requests.collect(requests.scan([partition]), [partition]).unique(
+        "request_id", keep="first", maintain_order=True
+    )
+    comparable = logged.filter((pl.col(FEATURES) == schema_digest(schema)) & pl.col(FROM_STORE))
+    if comparable.is_empty():
+        raise CorankError(
+            f"partition {partition}: of {logged.height:,} logged requests none was answered by a model of the config's "
+            f"features, from the online store alone; there are requests of {', '.join(requests.partitions()) or 'none'}"
+        )
+    sources = list(dict.fromkeys(feature.source for feature in schema.side("context")))
+    contexts = shown.collect(shown.scan([partition]), [partition]).unique("request_id").select("request_id", *sources)
+    chosen = comparable.sort("ts", "request_id").gather_every(max(comparable.height // limit, 1) if limit else 1)
+    # a list of booleans is read as one of texts, as a category's is
+    chosen = chosen.with_columns(pl.col("item_known").list.eval(pl.element() == "true"))
+    impressions = (
+        chosen.select("request_id", "user_id", "ts", "item_id")
+        .with_columns(pl.int_ranges(pl.col("item_id").list.len()).alias("position"))
+        .explode("item_id", "position")
+        .join(contexts, on="request_id", how="left", maintain_order="left")
+        .with_columns(pl.lit(None, pl.Int8).alias(task.source) for task in schema.tasks)
+    )
+    report = SkewReport(partition, left_out=logged.height - comparable.height)
+    recomputed = {
+        request["request_id"]: (row, request)
+        for row in rows_after(build, earlier, impressions, partition).to_pylist()
+        for request in row["requests"]
+    }
+    for done, served in enumerate(chosen.iter_rows(named=True), start=1):
+        row, request = recomputed[served["request_id"]]
+        per_item = ["item_known", *(feature_column(feature) for feature in schema.item_side)]
+        values = zip(*(served[name] for name in per_item), strict=True)
+        candidates = [dict(zip(per_item, of_item, strict=True)) for of_item in values]
+        _compare(report, schema, row, request, {**served, "requests": [{**served, "candidates": candidates}]})
+        report.requests = done
+        progress(done, chosen.height)
+    return report
+
+
 def _requests(samples: SampleSource, limit: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Pairs of a sample row and one of its requests, by time; evenly thinned where there are more than ``limit``."""
     times: list[tuple[int, str]] = []
@@ -211,6 +290,11 @@ def same(offline: Any, online: Any) -> bool:
     if isinstance(offline, list) and isinstance(online, list):
         return len(offline) == len(online) and all(map(same, offline, online))
     return offline == online or (_missing(offline) and _missing(online))
+
+
+def _has_value(value: Any) -> bool:
+    """Whether it is a number, a code of something known, or a list with anything in it."""
+    return isinstance(value, float) if value == 0 else not (_missing(value) or value == [])
 
 
 def _missing(value: Any) -> bool:

@@ -32,6 +32,7 @@ from features.store.online import apply
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.commands.run import _work
+from pipeline.commands.skew import _served_skew
 from pipeline.commands.summary import gate_text, print_models, print_status, print_summary
 from pipeline.config import Config
 from pipeline.cost import costs
@@ -47,7 +48,7 @@ from pipeline.runtime import ensure_ray
 from pipeline.stages import STAGES, pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
-from pipeline.stages.deployment import CURRENT, DEPLOYMENT
+from pipeline.stages.deployment import CURRENT, DEPLOYMENT, SERVED, SERVED_LOG, name_served
 from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.feature_store import FEATURE_STORE, online_record, registered_settings, store_settings
 from pipeline.stages.progressive_validation import PROGRESSIVE_VALIDATION
@@ -61,6 +62,7 @@ from serving.application import APPLICATION
 from serving.client import RankingClient
 from serving.deploy import stop
 from serving.ports import endpoint_url, is_free
+from serving.settings import ServingConfig
 from tests.browser import drawn, opened
 from tests.pipeline.workspaces import LENIENT, START, load, make
 from tests.servers import free_port
@@ -90,7 +92,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Iterato
     tokens.touch(0o600)
     tokens.write_text("tests 5ca1ab1e-5ca1ab1e")
     training = {"epochs": 2, "batch_candidates": 1_000, "num_workers": 1}  # on Ray Train
-    serving = {"port": free_port(), "tokens": str(tokens)}
+    serving = {"port": free_port(), "tokens": str(tokens), "log_share": 1.0, "log_seconds": 0.5}
     config = load(folder, folder / "data", training=training, serving=serving)
     run(config, until=DAYS[1])
     yield config
@@ -298,6 +300,21 @@ def test_unknown_users_and_items_are_scored_and_named(config: Config) -> None:
         assert client.model()["tasks"] == ["click", "purchase"]
 
 
+def test_what_was_served_is_logged_and_the_log_gives_the_same_features_later(config: Config) -> None:
+    """The requests asked above, at the opening of the third day, which lies in the log already."""
+    workspace, table = Workspace(config, Progress()), Table("served", f"{config.path(SERVED_LOG)}/requests")
+    until = time.monotonic() + 20
+    while not table.exists() or table.scan([DAYS[2]]).collect().height < 20:
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    with workspace.progress.stage("skew") as stage:
+        found = _served_skew(workspace, None, 0, stage, lambda *_: None)
+    assert (found.partition, found.left_out) == (DAYS[2], 0)
+    assert found.requests >= 20
+    assert {name: (one.differ, one.example) for name, one in found.features.items() if one.differ} == {}
+    assert {feature.name for feature in config.features} < set(found.features)
+
+
 def test_an_event_sent_to_the_endpoint_changes_the_next_answer_once(config: Config) -> None:
     close = online_record(Workspace(config, Progress(), DAYS[1])).close
     assert close is not None
@@ -440,6 +457,30 @@ def test_retraining_takes_the_next_partition_from_the_champions_weights(config: 
     assert {day: workspace.records.read(SAMPLES, day) for day in DAYS[:2]} == state
     assert pending(Workspace(config, Progress())) == []
     assert workspace.registry.rollback().number == before.number
+
+
+def test_a_split_and_a_shadow_of_the_config_are_named_to_a_running_service(config: Config) -> None:
+    def beside(**changes: Any) -> dict[str, Any]:
+        serving = ServingConfig.model_validate(config.serving.model_dump() | changes)
+        workspace = Workspace(config.model_copy(update={"serving": serving}), Progress())
+        champion, before = workspace.registry.champion(), (workspace.records.get(*SERVED) or {})
+        assert champion is not None
+        try:
+            name_served(workspace, champion)
+            return workspace.records.get(*SERVED) or {}
+        finally:
+            workspace.records.put(*SERVED, before)
+
+    first, second = (
+        version.artifact
+        for version in sorted(Workspace(config, Progress()).registry.versions(), key=lambda version: version.number)
+    )
+    named = beside(split={"version": 2, "share": 0.2}, shadow=2)
+    assert (named["artifact"], named["shadow"]) == (first, second)
+    assert named["split"] == {"artifact": second, "share": 0.2}
+    assert not {"split", "shadow"} & set(beside(split={"version": 1, "share": 0.2}, shadow=1))  # what answers anyway
+    with pytest.raises(CorankError, match=r"serving.shadow: there is no version 7; there are \[1, 2\]"):
+        beside(shadow=7)
 
 
 def test_the_report_of_a_version_is_one_file_without_a_script_error(config: Config, chromium: str) -> None:

@@ -9,22 +9,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from deltalake import DeltaTable
 
 from features.delta.maintenance import find_users
 from features.delta.table import Table
+from features.delta.write import append
 from features.sample_table import candidate_counts, request_times
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
 from pipeline.config import Config
 from pipeline.importers.synthetic import import_synthetic
 from pipeline.maintenance import (
+    compact_tables,
     forget,
     forgotten_key,
     plan_retention,
     retain,
     samples_table,
+    served_tables,
     update_sample_records,
     workspace_tables,
 )
@@ -33,7 +37,7 @@ from pipeline.stages import pending
 from pipeline.stages.challenger import CHALLENGER
 from pipeline.stages.champion import CHAMPION
 from pipeline.stages.cuts import cuts_from_scratch
-from pipeline.stages.deployment import SERVED, name_served
+from pipeline.stages.deployment import SERVED, SERVED_LOG, name_served
 from pipeline.stages.evaluation import EVALUATION
 from pipeline.stages.feature_store import FEATURE_STORE, store_settings
 from pipeline.stages.refit import REFIT
@@ -106,7 +110,16 @@ def test_a_forgotten_user_is_gone_and_no_stage_has_work_because_of_it(config: Co
     left, own = pending(workspace), DeltaTable(config.table("impressions").uri).version()
     update_sample_records(workspace, find_users(samples_table(workspace), [user]))  # a run killed before the commit
     name_served(workspace, champion)
+    root, shown = config.path(SERVED_LOG), {"dt": "2026-01-05", "ts": 1, "user_id": [user, other], "item_id": "1"}
+    for name in ("impressions", "requests", "events/events"):
+        for _ in range(2):
+            append(f"{root}/{name}", pl.DataFrame(shown).to_arrow(), {})
     (result,) = forget(workspace, [user])
+    assert result.tables["served impressions"] == result.tables["served events"] == 2
+    for table in served_tables(workspace):
+        assert table.scan().collect()["user_id"].to_list() == [other] * 2
+        assert sorted(Path(table.uri).rglob("*.parquet")) == newest_files(table)
+    assert compact_tables(workspace, keep_hours=168)["served events"][1].files == 3  # two old ones may still be read
     assert (workspace.records.get(*SERVED) or {})["erased"] > 0  # a running service follows it
     assert {"samples", "state"} <= set(result.tables)
     assert result.online

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from features.builder.states import ITEM_AGGREGATES, USER_AGGREGATES, BuildSettings
 from features.delta.table import Table
+from features.encoding import bucket_of
+from features.errors import CorankError
 from features.samples.source import SampleSource
 from features.schema import SECOND, partition_bounds
-from pipeline.deployment.skew import SkewReport, replay
+from pipeline.deployment import skew
+from pipeline.deployment.skew import SkewReport, replay, served_skew
+from serving.api import ModelDescription, RankRequest
+from serving.memo import Ranked
+from serving.request_log import LogSettings, RequestLog, ServedRequest
+from serving.rows import RequestRow
 from tests.features.stores import store_settings
 from tests.features.worlds import (
     COLORS,
@@ -71,3 +81,56 @@ def replayed(build: BuildSettings, day: str) -> SkewReport:
     found = replay(build, store, samples, day, 0, root / "scratch", lambda *_: None)
     assert {name: (one.differ, one.example) for name, one in found.features.items() if one.differ} == {}
     return found
+
+
+def test_served_features_are_those_that_the_log_gives_later_and_what_came_late_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a replay reads online is logged as the endpoint logs it, and compared as what it served."""
+    tables = write_world(tmp_path, 4, users=6)
+    build = settings(tables, tmp_path, 3 * SECOND, schema=COUNTING)
+    fold_all(build, DAYS, [])
+    log, read = RequestLog(LogSettings(str(tmp_path / "served"), "day", seconds=600.0), lambda *_: None), skew.build_row
+    numbers = iter(range(10**6))
+
+    def logged(reader: Any, delay: int, user: str, items: list[str], context: Any, ts: int) -> RequestRow:
+        row = read(reader, delay, user, items, context, ts, request_id=f"served-{next(numbers)}")
+        request = RankRequest(user_id=user, candidates=[*items], context=context, ts=ts)
+        ranked = Ranked(np.zeros((len(items), 1)), "none", 0.0, 0.0, 0)
+        order = list(reversed(range(len(items))))[:2]  # not all are answered
+        log.request(ServedRequest(request, row, ts, ranked, order, ModelDescription("1", COUNTING, {})))
+        return row
+
+    monkeypatch.setattr(skew, "build_row", logged)
+    requests = {day: replayed(build, day).requests for day in DAYS[1:]}
+    log.close()
+    folder, earlier = str(tmp_path / "served"), DAYS[:1]
+    found = served_skew(build, folder, DAYS[1], earlier, 0, lambda *_: None)
+    assert (found.requests, found.left_out) == (requests[DAYS[1]], 0)
+    assert {name: one.example for name, one in found.features.items() if one.differ} == {}
+    assert found.features["clicked"].compared > found.features["age"].compared == found.requests
+    assert served_skew(build, folder, DAYS[1], earlier, 3, lambda *_: None).requests < found.requests
+
+    events, opening = tables["events"].scan().collect(), partition_bounds(DAYS[1], "day")[0]
+    late = events.head(1).with_columns(
+        pl.lit("late").alias("event_id"),
+        pl.lit(opening).alias("ts"),
+        pl.lit("watch").alias("action"),
+        dt=pl.lit(DAYS[1]),
+    )
+    users = events["user_id"].unique()
+    late = pl.concat([late.with_columns(pl.lit(user).alias("user_id")) for user in users])
+    late = late.with_columns(bucket=pl.col("user_id").map_elements(lambda u: str(bucket_of(u, 2)), pl.String))
+    late.write_delta(tables["events"].uri, mode="append")
+    found = served_skew(build, folder, DAYS[1], earlier, 0, lambda *_: None)
+    differ = {name: (one.differ, one.missing, one.extra) for name, one in found.features.items() if one.differ}
+    assert set(differ) == {"watched.ts", "watched.item_id", "watched.seconds", "watched.shade"}
+    counts = differ["watched.ts"]
+    assert 0 < counts[1] <= counts[0]  # of whom nothing else was seen
+    assert counts[2] == 0
+
+    other = replace(build, schema=COUNTING.model_copy(update={"features": COUNTING.features[1:]}))
+    with pytest.raises(CorankError, match=r"of \d+ logged requests none was answered by a model of the config"):
+        served_skew(other, folder, DAYS[1], earlier, 0, lambda *_: None)
+    with pytest.raises(CorankError, match="turns the log on"):
+        served_skew(build, str(tmp_path / "nowhere"), DAYS[1], earlier, 0, lambda *_: None)

@@ -180,15 +180,15 @@ def _in_a_thread(work: Callable[[], object]) -> None:
 
 def stop_ray() -> None:
     """Stop the local Ray of this process with all that runs on it; on a cluster, stop the service that this process
-    started, and disconnect."""
+    started, and disconnect. A service that logs is asked to end, so that it writes what it holds."""
     if not ray_runs():
         return
     import ray
 
-    if _cluster and "serving.deploy" in sys.modules:
-        from serving.deploy import stop
+    if "serving.deploy" in sys.modules:
+        from serving.deploy import finish, stop
 
-        stop()
+        (stop if _cluster else finish)()
     ray.shutdown()
     if _owner is not None:
         _owner.close()

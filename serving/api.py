@@ -7,13 +7,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Protocol
 
 import numpy as np
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, PlainValidator, StrictInt
@@ -26,13 +27,15 @@ from serving.bodies import BodyError, bounded_route
 from serving.inline import Inline, InvalidRequestError
 from serving.memo import Ranked
 from serving.metrics import Measuring, Metrics
-from serving.paths import EVENTS, FEEDBACK, HEALTH, MODEL, RANK, RANK_BATCH, READY
+from serving.paths import ABOUT, CONSOLE, EVENTS, EXPLAIN, FEEDBACK, HEALTH, MODEL, RANK, RANK_BATCH, READY
 from serving.proxy import ADMITTED
 from serving.rows import RequestRow
 from serving.settings import MOST_BODY_BYTES, ServingConfig
 
 MOST_EVENTS = 10_000
 """Events of one push."""
+
+PAGE = Path(__file__).with_name("console") / "page.html"
 
 MOST_REQUESTS = 64
 """Requests to rank of one body."""
@@ -72,6 +75,10 @@ Identifier = Annotated[str | int, PlainValidator(_identifier, json_schema_input_
 Scalar = Annotated[
     str | int | float | bool | None, PlainValidator(_scalar, json_schema_input_type=str | int | float | bool | None)
 ]
+
+
+def _plain_events(by_sequence: Mapping[str, Sequence[PastEvent]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [event.model_dump() for event in events] for name, events in by_sequence.items()}
 
 
 def _candidate(value: Any) -> str | int | dict[str, Any]:
@@ -126,6 +133,10 @@ class RankRequest(BaseModel):
         Field(description="per sequence all its events, in place of those that are stored"),
     ] = {}
     ts: Annotated[Microseconds | None, Field(description="time of the request, microseconds UTC; default: now")] = None
+    recent: Annotated[
+        dict[str, Annotated[list[PastEvent], FailFast(), Field(max_length=MOST_EVENTS)]],
+        Field(description="per sequence events that this request sees on top of those that are stored"),
+    ] = {}
     tasks: Annotated[list[str] | None, Field(min_length=1, description="whose scores to answer; default: all")] = None
     top_k: Annotated[int | None, Field(ge=1, description="length of the ranking; default: all")] = None
     weights: Annotated[
@@ -148,7 +159,8 @@ class RankRequest(BaseModel):
         """What it brings along in place of what is stored."""
         return Inline(
             self.user,
-            {name: [event.model_dump() for event in events] for name, events in self.history.items()},
+            _plain_events(self.history),
+            _plain_events(self.recent),
             {
                 place: {name: value for name, value in one.items() if name != "item_id"}
                 for place, one in enumerate(self.candidates)
@@ -221,6 +233,10 @@ class Service(Protocol):
 
     async def rank_batch(self, batch: RankBatchRequest) -> list[dict[str, Any]]: ...
 
+    async def explain(self, request: RankRequest) -> dict[str, Any]: ...
+
+    async def about(self) -> dict[str, Any]: ...
+
     async def push(self, request: EventsRequest) -> dict[str, Any]: ...
 
     async def feedback(self, request: FeedbackRequest) -> dict[str, Any]: ...
@@ -260,7 +276,7 @@ def build_api(
     api = FastAPI(title="corank")
     # only shown in the documentation; the route checks it, before the body is read
     private: dict[str, Any] = {"dependencies": [Depends(HTTPBearer(auto_error=False))] if tokens is not None else []}
-    metrics = service.metrics
+    metrics, page = service.metrics, PAGE.read_text(encoding="utf-8")
     api.router.route_class = bounded_route(max_body_bytes, tokens.require if tokens is not None else lambda _: None)
     limits = {ADMITTED: str(admitted)}
 
@@ -276,6 +292,18 @@ def build_api(
         for answer in answers:
             metrics.answered(answer)
         return JSONResponse({"answers": answers}, headers=limits)
+
+    @api.post(EXPLAIN, **private)
+    async def explain(request: RankRequest) -> JSONResponse:
+        return JSONResponse(await service.explain(request), headers=limits)
+
+    @api.get(ABOUT, **private)
+    async def about() -> JSONResponse:
+        return JSONResponse(await service.about())
+
+    @api.get(CONSOLE, include_in_schema=False)
+    async def console() -> HTMLResponse:
+        return HTMLResponse(page)
 
     @api.post(EVENTS, **private)
     async def events(request: EventsRequest) -> JSONResponse:

@@ -18,6 +18,7 @@ from serving.proxy import announce
 from serving.settings import ServingSettings
 
 _started = False  # whether this process started Serve
+_logs = False  # whether what it started logs requests
 
 
 def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, timeout: float = 120.0) -> str:
@@ -34,10 +35,11 @@ def start(settings: ServingSettings, host: str = "127.0.0.1", port: int = 8000, 
     Raises:
         CorankError: the port is in use, the application does not start, or does not answer in time.
     """
-    global _started
+    global _started, _logs
     if not runs():
         require_free(host, port)
     _started = True  # or took over the one that ran
+    _logs = settings.log is not None
     announce()
     serve.start(http_options={"host": host, "port": port})
     _run(settings, APPLICATION, "/")
@@ -76,6 +78,12 @@ def runs() -> bool:
 def serves_another() -> bool:
     """Whether a service runs on this Ray that this process did not start and therefore must not touch."""
     return runs() and not _started
+
+
+def finish() -> None:
+    """Let a service that this process started write the log that it holds, before its Ray is stopped."""
+    if _started and _logs and ray.is_initialized():
+        serve.delete(APPLICATION)
 
 
 def stop() -> None:

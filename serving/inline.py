@@ -38,15 +38,17 @@ class Inline:
     Attributes:
         user: profile columns and counts of the user, by column or name of the feature.
         history: per sequence all its events, each with ``ts`` in microseconds UTC and the columns that it reads.
+        recent: per sequence events on top of those that it has.
         items: by place of the candidate: profile columns, counts and cross features.
     """
 
     user: Mapping[str, Any] = field(default_factory=dict)
     history: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    recent: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     items: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.user or self.history or self.items)
+        return bool(self.user or self.history or self.recent or self.items)
 
 
 def with_inline(schema: Schema, known: Known, inline: Inline, user_id: str, item_ids: Sequence[str]) -> Known:
@@ -63,10 +65,13 @@ def with_inline(schema: Schema, known: Known, inline: Inline, user_id: str, item
         codes |= _codes("user", (*schema.side("user"), *schema.aggregates("user")), {"user_id": user_id, **inline.user})
     histories = dict(known.histories)
     sequences = {sequence.name: sequence for sequence in schema.sequences}
-    for name, events in inline.history.items():
-        if name not in sequences:
-            raise InvalidRequestError(f"history.{name}", f"is no sequence of the model; there are {list(sequences)}")
-        histories[name] = _history(sequences[name], events)
+    for part, by_sequence in (("history", inline.history), ("recent", inline.recent)):
+        for name, events in by_sequence.items():
+            where = f"{part}.{name}"
+            if name not in sequences:
+                raise InvalidRequestError(where, f"is no sequence of the model; there are {list(sequences)}")
+            sent = _history(sequences[name], events, where)
+            histories[name] = sent if part == "history" else _together(histories[name], sent)
     return replace(known, user=user, codes=codes, histories=histories, items=_items(schema, known, inline, item_ids))
 
 
@@ -111,30 +116,35 @@ def _codes(where: str, features: Iterable[Feature], sent: Mapping[str, Any]) -> 
     return codes
 
 
-def _history(sequence: BehaviourSequence, events: Sequence[Mapping[str, Any]]) -> History:
+def _together(stored: History, sent: History) -> History:
+    """The events of both in order of time; of one time, those that are stored come first."""
+    ts = np.concatenate([stored.ts, sent.ts])
+    order = ts.argsort(kind="stable")
+    fields = {name: np.concatenate([codes, sent.fields[name]])[order] for name, codes in stored.fields.items()}
+    return History(ts[order], fields)
+
+
+def _history(sequence: BehaviourSequence, sent: Sequence[Mapping[str, Any]], part: str) -> History:
     """Events in order of time; those of one time stay in their order."""
     sources = ["ts", *dict.fromkeys(event_field.source for event_field in sequence.fields)]
-    for place, event in enumerate(events):
-        where = f"history.{sequence.name}.{place}"
+    for place, event in enumerate(sent):
         for column in event:
             if column not in sources:
-                raise InvalidRequestError(f"{where}.{column}", f"the sequence reads no such column; it reads {sources}")
+                problem = f"the sequence reads no such column; it reads {sources}"
+                raise InvalidRequestError(f"{part}.{place}.{column}", problem)
         for column in sources:
             if column not in event:
-                raise InvalidRequestError(f"{where}.{column}", "is missing; send null if it is not known")
-    order = sorted(range(len(events)), key=lambda place: events[place]["ts"])
-    fields = {
-        event_field.name: np.array(
-            [
-                _or_nan(encode_value(event_field, raw(event_field, events[place][event_field.source], where)))
-                for place in order
-                for where in [f"history.{sequence.name}.{place}.{event_field.source}"]
-            ],
-            np.float32 if event_field.kind == "number" else np.int64,
-        )
-        for event_field in sequence.fields
-    }
-    return History(np.array([events[place]["ts"] for place in order], np.int64), fields)
+                raise InvalidRequestError(f"{part}.{place}.{column}", "is missing; send null if it is not known")
+    order = sorted(range(len(sent)), key=lambda place: sent[place]["ts"])
+
+    def codes(event_field: EventField) -> np.ndarray:
+        source = event_field.source
+        values = [raw(event_field, sent[place][source], f"{part}.{place}.{source}") for place in order]
+        kind = np.float32 if event_field.kind == "number" else np.int64
+        return np.array([_or_nan(encode_value(event_field, value)) for value in values], kind)
+
+    ts = np.array([sent[place]["ts"] for place in order], np.int64)
+    return History(ts, {event_field.name: codes(event_field) for event_field in sequence.fields})
 
 
 def _or_nan(code: Any) -> Any:

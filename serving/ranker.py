@@ -14,12 +14,15 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from ray import serve
 
+from features.batch import collate
 from features.sample_table import concatenate
 from models.artifact import Artifact, load_artifact
+from models.attention import attention_weights
 from models.memory import keep_freed_memory
 from models.selfcheck import require_selfcheck
 from serving.api import ModelDescription
@@ -98,6 +101,15 @@ class Ranker:
             newer, self._erased = erased > self._erased, max(erased, self._erased)
             for _, model in self._models.values() if newer else ():
                 model.forget()
+
+    async def explain(self, artifact: str, row: pa.Table) -> dict[str, np.ndarray]:
+        """Per sequence what each candidate of one request attends to, [C, E]."""
+        return await asyncio.to_thread(self._attention, artifact, row)
+
+    def _attention(self, artifact: str, row: pa.Table) -> dict[str, np.ndarray]:
+        loaded, _ = self._model(artifact)
+        weights = attention_weights(loaded.model, collate(row, loaded.schema))
+        return {name: each.float().numpy() for name, each in weights.items()}
 
     @serve.batch
     async def rank(self, requests: list[BoundRow]) -> list[Ranked]:

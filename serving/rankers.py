@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -45,6 +46,11 @@ class Rankers:
         handle = self._handle.options(session_id=user_id) if self._by_user else self._handle
         ranked: Ranked = await self._ask(handle.rank, artifact, (artifact, row, erased))
         return ranked
+
+    async def explain(self, artifact: str, row: pa.Table) -> dict[str, np.ndarray]:
+        """What the candidates of one row attend to (:func:`models.attention.attention_weights`)."""
+        weights: dict[str, np.ndarray] = await self._ask(self._handle.explain, artifact, artifact, row)
+        return weights
 
     async def forget(self, artifact: str, erased: int) -> None:
         """Have one ranker forget what it remembers from before a moment."""

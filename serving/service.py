@@ -38,6 +38,7 @@ from serving.api import (
     weights_of,
 )
 from serving.auth import Tokens
+from serving.console import Console
 from serving.inline import InvalidRequestError
 from serving.live import LiveModel, LiveModels
 from serving.memo import Ranked, in_order
@@ -50,6 +51,9 @@ from serving.settings import ServingSettings
 
 MOST_SHADOWED = 8
 """Requests of which a shadow is asked at a time; of others it is not."""
+
+MOST_EXPLAINED = 200
+"""Candidates of a request that is explained."""
 
 LOG = logging.getLogger("ray.serve")
 
@@ -66,6 +70,7 @@ class RankingService:
         self.metrics = Metrics(f"{socket.gethostname()}:{os.getpid()}")
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="feature-store-reader")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
+        self._telling, self._console = ThreadPoolExecutor(1, thread_name_prefix="console"), Console(settings.store)
         self._log = RequestLog(settings.log, self.metrics.logged) if settings.log is not None else None
         self._rankers = Rankers(ranker, settings.by_user)
         self._models = LiveModels(settings, self._rankers, self._reading, self._forget, self._write_to)
@@ -151,6 +156,31 @@ class RankingService:
                     with _named(place):
                         raise answered
             return [answered for answered in answers if not isinstance(answered, BaseException)]
+
+    async def explain(self, request: RankRequest) -> dict[str, Any]:
+        """An answer, with ``history``: per sequence its events in readable form and the attention of every candidate.
+
+        Raises:
+            InvalidRequestError, OverloadedError, UnavailableError: as :meth:`rank` raises them.
+        """
+        if len(request.candidates) > MOST_EXPLAINED:
+            raise InvalidRequestError("candidates", f"has {len(request.candidates)} items; at most {MOST_EXPLAINED}")
+        with self._admission("rank"):
+            live = await self._models.bind(str(request.user_id), request.model_version)
+            ts = request.ts if request.ts is not None else time.time_ns() // 1_000
+            bound = request.model_copy(update={"ts": ts})
+            content = await self._answer(live, bound, self._weights(live, request))
+            row, _ = await self._read(live, bound, ts)
+            attention = await self._rankers.explain(live.artifact, row.rows)
+            history = self._console.history
+            return content | {
+                "history": await _in_thread(self._telling, lambda: history(live.model.schema, row, attention))
+            }
+
+    async def about(self) -> dict[str, Any]:
+        """What the console proposes to ask (:meth:`serving.console.Console.about`)."""
+        schema = (await self._models.open()).model.schema
+        return dict(await _in_thread(self._telling, lambda: self._console.about(schema)))
 
     def _weights(self, live: LiveModel, request: RankRequest) -> np.ndarray:
         """The tasks' weights of a request, [K].

@@ -8,14 +8,13 @@ import tempfile
 from pathlib import Path
 
 
-def opened(chromium: str, page: Path) -> tuple[str, list[str]]:
-    """The page as it is once its scripts ran, and what its console says."""
+def opened(chromium: str, page: Path | str) -> tuple[str, list[str]]:
+    """The page of a file or address as it is once its scripts ran, and what its console says."""
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--dump-dom"]
         options += ["--enable-logging=stderr", "--virtual-time-budget=10000"]
-        done = subprocess.run(
-            [chromium, *options, page.resolve().as_uri()], capture_output=True, text=True, timeout=120, check=True
-        )
+        address = page if isinstance(page, str) else page.resolve().as_uri()
+        done = subprocess.run([chromium, *options, address], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 

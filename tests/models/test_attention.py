@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.blocks.attention import TIME_BUCKETS, Seen, attend, plan_attention
+from models.blocks.attention import TIME_BUCKETS, Seen, attend, observed_weights, plan_attention
 from models.blocks.attention.plan import age_bucket
 from models.blocks.attention.reference import attend_reference
 
@@ -46,6 +46,12 @@ def test_grouped_attention_equals_the_plain_one(
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     with torch.no_grad():  # the fused kernel
         torch.testing.assert_close(attend(q, k, v, plan, table), expected, rtol=1e-10, atol=1e-10)
+        with observed_weights() as calls:
+            attend(q, k, v, plan, table)
+        (weights_HBE,) = calls
+        torch.testing.assert_close(torch.bmm(weights_HBE, v), expected, rtol=1e-10, atol=1e-10)
+        assert not weights_HBE.masked_select(~sees).any()
+        torch.testing.assert_close(weights_HBE.sum(-1), sees.any(-1).double().expand(H, -1))
     if plan is not None:
         weights = torch.randn(got.shape, dtype=torch.double, generator=generator)
         ours, theirs = (

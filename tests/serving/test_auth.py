@@ -52,6 +52,12 @@ class Answers:
     async def rank_batch(self, batch: RankBatchRequest) -> list[dict[str, Any]]:
         return [ANSWER for _ in batch.requests]
 
+    async def explain(self, request: RankRequest) -> dict[str, Any]:
+        return ANSWER | {"history": {}}
+
+    async def about(self) -> dict[str, Any]:
+        return {"users": []}
+
     async def push(self, request: EventsRequest) -> dict[str, Any]:
         return {"added": {}}
 

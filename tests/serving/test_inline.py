@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from features.encoding import hash_id
 from features.store.reader import OnlineReader
 from serving.inline import Inline
 from serving.rows import build_row
@@ -25,7 +26,7 @@ def test_what_is_sent_along_gives_the_row_of_the_same_values_in_the_store(settin
         return dict(made.to_pylist()[0])
 
     stored, unknown = row("7", ["1", "2"]), row("9", ["8", "2"])
-    inline = Inline({"tags": ["a", "b"]}, {"clicks": [*reversed(STORED)]}, {0: {"price": 1.0}})
+    inline = Inline({"tags": ["a", "b"]}, {"clicks": [*reversed(STORED)]}, items={0: {"price": 1.0}})
     sent = row("9", ["8", "2"], inline)
     assert {**sent, "user_id": "7"} != stored  # the ids are their own
     (of_stored,), (of_sent,), (of_unknown,) = stored["requests"], sent["requests"], unknown["requests"]
@@ -52,6 +53,25 @@ def test_a_request_without_a_store_is_ranked_by_what_it_brings(client: TestClien
     assert other["scores"] != answers[0]["scores"]
 
 
+def test_recent_events_are_seen_on_top_of_those_that_are_stored_by_this_request_alone(
+    settings: ServingSettings, client: TestClient
+) -> None:
+    reader, recent = (
+        OnlineReader(settings.store),
+        {"clicks": [{"ts": NOW - 3, "item_id": "b"}, {"ts": 107, "item_id": "a"}]},
+    )
+
+    def seen(inline: Inline) -> list[tuple[int, int]]:
+        row = build_row(reader, 2, "7", ["1"], CONTEXT, NOW, inline=inline).rows.to_pylist()[0]
+        return list(zip(row["clicks__ts"], row["clicks__item"], strict=True))
+
+    before, after = seen(Inline()), seen(Inline(recent=recent))
+    assert [ts for ts, _ in after] == [107, 107, 108, 109, NOW - 3]
+    assert [code for _, code in after] == [before[2][1], hash_id("a"), before[3][1], before[4][1], hash_id("b")]
+    answers = [client.post("/v1/rank", json=body(**more)).json() for more in ({}, {"recent": recent}, {})]
+    assert answers[0]["scores"] == answers[2]["scores"] != answers[1]["scores"]
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "message"),
     [
@@ -68,6 +88,8 @@ def test_a_request_without_a_store_is_ranked_by_what_it_brings(client: TestClien
         ({"history": {"clicks": [{"ts": 1, "item_id": 1, "x": 1}]}}, "history.clicks.0.x", "reads no such column"),
         ({"history": {"clicks": [{"ts": 1, "item_id": [1]}]}}, "history.clicks.0.item_id", "must be a text, a number"),
         ({"history": {"clicks": [{"ts": 1_700_000_000, "item_id": 1}]}}, "history.clicks.0.ts", "looks like seconds"),
+        ({"recent": {"clicks": [{"ts": 1, "item_id": {}}]}}, "recent.clicks.0.item_id", "must be a text, a number"),
+        ({"recent": {"views": []}}, "recent.views", "is no sequence"),
         ({"model_version": "nope"}, "model_version", "'nope' is not served; there are ["),
     ],
 )

@@ -107,10 +107,11 @@ def test_every_path_is_answered_through_the_proxy_before_and_after_it_knows_the_
         "/v1/rank": body,
         "/v1/rank:batch": {"requests": [body]},
         "/v1/events": {"events": [{"user_id": 1, "ts": 1_767_571_200_000_000}]},
+        "/v1/explain": body,
         "/v1/feedback": {"feedback": [{"request_id": "r", "item_id": 1, "label": "click"}]},
     }
     paths = [route.path for route in api.routes if isinstance(route, APIRoute)]
-    assert set(bodies) | {"/healthz", "/readyz", "/metrics", "/v1/model"} == set(paths)
+    assert set(bodies) | {"/healthz", "/readyz", "/metrics", "/v1/model", "/v1/console", "/console"} == set(paths)
     for first in paths:
         with TestClient(Admission(JsonErrors(api))) as client:  # as Ray's proxy has them
             for path in (first, *paths):

@@ -51,6 +51,7 @@ class InProcess:
     def __init__(self, target: Ranker) -> None:
         self.describe = Remote(target.describe)
         self.forget = Remote(target.forget)
+        self.explain = Remote(target.explain)
         self.rank = Remote(lambda request: target.score([request])[0])
 
 

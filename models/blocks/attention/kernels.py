@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from models.blocks.attention.observed import unobserved
 from models.blocks.attention.plan import HIDDEN, TIME_BUCKETS, Group, Plan
 
 
@@ -27,6 +28,10 @@ def attend(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, plan: Plan | None, bias_
     Returns:
         [H, B, D].
     """
+    with unobserved() as weights:
+        if weights is not None:  # of each event: what comes of values that are 1 for it and 0 for others
+            H, E = len(q_HBD), k_HED.shape[1]
+            weights.append(attend(q_HBD, k_HED, torch.eye(E, dtype=k_HED.dtype).expand(H, E, E), plan, bias_HA))
     if plan is None:  # Everything still takes part: data-parallel training waits for every parameter's gradient.
         nothing = sum(
             (tensor[:0].sum() for tensor in (q_HBD, k_HED, v_HED, bias_HA) if tensor is not None), q_HBD.new_zeros(())

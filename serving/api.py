@@ -445,6 +445,7 @@ def answer(
         "scores": {task: ranked.scores[:, model.tasks.index(task)].tolist() for task in tasks},
         "ranking": [item_ids[index] for index in order],
         "cold_start": {"user": not row.user_known, "items": [item for item, is_known in known if not is_known]},
+        "degraded": row.degraded,
         "memo": ranked.remembered,
         "milliseconds": {
             "features": 1e3 * seconds["features"],

@@ -18,6 +18,9 @@ from serving.memo import Ranked
 
 NO_RANKER = "the model does not answer, its process has ended; try again"
 
+OTHER_SECONDS = 1.0
+"""Seconds within which another ranker must answer in the place of one that has ended."""
+
 LOG = logging.getLogger("ray.serve")
 
 
@@ -25,15 +28,15 @@ class Rankers:
     """Asks a ranker. After one has ended nobody waits for it, until another is there.
 
     Args:
-        by_user: whether it matters which ranker a user's request meets.
+        replicas: rankers; with several a user's requests meet the same one, and another where that one has ended.
 
     Every method raises:
         UnavailableError: its replica is dead, or none is there; Ray's own words are for the log.
         Exception: what it raised, as it was raised there.
     """
 
-    def __init__(self, handle: DeploymentHandle[Any], by_user: bool) -> None:
-        self._handle, self._by_user = handle, by_user
+    def __init__(self, handle: DeploymentHandle[Any], replicas: int) -> None:
+        self._handle, self._replicas = handle, replicas
         self._missing: asyncio.Task[None] | None = None  # runs while no ranker answers
 
     async def describe(self, artifact: str) -> ModelDescription:
@@ -43,8 +46,16 @@ class Rankers:
 
     async def rank(self, user_id: str, artifact: str, row: pa.Table, erased: int) -> Ranked:
         """Scores of one row, as :class:`serving.ranker.BoundRow` has it."""
-        handle = self._handle.options(session_id=user_id) if self._by_user else self._handle
-        ranked: Ranked = await self._ask(handle.rank, artifact, (artifact, row, erased))
+        several = self._replicas > 1
+        handle = self._handle.options(session_id=user_id) if several else self._handle
+        try:
+            ranked: Ranked = await self._ask(handle.rank, artifact, (artifact, row, erased))
+        except UnavailableError:
+            if not several:
+                raise
+            if self._missing is not None:
+                await asyncio.wait([self._missing], timeout=OTHER_SECONDS)
+            ranked = await self._ask(handle.rank, artifact, (artifact, row, erased))
         return ranked
 
     async def explain(self, artifact: str, row: pa.Table) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ from serving.settings import share_of_users
 IMPRESSIONS, REQUESTS, EVENTS, SHADOW = "impressions", "requests", "events", "shadow"
 
 FEATURES, FROM_STORE = "features", "from_store"
-"""Columns of ``requests``: :func:`schema_digest` of the model's features, and whether none of them was sent along."""
+"""Columns of ``requests``: :func:`schema_digest` of the model's features, and whether all of them were read online."""
 
 MOST_WAITING = 500_000
 """Rows that wait to be written; what comes on top is not logged."""
@@ -272,7 +272,7 @@ def _of_schema(key: str, requests: Sequence[ServedRequest]) -> pl.DataFrame:
         "ts": request.field("ts"),
         "model_version": [served.model.version for served in requests],
         FEATURES: [key] * len(requests),
-        FROM_STORE: [not served.request.inline for served in requests],
+        FROM_STORE: [not served.request.inline and served.row.degraded is None for served in requests],
     }
     columns |= {
         field.name: request.field(field.name)

@@ -30,6 +30,7 @@ class RequestRow:
 
     Attributes:
         request_id: of the request.
+        degraded: why nothing was read from the store; None: all was.
         rows: one row in the layout of :func:`features.sample_table.sample_schema`, without labels and partition.
         item_known: [C].
     """
@@ -38,6 +39,7 @@ class RequestRow:
     rows: pa.Table
     user_known: bool
     item_known: list[bool]
+    degraded: str | None = None
 
 
 def build_row(
@@ -50,6 +52,7 @@ def build_row(
     missing_context: MissingContext = "error",
     inline: Inline = NOTHING,
     request_id: str | None = None,
+    degraded: str | None = None,
 ) -> RequestRow:
     """Read the features of a request and lay them out.
 
@@ -61,13 +64,14 @@ def build_row(
         missing_context: whether a column that the context lacks is an error or unknown.
         inline: what the request brings along in place of what is stored.
         request_id: default: a new one.
+        degraded: why nothing is to be read: user and items are unknown then.
 
     Raises:
         InvalidRequestError: the context, or what is sent along, is not what the schema declares.
     """
     schema, request_id = reader.schema, request_id or uuid.uuid4().hex
     context_codes = encode_context(schema, context, missing_context)
-    known = reader.request(user_id, item_ids, ts)
+    known = reader.request(user_id, item_ids, ts) if degraded is None else reader.unknown(item_ids)
     if inline:
         known = with_inline(schema, known, inline, user_id, item_ids)
     timelines = {
@@ -96,7 +100,7 @@ def build_row(
         for field in sequence.fields:
             columns[timeline_column(sequence, field)] = [timeline.fields[field.name]]
     rows = pa.table([_array(columns[field.name], field.type) for field in layout], schema=layout)
-    return RequestRow(request_id, rows, known.user, known.items["item_known"].tolist())
+    return RequestRow(request_id, rows, known.user, known.items["item_known"].tolist(), degraded)
 
 
 @lru_cache(maxsize=16)

@@ -21,7 +21,7 @@ from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
 from features.encoding import as_text
-from features.errors import CorankError
+from features.errors import CorankError, UnavailableError
 from features.schema import Schema
 from features.store.online import FeatureStoreSettings
 from features.store.push import EventsError, OnlineWriter
@@ -72,7 +72,7 @@ class RankingService:
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
         self._telling, self._console = ThreadPoolExecutor(1, thread_name_prefix="console"), Console(settings.store)
         self._log = RequestLog(settings.log, self.metrics.logged) if settings.log is not None else None
-        self._rankers = Rankers(ranker, settings.by_user)
+        self._rankers = Rankers(ranker, settings.options.ranker_replicas)
         self._models = LiveModels(settings, self._rankers, self._reading, self._forget, self._write_to)
         # the store by the newest config, whose views it has; a model may read fewer of them
         self._writes_to = settings.store
@@ -211,11 +211,17 @@ class RankingService:
         return answer(request, ts, row, live.model, ranked, seconds, order)
 
     async def _read(self, live: LiveModel, request: RankRequest, ts: int) -> tuple[RequestRow, int]:
-        """A request's row, and when users had last been forgotten as it was read."""
+        """A request's row, and when users had last been forgotten as it was read.
+
+        Raises:
+            InvalidRequestError: it does not fit the model.
+            UnavailableError: the store does not answer, and ``store_deadline_ms`` is null.
+        """
         settings, erased = self._settings, self._models.erased  # before the row: it may hold what is erased meanwhile
-        row = await _in_thread(
-            self._reading,
-            lambda: build_row(
+        deadline = settings.options.store_deadline_ms
+
+        def row(degraded: str | None = None) -> RequestRow:
+            return build_row(
                 live.reader,
                 settings.log_delay,
                 str(request.user_id),
@@ -225,9 +231,19 @@ class RankingService:
                 settings.options.missing_context,
                 request.inline,
                 None if request.request_id is None else str(request.request_id),
-            ),
-        )
-        return row, erased
+                degraded,
+            )
+
+        try:
+            return await asyncio.wait_for(_in_thread(self._reading, row), deadline and deadline / 1e3), erased
+        except TimeoutError:
+            reason = f"the online store did not answer within {deadline:g} ms"
+        except UnavailableError as error:
+            if deadline is None:
+                raise
+            reason = str(error)
+        LOG.error("request of an unknown user and items: %s", reason)
+        return row(reason), erased
 
     async def _ranked(self, live: LiveModel, request: RankRequest, row: RequestRow, erased: int) -> Ranked:
         options, user_id = self._settings.options, str(request.user_id)

@@ -89,6 +89,12 @@ class ServingConfig(Declaration):
     weights: dict[str, float] = Field(
         {}, description="rank by this weighted sum of the tasks' scores; default: by the first task"
     )
+    store_deadline_ms: float | None = Field(
+        1_000.0,
+        gt=0,
+        description="after which, or when the online store fails, a request is answered as one of an unknown user and "
+        "items, and says so (`degraded`); null: it is answered 503",
+    )
     missing_context: MissingContext = Field("error", description="context that a request lacks: an error, or unknown")
 
     @field_validator("host")

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import uvicorn
+from fastapi import FastAPI
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -28,6 +31,23 @@ def wait_for(server: subprocess.Popen[bytes], port: int) -> None:
             assert server.poll() is None, f"{server.args} ended with {server.returncode}"
             assert time.monotonic() < until, f"{server.args} does not answer"
             time.sleep(0.05)
+
+
+@contextmanager
+def served(api: FastAPI) -> Iterator[str]:
+    """The address of an application that is served in this process."""
+    server = uvicorn.Server(uvicorn.Config(api, port=(port := free_port()), log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while not server.started:
+            assert time.monotonic() < until, "the application does not start"
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(20)
 
 
 @contextmanager

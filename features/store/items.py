@@ -103,6 +103,16 @@ class ItemTable:
             "item_known": known,
         }
 
+    def unknown(self, count: int) -> dict[str, Column]:
+        """So many rows of items that nobody knows; nothing is read."""
+        table, rows = self._table, np.zeros(count, np.int64)
+        return {
+            **_rows(table.ids, rows),
+            **_rows(table.profile, rows),
+            **_rows(table.counts, rows),
+            "item_known": np.zeros(count, bool),
+        }
+
     def _load(self, item_ids: list[str], ts: int, now: float) -> None:
         fresh = self._read(item_ids, ts)
         size = len(self._read_at)

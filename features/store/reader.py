@@ -5,7 +5,7 @@ A value means the same offline and online, and what is not known at the time of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -139,13 +139,27 @@ class OnlineReader:
         """What is known of a user and some items by ``ts`` (microseconds UTC); each view is read once."""
         profile, counts = self._read_user(user_id)
         known, codes = self._encoded(user_id, profile, counts, ts)
-        items = self._items.take(item_ids, ts)
+        items = self._crossed(self._items.take(item_ids, ts), item_ids, counts, ts)
+        return Known(known, codes, self.sequences(user_id), items)
+
+    def unknown(self, item_ids: list[str]) -> Known:
+        """What is known where nothing can be read: nobody, and no item. May be called beside another call."""
+        nothing: dict[str, Any] = {UPDATED_AT: None, COUNTED_AT: None}
+        _, codes = self._encoded("", dict.fromkeys(self._user) | nothing, nothing, 0)
+        nobody = {name: None for view in self._sequence_views.values() for name in view[1]}
+        items = self._crossed(self._items.unknown(len(item_ids)), item_ids, nothing, 0)
+        return Known(False, codes, self._histories(lambda _: nobody), items)
+
+    def _crossed(
+        self, items: dict[str, Column], item_ids: list[str], counts: Mapping[str, Any], ts: int
+    ) -> dict[str, Column]:
+        """Items with the cross features, and without the keys that these are made of."""
         for feature in self.schema.aggregates("cross"):
             known_counts = counts if _is_counted(counts, ts) else {}
             items[feature_column(feature)] = crossed(feature, items, item_ids, known_counts, ts)
         for key in self.schema.cross_keys:
             del items[cross_column(key)]
-        return Known(known, codes, self.sequences(user_id), items)
+        return items
 
     def _read_user(self, user_id: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Profile and counts as they are stored, which may have columns of the same name; None where there are none."""
@@ -173,9 +187,12 @@ class OnlineReader:
 
     def sequences(self, user_id: str) -> dict[str, History]:
         """All stored events per sequence; empty arrays where there are none."""
+        return self._histories(lambda view: self._read_one(view, user_id))
+
+    def _histories(self, read: Callable[[View], Mapping[str, Any]]) -> dict[str, History]:
         histories = {}
         for sequence in self.schema.sequences:
-            row = self._read_one(self._sequence_views[sequence.name], user_id)
+            row = read(self._sequence_views[sequence.name])
             fields = {
                 field.name: np.array(
                     row[timeline_column(sequence, field)] or [], np.float32 if field.kind == "number" else np.int64

@@ -59,10 +59,12 @@ def features_skew(
                 f"{report.requests:,} requests of partition {report.partition}{others}, {report.rate:.4%} of all "
                 "values differ"
             )
-        columns = ("feature", "values", "differ", "missing online", "extra online", "share", "first difference")
-        table = Table(*columns, title=f"partition {report.partition}")
+        table = Table(title=f"partition {report.partition}")
+        table.add_column("feature", no_wrap=True)
+        for column in ("values", "differ", *(("missing", "extra") if served else ()), "share", "first difference"):
+            table.add_column(column)
         for name, skew in report.features.items():
-            counts = (skew.compared, skew.differ, skew.missing, skew.extra)
+            counts = (skew.compared, skew.differ, *((skew.missing, skew.extra) if served else ()))
             table.add_row(name, *(f"{count:,}" for count in counts), f"{skew.rate:.2%}", skew.example)
         plain_console().print(table)
         if not report.rate <= threshold:

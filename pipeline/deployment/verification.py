@@ -66,6 +66,8 @@ def verify_endpoint(
         items = [candidate["item_id"] for candidate in request["candidates"]]
         offline = np.array(score_rows(artifact.model, row)["scores"].to_pylist())
         answer = client.rank(user_id, items, context, request["ts"], model_version=artifact.version)
+        if answer["degraded"] is not None:
+            raise CorankError(f"request {request['request_id']}: {answer['degraded']}; the deployment was not recorded")
         online = np.array([answer["scores"][task.name] for task in schema.tasks]).T
         difference = float(np.abs(online - offline).max())
         if not difference <= TOLERANCE:

@@ -84,7 +84,7 @@ def test_one_weight_that_is_no_number_stops_every_worker_and_is_named(tmp_path: 
             candidate |= {"weight": np.nan, "label__task0": 1}
 
     rows = make_rows(SCHEMA, 1, timelines=40)
-    bad = job_of(source_of(tmp_path / "bad", with_candidates(rows, poison)), num_workers=2)
+    bad = job_of(source_of(tmp_path / "bad", with_candidates(rows, poison)), num_workers=2, epochs=1)
     message = r"epoch 1, step \d+: \d values of the column weight are not finite, .* in request u33-0 of user u33"
     with pytest.raises(CorankError, match=message):
         train(bad, str(tmp_path / "checkpoints"), lambda _: None)

@@ -28,6 +28,7 @@ SCHEMA = Schema(features=FEATURES, sequences=(), tasks=(Task(name="click", colum
 ANSWER = {
     "scores": {"click": [0.1, 0.2, 0.3]},
     "cold_start": {"user": True, "items": ["a", "b"]},
+    "degraded": None,
     "memo": "timeline",
     "milliseconds": {"features": 1.0, "user_side": 2.0, "item_side": 3.0, "between": 4.0},
 }

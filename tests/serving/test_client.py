@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-import threading
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 
 from features.errors import CorankError
 from serving import AsyncRankingClient, RankingClient
@@ -20,7 +18,7 @@ from serving.api import EventsRequest, FeedbackRequest, RankBatchRequest, RankRe
 from serving.auth import Tokens, UnauthorizedError
 from serving.client import NoEndpointError, rank_body
 from serving.inline import InvalidRequestError
-from tests.servers import free_port
+from tests.servers import free_port, served
 from tests.serving.test_auth import ANSWER, SHOP, Answers, write
 
 REQUEST: dict[str, Any] = {
@@ -64,17 +62,10 @@ class Remembers(Answers):
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Remembers, str]]:
-    path, service, port = tmp_path_factory.mktemp("tokens") / "tokens", Remembers(), free_port()
+    path, service = tmp_path_factory.mktemp("tokens") / "tokens", Remembers()
     write(path, f"shop {SHOP}")
-    api = build_api(service, tokens=Tokens(path))
-    server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield service, f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    with served(build_api(service, tokens=Tokens(path))) as address:
+        yield service, address
 
 
 def called(kind: str, url: str, method: str, *arguments: Any, token: str = SHOP, **options: Any) -> Any:

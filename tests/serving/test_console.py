@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 
 from serving.api import PAGE, build_api
@@ -16,7 +14,7 @@ from serving.ranker import Ranker
 from serving.service import RankingService
 from serving.settings import ServingConfig, ServingSettings
 from tests.browser import opened
-from tests.servers import free_port
+from tests.servers import served
 from tests.serving.worlds import InProcess, body
 
 
@@ -28,14 +26,8 @@ def service(settings: ServingSettings) -> RankingService:
 
 @pytest.fixture(scope="module")
 def address(service: RankingService) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(build_api(service), port=(port := free_port()), log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    with served(build_api(service)) as address:
+        yield address
 
 
 def test_an_explained_request_is_the_answer_with_its_history_and_what_each_candidate_attends_to(

@@ -217,6 +217,64 @@ def test_a_store_that_does_not_answer_is_named_and_may_be_asked_again(settings: 
             assert gone.store.redis in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("deadline", [200.0, None])
+def test_a_store_that_fails_or_is_slow_is_answered_without_or_503_as_configured(
+    settings: ServingSettings, tmp_path: Path, deadline: float | None
+) -> None:
+    path = tmp_path / "online.db"
+    shutil.copy(settings.store.sqlite_path, path)
+    options = settings.options.model_copy(update={"store_deadline_ms": deadline})
+    own = replace(settings, store=replace(settings.store, sqlite_path=str(path)), options=options)
+    service = RankingService(own, InProcess(Ranker(own)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        known, unknown = (client.post("/v1/rank", json=body(user_id=user)).json() for user in ("7", "nobody"))
+        assert known["degraded"] is None
+        let_go = threading.Event()
+        if deadline is not None:  # slow: what comes meanwhile does not wait for it
+            held = service._reading.submit(let_go.wait, 20)
+            started = time.monotonic()
+            slow = client.post("/v1/rank", json=body(user_id="7")).json()
+            assert time.monotonic() - started < 5
+            assert "did not answer within 200 ms" in slow["degraded"]
+            assert slow["cold_start"] == {"user": True, "items": [1, "2"]}
+            let_go.set()
+            held.result(20)
+            assert client.post("/v1/rank", json=body(user_id="7")).json()["degraded"] is None
+        path.write_bytes(b"no database" * 1_000)
+        client.post("/v1/rank", json=body(candidates=[3]))  # until the connection notices
+        answer = client.post("/v1/rank", json=body(user_id="nobody", candidates=[8, 9]))
+        if deadline is None:
+            assert (answer.status_code, answer.json()["error"]["type"]) == (503, "unavailable")
+            return
+        assert str(path) in answer.json()["degraded"]
+        sent = body(candidates=[{"item_id": 8, "price": 1.0}], user={"tags": ["a"]}, history={"clicks": []})
+        inline = client.post("/v1/rank", json=sent).json()
+        assert inline["cold_start"] == {"user": False, "items": []}
+        assert unknown["cold_start"]["user"]
+        degraded = [line for line in client.get("/metrics").text.splitlines() if "rank_degraded_total{" in line]
+        assert float(degraded[0].split()[-1]) >= 3
+
+
+def test_a_request_whose_ranker_dies_is_answered_by_another(settings: ServingSettings) -> None:
+    handle = InProcess(Ranker(settings))
+    rank, died = handle.rank, []
+
+    class OtherReplica(Remote):
+        async def remote(self, *arguments: Any) -> Any:
+            if not died:
+                died.append(arguments)
+                raise ActorDiedError()
+            return await rank.remote(*arguments)
+
+    handle.rank = OtherReplica(None)
+    handle.options = lambda **_: handle  # type: ignore[attr-defined]
+    options = settings.options.model_copy(update={"ranker_replicas": 2})
+    service = RankingService(replace(settings, options=options), handle)  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        assert client.post("/v1/rank", json=body()).status_code == 200
+    assert len(died) == 1
+
+
 def test_a_service_whose_online_store_is_lost_is_not_healthy(settings: ServingSettings, tmp_path: Path) -> None:
     lost = replace(settings, store=replace(settings.store, sqlite_path=str(tmp_path / "online.db")))
     service = RankingService(lost, InProcess(Ranker(lost)))  # type: ignore[arg-type]

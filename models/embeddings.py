@@ -46,10 +46,6 @@ class EmbeddingTables(nn.ModuleDict):
         assert isinstance(table, EmbeddingTable)
         return table
 
-    def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
-        """The optimizer that applies sparse gradients: Adagrad, which changes touched rows only."""
-        return torch.optim.Adagrad(self.parameters(), lr=learning_rate, eps=1e-8)
-
     def gradients(self) -> list[Tensor]:
         """The gradients of the rows that were touched, table after table."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from features.batch import Ids, Jagged, RequestBatch, Timeline, Values
 from features.schema import SECOND, FieldSpec, Schema, Sequence
+from models.blocks.draws import current_draws, per_value, rows_are
 from models.embeddings import EmbeddingTable, EmbeddingTables, share_rows
 
 TIME_PERIODS = (86_400 * SECOND, 7 * 86_400 * SECOND)
@@ -75,7 +76,9 @@ class InputLayer(nn.Module):
 
     def events(self, sequence: Sequence, timeline: Timeline, event_time: bool) -> Tensor:
         """s_t: the fields of every event (section 3.2) and, with ``event_time``, its time encoding, [E, D_s]."""
-        s = self.concatenate(sequence.fields, timeline.fields)
+        draws = current_draws()
+        with rows_are(draws.keys.events[sequence.name] if draws is not None else None):
+            s = self.concatenate(sequence.fields, timeline.fields)
         return torch.cat([s, time_encoding(timeline.ts).to(s)], dim=-1) if event_time else s
 
     def embed(self, field: FieldSpec, values: Values) -> Tensor:
@@ -90,7 +93,7 @@ class InputLayer(nn.Module):
             weight, rows = self._rows(field.embedding, inner.unique), inner.index
         else:
             weight, rows = self.tables.table(field.embedding).weight, inner
-        rows = self._drop(field, rows)  # of a compressed field, too, 0 is the unknown value
+        rows = self._drop(field, rows, values)  # of a compressed field, too, 0 is the unknown value
         # by embedding and not by indexing, because its backward adds up in a fixed order
         if isinstance(values, Jagged):
             return functional.embedding_bag(rows, weight, values.offsets[:-1], mode="mean", sparse=not compressed)
@@ -100,10 +103,14 @@ class InputLayer(nn.Module):
         known, embeddings = self._looked_up.get(table, (None, None))
         return embeddings if embeddings is not None and known is rows else self.tables.table(table).lookup(rows)
 
-    def _drop(self, field: FieldSpec, rows: Tensor) -> Tensor:
+    def _drop(self, field: FieldSpec, rows: Tensor, values: Values) -> Tensor:
         if not self.training or not self.id_dropout or field.kind != "id":
             return rows
-        return rows.masked_fill(torch.rand(rows.shape, device=rows.device) < self.id_dropout, 0)
+        if (draws := current_draws()) is None:
+            return rows.masked_fill(torch.rand(rows.shape, device=rows.device) < self.id_dropout, 0)
+        with rows_are(per_value(draws.rows, values) if isinstance(values, Jagged) else None):
+            bits = draws.words(1)[:, 0]
+        return rows.masked_fill((bits >> 11) & (2**53 - 1) < round(self.id_dropout * 2**53), 0)
 
 
 class NumberEmbedding(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from features.batch import Items, RequestBatch, Timeline, Users
 from features.schema import Declaration, Schema, Sequence
+from models.blocks.draws import current_draws, rows_are
 from models.inputs import TIME_WIDTH, InputLayer
 from models.sizes import width_of
 from models.state import EncodedEvents, TimelineState, UserState, offsets_of
@@ -83,9 +84,13 @@ class RankingModel(nn.Module, ABC):
 
     def forward(self, batch: RequestBatch) -> Tensor:
         """Logits of every candidate, [C, K]."""
+        keys = draws.keys if (draws := current_draws()) is not None else None
         with self.inputs.each_row_once(batch) as shared:
             timeline_state = self.encode_timelines(shared.timelines)
-            return self.score(self.encode_users(shared.users, timeline_state), shared.items)
+            with rows_are(keys.requests if keys else None):
+                user_state = self.encode_users(shared.users, timeline_state)
+            with rows_are(keys.candidates if keys else None):
+                return self.score(user_state, shared.items)
 
     def describe(self) -> dict[str, Any]:
         """Name and sizes: what ``models.registry.rebuild_model`` builds this model from, beside its schema."""

@@ -8,7 +8,7 @@ from models.encoders.longer import LongerEncoding
 from models.encoders.sizes import EncoderSizes
 from models.encoders.swiglu import SwiGLUEncoding
 from models.encoders.transformer import TransformerEncoding
-from models.encoders.window import Window, make_window
+from models.encoders.window import Window, make_window, window_keys
 
 Encoding = SwiGLUEncoding | TransformerEncoding | LongerEncoding
 ENCODINGS: dict[str, type[SwiGLUEncoding | TransformerEncoding | LongerEncoding]] = {
@@ -26,4 +26,5 @@ __all__ = [
     "TransformerEncoding",
     "Window",
     "make_window",
+    "window_keys",
 ]

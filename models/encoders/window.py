@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from features.schema import Sequence
 from models.blocks.attention import Plan, Seen, plan_attention
+from models.blocks.draws import current_draws, joined_keys
 
 
 @dataclass
@@ -60,3 +62,14 @@ def make_window(seen: Seen, newest: int | None, device: torch.device) -> Window:
         timelines=len(counts),
     )
     return Window(rows.to(device), asking.to(device), plan_attention(all_of_it, None, device), window_seen)
+
+
+def window_keys(sequences: tuple[Sequence, ...], window: Window) -> Tensor | None:
+    """Keys of the draws for the rows that become H, [A]: of the event and the request that sees it; None: none are
+    keyed."""
+    draws = current_draws()
+    if draws is None:
+        return None
+    of_events = torch.cat([draws.keys.events[sequence.name] for sequence in sequences])
+    request = torch.repeat_interleave(torch.arange(len(draws.keys.requests)), (window.seen.last - window.seen.first)[0])
+    return joined_keys(of_events[window.rows][window.asking], draws.keys.requests[request.to(of_events.device)])

@@ -25,13 +25,14 @@ from torch.nn import functional
 from features.batch import Items, Timeline, Users
 from features.schema import Schema
 from models.blocks.attention import MultiHeadAttention, Plan, Seen, attend, plan_attention
+from models.blocks.draws import rows_are
 from models.blocks.dropout import Dropout
 from models.blocks.ffn import PerHeadSwiGLU
 from models.blocks.heads import HeadSplit, PerHeadLinear
 from models.blocks.mixing import HeadMixing
 from models.blocks.norms import NORMS, Norm
 from models.blocks.towers import TaskTowers
-from models.encoders import ENCODINGS, EncoderSizes, Window, make_window
+from models.encoders import ENCODINGS, EncoderSizes, Window, make_window, window_keys
 from models.hyformer.config import HyFormerConfig
 from models.hyformer.tokens import query_tokens, sequence_streams, token_groups
 from models.protocol import RankingModel
@@ -258,7 +259,10 @@ class HyFormer(RankingModel):
         newest = self.config.short_length if self.config.encoding == "longer" else None
         window = make_window(seen, newest, s_ED.device)
         s_windows = s_ED.index_select(0, window.rows)
-        layers: list[tuple[Tensor, ...]] = [layer.keys_values(stream, s_windows, window) for layer in self._layers()]
+        with rows_are(window_keys(self.streams[stream], window)):
+            layers: list[tuple[Tensor, ...]] = [
+                layer.keys_values(stream, s_windows, window) for layer in self._layers()
+            ]
         window_seen = window.seen  # windows lie one after the other: each begins where the last ended
         return SeenEvents(
             EncodedEvents(layers, window_seen.event_ts, functional.pad(window_seen.last, (1, 0))), window_seen

@@ -99,7 +99,8 @@ class Challenger(Stage[ChallengerRecord]):
             TooFewError: there is nothing to train on or to judge by.
             CorankError: training met what is not finite.
         """
-        from pipeline.training.training import TrainingJob, require_both_classes, summarize
+        from pipeline.training.job import TrainingJob
+        from pipeline.training.summary import require_both_classes, summarize
 
         require_validated(workspace)
         (key,) = parts

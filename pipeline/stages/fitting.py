@@ -12,7 +12,7 @@ from pipeline.training.checkpoints import Checkpoints
 if TYPE_CHECKING:
     from features.samples.source import SampleSource
     from pipeline.progress import Line
-    from pipeline.training.training import TrainingJob, TrainingResult
+    from pipeline.training.job import TrainingJob, TrainingResult
     from pipeline.workspace import Workspace
 
 

@@ -112,7 +112,8 @@ def _why_not(workspace: Workspace, challenger: ChallengerRecord, evaluation: Eva
 def _refitted(workspace: Workspace, line: Any, kept: RefitRecord, challenger: ChallengerRecord) -> RefitRecord:
     from models.artifact import load_artifact
     from pipeline.evaluation.scoring import score_source, scored_metrics
-    from pipeline.training.training import TrainingJob, summarize
+    from pipeline.training.job import TrainingJob
+    from pipeline.training.summary import summarize
 
     config, cuts = workspace.config, challenger.cuts
     line.say("preparing")

@@ -1,5 +1,7 @@
 """Checkpoints of a training: a folder per epoch with ``state.pt`` and, written last, its digest in ``SHA256SUMS``.
 
+Between epochs there may be others, a folder per step (:meth:`Checkpoints.of_steps`).
+
 Whoever reads one verifies it, so that a damaged or half-written checkpoint is never trained on.
 """
 
@@ -22,20 +24,32 @@ STATE, SUMS = "state.pt", "SHA256SUMS"
 
 
 class Checkpoints:
-    """The checkpoints of one training, below a local folder or an ``s3://`` prefix."""
+    """The checkpoints of one training, below a local folder or an ``s3://`` prefix.
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    Args:
+        unit: what they are counted in.
+    """
+
+    def __init__(self, uri: str, unit: str = "epoch") -> None:
+        self.uri, self._unit = uri, unit
         self.fs, self.root = file_system(uri)
 
-    def newest(self, say: Callable[[str], None]) -> int:
-        """Epoch of the newest whole checkpoint, or 0; ``say`` is told of every newer one that is damaged."""
+    def of_steps(self) -> Checkpoints:
+        """Those within the epoch that was begun last, counted in steps from the training's start."""
+        return Checkpoints(f"{self.uri}/steps", "step")
+
+    def newest(self, say: Callable[[str], None], anew: bool = True) -> int:
+        """Epoch of the newest whole checkpoint, or 0; ``say`` is told of every newer one that is damaged.
+
+        Args:
+            anew: whether training starts anew where none is whole.
+        """
         epochs = self._epochs()
         for epoch in reversed(epochs):
             if self._digest(epoch) == self._expected(epoch):
                 return epoch
             say(f"checkpoint {self.folder(epoch)} is damaged or was not finished: it is not used")
-        if epochs:
+        if epochs and anew:
             say("no checkpoint is whole: training starts anew")
         return 0
 
@@ -79,11 +93,17 @@ class Checkpoints:
             self.fs.delete_dir(self.folder(old))
 
     def folder(self, epoch: int) -> str:
-        return f"{self.root}/epoch-{epoch:04}"
+        return f"{self.root}/{self._unit}-{epoch:04}"
+
+    def clear(self) -> None:
+        """Remove all of them."""
+        for epoch in self._epochs():
+            self.remove(epoch)
 
     def _epochs(self) -> list[int]:
         found = self.fs.get_file_info(fs.FileSelector(self.root, allow_not_found=True))
-        names = [entry.base_name.removeprefix("epoch-") for entry in found if entry.base_name.startswith("epoch-")]
+        prefix = f"{self._unit}-"
+        names = [entry.base_name.removeprefix(prefix) for entry in found if entry.base_name.startswith(prefix)]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _expected(self, epoch: int) -> str:

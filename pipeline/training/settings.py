@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -117,6 +117,10 @@ class Pace:
     batch_candidates: int
     warmup_steps: int
 
+    def steps(self, epochs: int) -> int:
+        """Of a training of so many epochs, about."""
+        return epochs * -(-self.candidates // self.batch_candidates)
+
 
 class TrainingConfig(Declaration):
     epochs: int = Field(6, ge=1)
@@ -124,13 +128,29 @@ class TrainingConfig(Declaration):
         None, ge=1, description="candidates of one step; default: a 40th of an epoch's, in 100 … 1,500 (the papers')"
     )
     batch_events: int = Field(60_000, ge=1, description="events of one step; bounds memory")
+    optimizer: Literal["adamw", "rmsprop"] = Field("adamw", description="of the dense weights")
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    decay: Literal["none", "cosine", "linear"] = Field("none", description="of the learning rates, to 0 at the end")
     weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
     embedding_learning_rate: float = Field(0.05, gt=0, allow_inf_nan=False, description="Adagrad on touched rows")
+    embedding_optimizer: Literal["adagrad", "rowwise_adagrad"] = Field(
+        "adagrad", description="with a sum per value or per row of a table"
+    )
     clip_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     warmup_steps: int | None = Field(None, ge=0, description="default: a fifth of all steps, at most 50")
     id_dropout: float = Field(0.01, ge=0, lt=1, description="share of ids that read row 0 in training")
     average: float = Field(0.98, ge=0, lt=1, description="decay per step of the weight average; 0: none")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products in a step; weights, their average and losses stay float32"
+    )
+    stale_gradients: bool = Field(
+        False,
+        description="use the dense gradients of a step after the next one, so that they travel between workers "
+        "while it is computed (HyFormer 3.8.2)",
+    )
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="steps between checkpoints, which are written beside the training; default: every epoch"
+    )
     seed: int = 0
     num_workers: int = Field(1, ge=0, description="Ray Train workers; 0: train in the process of the command")
     cpus_per_worker: float = Field(1.0, gt=0, allow_inf_nan=False)

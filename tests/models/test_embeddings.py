@@ -50,7 +50,7 @@ def test_fields_over_the_same_rows_hold_the_same_ids() -> None:
 def test_an_update_moves_touched_rows_alone() -> None:
     model = make_model(SCHEMA, "ui-mixformer")
     table = model.inputs.tables.table("item_id")
-    before, optimizer = table.weight.detach().clone(), model.inputs.tables.optimizer(0.1)
+    before, optimizer = table.weight.detach().clone(), torch.optim.Adagrad(model.inputs.tables.parameters(), lr=0.1)
     model(compress(BATCH)).square().sum().backward()
     optimizer.step()
     moved = torch.nonzero((table.weight != before).any(1)).flatten()

@@ -30,8 +30,10 @@ from pipeline.evaluation.scoring import Scored
 from pipeline.evaluation.texts import classes_text, gain_text
 from pipeline.progress import Eta
 from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.job import TrainingJob, initial_model
 from pipeline.training.settings import TrainingConfig
-from pipeline.training.training import TrainingJob, initial_model, require_both_classes, summarize, train
+from pipeline.training.summary import require_both_classes, summarize
+from pipeline.training.training import train
 from tests.models.batches import make_rows, make_schema
 
 SCHEMA = make_schema()

@@ -25,13 +25,24 @@ def fit(workspace: Workspace, line: Line, job: TrainingJob) -> TrainingResult:
     from pipeline.training.training import train
 
     config, eta, epochs = workspace.config, Eta(), job.training.epochs
+    tasks = [task.name for task in job.schema.tasks]
 
     def tell(report: Any) -> None:
         if "note" in report:
             workspace.progress.note(report["note"])
             return
+        losses = report.get("losses", {})
+        measured = {f"train/{task}_loss": losses[task] for task in losses}
+        measured |= {
+            f"validation/{task}_{metric}": report[f"{task}_{metric}"]
+            for task in tasks
+            for metric in ("auc", "uauc")
+            if report.get(f"{task}_{metric}") is not None
+        }
+        log(report["step"], measured)
         score = report.get(f"{job.gate_task}_auc")
         metric = f", validation AUC {score:.4f}" if score is not None else ""
+        metric = f", loss {', '.join(f'{task} {loss:.4f}' for task, loss in losses.items())}" if losses else metric
         done = (report["epoch"] - 1) * job.pace.candidates + report["candidates"]
         speed = eta.tell(done, epochs * job.pace.candidates, "candidates")
         line.say(
@@ -39,7 +50,8 @@ def fit(workspace: Workspace, line: Line, job: TrainingJob) -> TrainingResult:
             f"{speed}{metric}"
         )
 
-    return train(job, config.path("checkpoints"), tell, elastic=config.ray.address is not None)
+    with workspace.registry.training(job.name) as log:
+        return train(job, config.path("checkpoints"), tell, elastic=config.ray.address is not None)
 
 
 def publish(

@@ -180,6 +180,7 @@ class Progress:
             within = state["within"]
             metrics = {
                 "epoch": epoch,
+                "step": trainer.steps,
                 "loss": within["loss"] / max(within["steps"], 1),
                 "candidates": within["candidates"],
                 "steps": within["steps"],

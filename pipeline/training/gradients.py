@@ -123,6 +123,7 @@ class Gradients:
             torch.cat([part[:size] for part, size in zip(all_rows, sizes, strict=True)])[None],
             torch.cat([part[:size] for part, size in zip(all_values, sizes, strict=True)]),
             table.shape,
+            check_invariants=False,
         ).coalesce()
 
     def _gathered(self, own: Tensor, most: int) -> list[Tensor]:

@@ -6,8 +6,9 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -223,12 +224,7 @@ class ModelRegistry:
     ) -> str:
         from mlflow.entities import Metric, Param
 
-        experiment = self.client.get_experiment_by_name(self.name)
-        identity = (
-            experiment.experiment_id
-            if experiment
-            else self.client.create_experiment(self.name, artifact_location=self._artifacts)
-        )
+        identity = self._experiment()
         finished = f"tags.content = '{content}' and attributes.status = 'FINISHED'"
         known = self.client.search_runs([identity], finished, max_results=1)
         if known:
@@ -254,6 +250,41 @@ class ModelRegistry:
         self.client.log_artifacts(run.info.run_id, files, "model")
         self.client.set_terminated(run.info.run_id)
         return str(run.info.run_id)
+
+    @contextmanager
+    def training(self, job: str) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """A run that shows a training while it goes on; yields what logs the metrics of a step.
+
+        Runs of the same job that were killed are closed.
+
+        Raises:
+            NoSpaceError
+        """
+        from mlflow.entities import Metric
+
+        with writing(self.place):
+            identity = self._experiment()
+            for left in self.client.search_runs([identity], f"tags.job = '{job}' and attributes.status = 'RUNNING'"):
+                self.client.set_terminated(left.info.run_id, "KILLED")
+            run = self.client.create_run(identity, run_name=f"training {job}", tags={"job": job}).info.run_id
+
+        def log(step: int, metrics: Mapping[str, float]) -> None:
+            now = time.time_ns() // 1_000_000
+            with writing(self.place):
+                self.client.log_batch(run, [Metric(name, value, now, step) for name, value in metrics.items()])
+
+        status = "FAILED"
+        try:
+            yield log
+            status = "FINISHED"
+        finally:
+            self.client.set_terminated(run, status)
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self.name)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self.client.create_experiment(self.name, artifact_location=self._artifacts))
 
     def log_report(self, run_id: str, path: Path) -> None:
         """Add the report on a model to its run, in the place of an earlier one.

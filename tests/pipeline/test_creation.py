@@ -113,3 +113,30 @@ def test_databases_lie_below_any_path(tmp_path: Path, folder: str) -> None:
         assert instance.get_runs() == []
     assert config.local_path("mlflow", "mlflow.db").is_file()
     assert config.local_path("dagster", "history", "runs.db").is_file()
+
+
+def test_a_training_is_shown_while_it_goes_on_and_a_killed_one_is_closed(config: Config) -> None:
+    registry = ModelRegistry(config)
+
+    def runs() -> dict[str, list[float]]:
+        experiment = registry.client.get_experiment_by_name(registry.name)
+        assert experiment is not None
+        found = registry.client.search_runs([experiment.experiment_id], "tags.job = 'a'", order_by=["start_time"])
+        return {
+            f"{number} {run.info.status}": [
+                metric.value for metric in registry.client.get_metric_history(run.info.run_id, "train/click_loss")
+            ]
+            for number, run in enumerate(found)
+        }
+
+    killed = registry.training("a")
+    log = killed.__enter__()
+    log(10, {"train/click_loss": 0.7})
+    log(20, {"train/click_loss": 0.6})
+    assert runs() == {"0 RUNNING": [0.7, 0.6]}
+    with registry.training("a") as log:
+        log(10, {"train/click_loss": 0.5})
+    assert runs() == {"0 KILLED": [0.7, 0.6], "1 FINISHED": [0.5]}
+    with pytest.raises(KeyboardInterrupt), registry.training("a"):
+        raise KeyboardInterrupt
+    assert "2 FAILED" in runs()

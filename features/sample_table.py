@@ -48,13 +48,20 @@ def code_type(field: FieldSpec) -> pa.DataType:
     return pa.list_(code) if isinstance(field, Feature) and field.multi else code
 
 
-def sample_schema(schema: Schema) -> pa.Schema:
-    """Arrow schema of the sample table: one row per user and partition (docs/design.md#the-one-shape)."""
+def sample_schema(schema: Schema, stored: bool = False) -> pa.Schema:
+    """Arrow schema of the sample table: one row per user and partition (docs/design.md#the-one-shape).
+
+    Args:
+        stored: as it is stored, without what is computed when it is read (:mod:`features.history`).
+    """
+    user_side, item_side = (
+        (schema.stored_user_side, schema.stored_item_side) if stored else (schema.user_side, schema.item_side)
+    )
     candidate = pa.struct(
         [
             pa.field("item_id", pa.string()),
             pa.field("item_known", pa.bool_()),
-            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.item_side],
+            *[pa.field(feature_column(feature), code_type(feature)) for feature in item_side],
             *[pa.field(label_column(task), pa.int8()) for task in schema.tasks],
             pa.field("weight", pa.float32()),
         ]
@@ -65,7 +72,7 @@ def sample_schema(schema: Schema) -> pa.Schema:
             pa.field("ts", pa.int64()),
             pa.field("user_known", pa.bool_()),
             *[pa.field(end_column(sequence), pa.int32()) for sequence in schema.sequences],
-            *[pa.field(feature_column(feature), code_type(feature)) for feature in schema.user_side],
+            *[pa.field(feature_column(feature), code_type(feature)) for feature in user_side],
             pa.field("candidates", pa.list_(candidate)),
         ]
     )

@@ -132,20 +132,62 @@ class Aggregate(Declaration):
         return self
 
 
+class History(Declaration):
+    """What to tell of the events that a request sees, when samples are read and when a request is asked.
+
+    * ``count``: how many there are, or how many have one of ``values`` in ``field``.
+    * ``rate``: the share of them that has one of ``values`` in ``field``.
+    * ``mean``: the mean of ``field``, where it is known.
+    * ``age``: seconds since the newest of them.
+
+    A feature of side ``user`` tells of all events, one of side ``cross`` of those whose ``key`` the candidate has, too.
+    """
+
+    sequence: Name
+    function: Literal["count", "rate", "mean", "age"] = "count"
+    field: Name | None = Field(None, description="a field of the sequence: a number for a mean, else an id or category")
+    values: tuple[str, ...] | None = Field(None, description="values of the field that are counted")
+    key: Name | None = Field(None, description="side cross: a field of the sequence that a candidate has, too …")
+    feature: Name | None = Field(None, description="… as this feature of side item; default: that of the same name")
+    prior: float | None = Field(None, description="a mean or rate starts here …")
+    prior_weight: float = Field(1.0, gt=0, description="… as if it had been seen in so many events")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_are_text(cls, data: object) -> object:
+        if isinstance(data, dict) and isinstance(data.get("values"), list):
+            texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in data["values"]]
+            return {**data, "values": texts}
+        return data
+
+    @model_validator(mode="after")
+    def _function_has_what_it_needs(self) -> History:
+        needs_field = self.function in ("mean", "rate") or self.values is not None
+        if needs_field != (self.field is not None):
+            raise ValueError(f"history: {self.function} {'needs a' if needs_field else 'takes no'} field")
+        if (self.function == "rate" and not self.values) or (self.function in ("mean", "age") and self.values):
+            raise ValueError("history.values: what a rate, or a count of a field, counts")
+        if self.prior is not None and self.function not in ("mean", "rate"):
+            raise ValueError("history.prior: only a mean or a rate has one")
+        return self
+
+
 class Feature(FieldSpec):
     """A non-sequential feature of the user, the item, the request's context, or user and item together.
 
-    It is read from a column of the side's table, or counted in the log (``aggregate``).
+    It is read from a column of the side's table, counted in the log (``aggregate``), or told of the events that the
+    request sees (``history``).
     """
 
     side: Side
     multi: bool = Field(False, description="a list of values per row, mean-pooled")
     aggregate: Aggregate | None = Field(None, description="a windowed aggregate of the log instead of a column")
+    history: History | None = Field(None, description="a number told of the visible history instead of a column")
 
     @model_validator(mode="before")
     @classmethod
     def _aggregates_are_numbers(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("aggregate") is not None:
+        if isinstance(data, dict) and (data.get("aggregate") is not None or data.get("history") is not None):
             return {"kind": "number", **data}
         return data
 
@@ -153,9 +195,19 @@ class Feature(FieldSpec):
     def _parts_fit_together(self) -> Feature:
         if self.multi and self.kind == "number":
             raise ValueError("a number has one value per row (multi: false)")
+        if self.history is not None:
+            if self.aggregate is not None or self.kind != "number" or self.column is not None:
+                raise ValueError("history: it is a number of its own; leave kind, column and aggregate out")
+            if self.side not in ("user", "cross"):
+                raise ValueError("history: it has side user or cross")
+            if (self.side == "cross") != (self.history.key is not None):
+                raise ValueError(
+                    "history.key names what candidates share with events; side cross needs it, user has none"
+                )
+            return self
         if self.aggregate is None:
             if self.side == "cross":
-                raise ValueError("a feature of side cross is an aggregate")
+                raise ValueError("a feature of side cross is an aggregate, or one of the history")
             return self
         if self.kind != "number" or self.column is not None:
             raise ValueError("an aggregate is a number of its own; leave kind and column out")
@@ -192,6 +244,10 @@ class Sequence(Declaration):
             if name in TAKEN_NAMES:
                 raise ValueError(f"a field cannot be called {name!r}: choose another name, with `column: {name}`")
         return self
+
+    def field(self, name: str) -> EventField:
+        """The field of this name, which there is."""
+        return next(field for field in self.fields if field.name == name)
 
     @property
     def own(self) -> tuple[EventField, ...]:
@@ -266,6 +322,8 @@ class Schema(Declaration):
             raise ValueError("a ranking model needs at least one feature with side: item")
         if not any(feature.side in ("user", "context") for feature in self.features):
             raise ValueError("a ranking model needs at least one feature with side: user or context")
+        for feature in self.of_history:
+            self._check_history(feature)
         tables: dict[str, FieldSpec] = {}
         for field in self.all_fields():
             first = tables.setdefault(field.embedding, field)
@@ -275,6 +333,38 @@ class Schema(Declaration):
                     "but differ in kind, buckets, vocabulary or dim"
                 )
         return self
+
+    def _check_history(self, feature: Feature) -> None:
+        """Require that what a feature of the history names is there, and of a kind that fits."""
+        history, where = feature.history, f"feature {feature.name!r}: history."
+        assert history is not None
+        by_name = {sequence.name: sequence for sequence in self.sequences}
+        if history.sequence not in by_name:
+            raise ValueError(f"{where}sequence: there is no {history.sequence!r}; there are {list(by_name)}")
+        fields = {field.name: field for field in by_name[history.sequence].fields}
+        for part, name in (("field", history.field), ("key", history.key)):
+            if name is not None and name not in fields:
+                raise ValueError(f"{where}{part}: the sequence has no field {name!r}; it has {list(fields)}")
+        if history.field is not None:
+            field = fields[history.field]
+            if (history.function == "mean") != (field.kind == "number"):
+                raise ValueError(
+                    f"{where}field: {field.name!r} is a {field.kind}, of which there is no {history.function}"
+                )
+            if strange := [
+                value for value in history.values or () if field.vocabulary and value not in field.vocabulary
+            ]:
+                raise ValueError(f"{where}values: {strange[0]!r} is not in the vocabulary of {field.name!r}")
+        if history.key is not None:
+            items = {item.name: item for item in self.side("item")}
+            name = history.feature or history.key
+            if name not in items:
+                raise ValueError(f"{where}feature: there is no feature {name!r} of side item; there are {list(items)}")
+            key, item = fields[history.key], items[name]
+            if key.kind == "number" or (key.kind, key.vocabulary) != (item.kind, item.vocabulary):
+                raise ValueError(
+                    f"{where}key: {history.key!r} of the sequence and feature {name!r} differ in kind or vocabulary"
+                )
 
     def _check_timeline_columns(self) -> None:
         """Require one meaning for every column ``sequence__field``, and no name that ends as times or event ids do."""
@@ -295,7 +385,11 @@ class Schema(Declaration):
 
     def side(self, *sides: Side) -> tuple[Feature, ...]:
         """The features that are read from columns of these sides' tables, in order of declaration."""
-        return tuple(feature for feature in self.features if feature.side in sides and feature.aggregate is None)
+        return tuple(
+            feature
+            for feature in self.features
+            if feature.side in sides and feature.aggregate is None and feature.history is None
+        )
 
     def aggregates(self, *sides: Side) -> tuple[Feature, ...]:
         """The features of these sides that are counted in the log, in order of declaration."""
@@ -341,6 +435,26 @@ class Schema(Declaration):
     def item_side(self) -> tuple[Feature, ...]:
         """All other features."""
         return tuple(feature for feature in self.features if feature.side not in ("user", "context"))
+
+    @property
+    def of_history(self) -> tuple[Feature, ...]:
+        """Features that are computed when samples are read (:mod:`features.history`)."""
+        return tuple(feature for feature in self.features if feature.history is not None)
+
+    @property
+    def stored_user_side(self) -> tuple[Feature, ...]:
+        """Those of :attr:`user_side` that the sample table stores."""
+        return tuple(feature for feature in self.user_side if feature.history is None)
+
+    @property
+    def stored_item_side(self) -> tuple[Feature, ...]:
+        """Those of :attr:`item_side` that the sample table stores."""
+        return tuple(feature for feature in self.item_side if feature.history is None)
+
+    def keyed_by(self, history: History) -> Feature:
+        """The feature of candidates that must equal the history's key."""
+        name = history.feature or history.key
+        return next(feature for feature in self.side("item") if feature.name == name)
 
     def profile_columns(self, role: Literal["users", "items"]) -> tuple[str, ...]:
         """Columns of a profile table whose values are read, its key left out. Without any the table is optional."""

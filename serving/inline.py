@@ -80,7 +80,7 @@ def _items(schema: Schema, known: Known, inline: Inline, item_ids: Sequence[str]
     if not inline.items:
         return items
     coded = {
-        place: _codes(f"candidates.{place}", schema.item_side, {"item_id": item_ids[place], **sent})
+        place: _codes(f"candidates.{place}", schema.stored_item_side, {"item_id": item_ids[place], **sent})
         for place, sent in inline.items.items()
     }
     items["item_known"] = np.array(items["item_known"])

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from features.encoding import encode_value
+from features.history import with_history
 from features.sample_table import column_of, end_column, feature_column, label_column, sample_schema, timeline_column
 from features.schema import Schema
 from features.store.reader import History, OnlineReader
@@ -78,7 +79,7 @@ def build_row(
         sequence.name: visible(known.histories[sequence.name], ts - log_delay, sequence.length)
         for sequence in schema.sequences
     }
-    layout = serving_schema(schema)
+    layout = serving_schema(schema, stored=True)
     request_type = layout.field("requests").type.value_type
     candidate_type = request_type.field("candidates").type.value_type
     candidates = _struct(candidate_type, {"item_id": item_ids, **known.items})
@@ -100,13 +101,18 @@ def build_row(
         for field in sequence.fields:
             columns[timeline_column(sequence, field)] = [timeline.fields[field.name]]
     rows = pa.table([_array(columns[field.name], field.type) for field in layout], schema=layout)
+    rows = with_history(rows, schema)
     return RequestRow(request_id, rows, known.user, known.items["item_known"].tolist(), degraded)
 
 
 @lru_cache(maxsize=16)
-def serving_schema(schema: Schema) -> pa.Schema:
-    """Layout of the sample table without the columns of training only: labels, weight and partition columns."""
-    full = sample_schema(schema)
+def serving_schema(schema: Schema, stored: bool = False) -> pa.Schema:
+    """Layout of the sample table without the columns of training only: labels, weight and partition columns.
+
+    Args:
+        stored: without the features of the visible history.
+    """
+    full = sample_schema(schema, stored)
     request = full.field("requests").type.value_type
     candidate = request.field("candidates").type.value_type
     left_out = {"weight", *[label_column(task) for task in schema.tasks]}

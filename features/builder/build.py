@@ -123,7 +123,7 @@ def build_partitions(
     # the samples last: a partition's record follows them
     _commit(settings, STATE, state_schema(settings.schema), partitions, files)
     _commit(settings, USER_AGGREGATES, user_aggregates_schema(settings.schema), partitions, files)
-    _commit(settings, SAMPLES, sample_schema(settings.schema), partitions, files)
+    _commit(settings, SAMPLES, sample_schema(settings.schema, stored=True), partitions, files)
     return counts
 
 

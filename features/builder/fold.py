@@ -52,6 +52,7 @@ from features.builder.states import (
 )
 from features.delta.table import together
 from features.encoding import bucket_column
+from features.history import with_history
 from features.sample_table import candidate_counts, sample_schema
 from features.schema import Sequence as BehaviourSequence
 from features.schema import partition_bounds
@@ -145,7 +146,7 @@ def rows_after(
         partition: the one that the requests lie in, whose events they see; None: nothing has happened since.
     """
     schema = settings.schema
-    rows = [unpartitioned(sample_schema(schema)).empty_table()]
+    rows = [unpartitioned(sample_schema(schema, stored=True)).empty_table()]
     opening, close = (
         partition_bounds(partition, settings.grain)
         if partition is not None
@@ -176,7 +177,7 @@ def rows_after(
             samples
             for _, samples in sample_rows(settings, part, [close], timelines, users, items, per_user, cross, per_item)
         ]
-    return pa.concat_tables(rows)
+    return with_history(pa.concat_tables(rows), schema)
 
 
 def _together(settings: BuildSettings, partitions: Sequence[str]) -> list[list[str]]:

@@ -52,7 +52,7 @@ def sample_rows(
         per_user, cross, per_item: the tallies of users, of users and keys, and of items.
     """
     schema = settings.schema
-    arrow = unpartitioned(sample_schema(schema))
+    arrow = unpartitioned(sample_schema(schema, stored=True))
     if impressions.is_empty():
         yield from ((close, arrow.empty_table()) for close in closes)
         return
@@ -74,7 +74,7 @@ def sample_rows(
         "ts",
         pl.col("known").alias("user_known"),
         *[end_column(sequence) for sequence in schema.sequences],
-        *[feature_column(feature) for feature in schema.user_side],
+        *[feature_column(feature) for feature in schema.stored_user_side],
         "candidates",
     )
     nested = requests.group_by(CLOSE, "user_id", maintain_order=True).agg(request.alias("requests"))
@@ -118,7 +118,7 @@ def _requests(
     candidate = pl.struct(
         "item_id",
         pl.col("known").alias("item_known"),
-        *[feature_column(feature) for feature in schema.item_side],
+        *[feature_column(feature) for feature in schema.stored_item_side],
         *[label_column(task) for task in schema.tasks],
         "weight",
     )

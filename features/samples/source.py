@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 
 from features.delta.paths import address, cannot_read, patient, table_store
+from features.history import history_columns, with_history
 from features.sample_table import between, concatenate, cut, sample_schema, sampled_before
 from features.schema import Schema
 
@@ -82,16 +83,21 @@ class SampleSource:
             CorankError: the file cannot be read; it is named.
         """
         store = table_store(self.root, self.storage_options)
-        full = sample_schema(self.schema)
-        columns = [name for name in full.names if name not in ("dt", "bucket") and (only is None or name in only)]
+        full = sample_schema(self.schema, stored=True)
+        # of what is told of the history the timelines are needed
+        needed = None if only is None else {*only, *history_columns(self.schema)}
+        columns = [name for name in full.names if name not in ("dt", "bucket") and (needed is None or name in needed)]
         try:
             rows = pq.read_table(file, filesystem=store, columns=columns, partitioning=None)
         except (OSError, pa.ArrowException) as error:
             raise cannot_read("samples", self.root, file, error) from error
         rows = rows.cast(pa.schema([full.field(name) for name in columns]))
         if self.replay is None:
-            return between(rows, self.low, self.high)
-        return sampled_before(between(rows, 0, self.high), self.low, self.replay.share, self.replay.seed)
+            rows = between(rows, self.low, self.high)
+        else:
+            rows = sampled_before(between(rows, 0, self.high), self.low, self.replay.share, self.replay.seed)
+        rows = with_history(rows, self.schema)
+        return rows if only is None else rows.select([name for name in rows.column_names if name in only])
 
     def dataset(self, seed: int | None = None) -> Any:
         """A Ray Data set of the rows, in a stable order of files, shuffled when a seed is given."""

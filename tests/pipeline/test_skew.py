@@ -15,7 +15,7 @@ from features.delta.table import Table
 from features.encoding import bucket_of
 from features.errors import CorankError
 from features.samples.source import SampleSource
-from features.schema import SECOND, partition_bounds
+from features.schema import SECOND, Feature, History, partition_bounds
 from pipeline.deployment import skew
 from pipeline.deployment.skew import SkewReport, replay, served_skew
 from serving.api import ModelDescription, RankRequest
@@ -34,6 +34,22 @@ from tests.features.worlds import (
     stretched,
     write_world,
 )
+
+TOLD = COUNTING.model_copy(
+    update={
+        "features": (
+            *COUNTING.features,
+            Feature(name="seen", side="user", history=History(sequence="watched")),
+            Feature(name="idle", side="user", scale="log", history=History(sequence="bought", function="age")),
+            Feature(
+                name="seconds_of_it",
+                side="cross",
+                history=History(sequence="watched", function="mean", field="seconds", key="item_id"),
+            ),
+        )
+    }
+)
+"""With features of the visible history."""
 
 SECONDS = 12
 """The world's days have so many in which anything happens."""
@@ -88,7 +104,7 @@ def test_served_features_are_those_that_the_log_gives_later_and_what_came_late_i
 ) -> None:
     """What a replay reads online is logged as the endpoint logs it, and compared as what it served."""
     tables = write_world(tmp_path, 4, users=6)
-    build = settings(tables, tmp_path, 3 * SECOND, schema=COUNTING)
+    build = settings(tables, tmp_path, 3 * SECOND, schema=TOLD)
     fold_all(build, DAYS, [])
     log, read = RequestLog(LogSettings(str(tmp_path / "served"), "day", seconds=600.0), lambda *_: None), skew.build_row
     numbers = iter(range(10**6))
@@ -98,7 +114,7 @@ def test_served_features_are_those_that_the_log_gives_later_and_what_came_late_i
         request = RankRequest(user_id=user, candidates=[*items], context=context, ts=ts)
         ranked = Ranked(np.zeros((len(items), 1)), "none", 0.0, 0.0, 0)
         order = list(reversed(range(len(items))))[:2]  # not all are answered
-        log.request(ServedRequest(request, row, ts, ranked, order, ModelDescription("1", COUNTING, {})))
+        log.request(ServedRequest(request, row, ts, ranked, order, ModelDescription("1", TOLD, {})))
         return row
 
     monkeypatch.setattr(skew, "build_row", logged)
@@ -124,12 +140,17 @@ def test_served_features_are_those_that_the_log_gives_later_and_what_came_late_i
     late.write_delta(tables["events"].uri, mode="append")
     found = served_skew(build, folder, DAYS[1], earlier, 0, lambda *_: None)
     differ = {name: (one.differ, one.missing, one.extra) for name, one in found.features.items() if one.differ}
-    assert set(differ) == {"watched.ts", "watched.item_id", "watched.seconds", "watched.shade"}
+    assert {"watched.ts", "watched.item_id", "watched.seconds", "watched.shade"} <= set(differ)
+    assert set(differ) <= {
+        *(f"watched.{name}" for name in ("ts", "item_id", "seconds", "shade")),
+        "seen",
+        "seconds_of_it",
+    }
     counts = differ["watched.ts"]
     assert 0 < counts[1] <= counts[0]  # of whom nothing else was seen
     assert counts[2] == 0
 
-    other = replace(build, schema=COUNTING.model_copy(update={"features": COUNTING.features[1:]}))
+    other = replace(build, schema=TOLD.model_copy(update={"features": TOLD.features[1:]}))
     with pytest.raises(CorankError, match=r"of \d+ logged requests none was answered by a model of the config"):
         served_skew(other, folder, DAYS[1], earlier, 0, lambda *_: None)
     with pytest.raises(CorankError, match="turns the log on"):

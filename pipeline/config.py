@@ -213,14 +213,20 @@ class Config(Declaration):
         """A path below the local folder."""
         return Path(_absolute(self.local or self.workspace)).joinpath(*parts)
 
-    def digest_of(self, *sections: str) -> str:
+    def digest_of(self, *sections: str, stored: bool = False) -> str:
         """Digest of these top-level sections alone, so that other keys re-run nothing.
 
         Credentials and CPU reservations change no result, so they are left out.
+
+        Args:
+            stored: of features only those that tables store: without the ones of the visible history.
         """
         content = self.model_dump(mode="json", exclude={"training": {"cpus_per_worker"}})
         for table in content["tables"].values():
             del table["storage_options"]
+        if stored:
+            plain = [feature for feature in content["features"] if feature["history"] is None]
+            content["features"] = [{k: value for k, value in feature.items() if k != "history"} for feature in plain]
         return digest({section: content[section] for section in sections})
 
 

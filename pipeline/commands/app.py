@@ -7,7 +7,7 @@ from io import TextIOWrapper
 
 import typer
 
-from pipeline.commands import endpoint, report, run, upkeep, watch
+from pipeline.commands import doctor, endpoint, report, run, upkeep, watch
 from pipeline.commands.features import features_app
 from pipeline.commands.imports import import_app
 from pipeline.commands.models import models_app
@@ -31,6 +31,7 @@ for command in (
     run.status,
     report.report,
     upkeep.repair,
+    doctor.doctor,
 ):
     app.command()(command)
 app.add_typer(import_app, name="import")

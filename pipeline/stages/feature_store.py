@@ -57,7 +57,7 @@ class FeatureStore(Stage[FeatureStoreRecord]):
     kinds = ("feast",)
 
     def inputs(self, workspace: Workspace) -> dict[str, str]:
-        settings = [STORE_LAYOUT, workspace.config.digest_of("feast", "features", "sequences")]
+        settings = [STORE_LAYOUT, workspace.config.digest_of("feast", "features", "sequences", stored=True)]
         return {partition: digest([inputs, settings]) for partition, inputs in state_inputs(workspace).items()}
 
     def stale(self, workspace: Workspace) -> list[str]:

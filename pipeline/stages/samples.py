@@ -160,7 +160,7 @@ def state_inputs(workspace: Workspace) -> dict[str, str]:
     from features.builder.states import LAYOUT
 
     settings = workspace.config.digest_of(
-        *DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start"
+        *DATA_SECTIONS, "buckets", "log_delay_seconds", "aggregates_delay_seconds", "start", stored=True
     )
     return workspace.log.chain(LAYOUT, settings)
 

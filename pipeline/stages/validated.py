@@ -48,7 +48,7 @@ class Validated(Stage[ValidatedRecord]):
     kinds = ("greatexpectations",)
 
     def inputs(self, workspace: Workspace) -> dict[str, str]:
-        settings = workspace.config.digest_of(*DATA_SECTIONS, "validation")
+        settings = workspace.config.digest_of(*DATA_SECTIONS, "validation", stored=True)
         log = workspace.log
         return {partition: digest([settings, log.fingerprint(partition)]) for partition in log.partitions}
 

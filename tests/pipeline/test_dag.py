@@ -21,6 +21,7 @@ import polars as pl
 import psutil
 import pytest
 from deltalake import DeltaTable
+from ray import serve
 
 from features.batch import collate
 from features.builder.fold import rows_after
@@ -31,6 +32,7 @@ from features.errors import CorankError, DataGateError
 from features.store.online import apply
 from features.store.reader import OnlineReader
 from models.artifact import load_artifact
+from pipeline.cluster import application
 from pipeline.commands.run import _work
 from pipeline.commands.skew import _served_skew
 from pipeline.commands.summary import gate_text, print_models, print_status, print_summary
@@ -481,6 +483,16 @@ def test_a_split_and_a_shadow_of_the_config_are_named_to_a_running_service(confi
     assert not {"split", "shadow"} & set(beside(split={"version": 1, "share": 0.2}, shadow=1))  # what answers anyway
     with pytest.raises(CorankError, match=r"serving.shadow: there is no version 7; there are \[1, 2\]"):
         beside(shadow=7)
+
+
+def test_the_application_of_a_rayservice_is_that_of_the_champion(config: Config, tmp_path: Path) -> None:
+    """As ``serve deploy`` and KubeRay build it, from the config's path alone."""
+    with pytest.raises(CorankError, match="name the config"):
+        application({})
+    folder = Path(config.workspace).parent
+    built = application({"config": str(folder / "config.yaml")})
+    assert isinstance(built, serve.Application)
+    assert (Workspace(config, Progress()).records.get(*SERVED) or {})["number"] == 1
 
 
 def test_the_report_of_a_version_is_one_file_without_a_script_error(config: Config, chromium: str) -> None:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from features.batch import Ids, Jagged, RequestBatch, Values
-from features.encoding import hash_ids
 
 GOLDEN = -7046029254386353131
 """2⁶⁴ divided by the golden ratio, as a signed integer; odd, so that multiples of it do not repeat."""
@@ -141,8 +140,8 @@ def _padded(keys: Tensor, count: int) -> Tensor:
 
 
 def _hashed(ids: np.ndarray) -> Tensor:
-    hashed = pl.select(hash_ids(pl.lit(pl.Series(ids.astype(str), dtype=pl.String)))).to_series()
-    return torch.from_numpy(hashed.to_numpy().astype(np.int64, copy=True))
+    """A hash of texts; all workers have the same version of Polars, on which it depends."""
+    return torch.from_numpy(pl.Series(ids, dtype=pl.String).hash().to_numpy().view(np.int64).copy())
 
 
 def _integers(values: Values) -> Tensor:

@@ -145,7 +145,7 @@ def cut(rows: pa.Table, candidates: int, events: int, sequences: tuple[Sequence,
 
 def column_of(rows: pa.Table, name: str) -> Any:
     column = rows[name]
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # of no rows there is no chunk
 
 
 def list_offsets(lists: Any) -> np.ndarray:

@@ -156,6 +156,10 @@ class History(Declaration):
     @classmethod
     def _values_are_text(cls, data: object) -> object:
         if isinstance(data, dict) and isinstance(data.get("values"), list):
+            if strange := [value for value in data["values"] if value is None or isinstance(value, list | dict)]:
+                raise ValueError(
+                    f"history.values: {strange[0]!r} is no value of a column; a text that looks so is quoted"
+                )
             texts = [str(value).lower() if isinstance(value, bool) else str(value) for value in data["values"]]
             return {**data, "values": texts}
         return data

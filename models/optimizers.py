@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,23 @@ class RowwiseAdagrad(torch.optim.Optimizer):
                 total = sums.index_select(0, rows) + values.square().mean(1)
                 sums.index_copy_(0, rows, total)
                 parameter.index_add_(0, rows, values / (total.sqrt() + group["eps"])[:, None], alpha=-group["lr"])
+
+
+class RMSProp(torch.optim.RMSprop):
+    """RMSProp whose weight decay is that of AdamW: a share of the weights, which no statistic divides."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, lr=lr)
+        self._decay = weight_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * self._decay)
+        super().step()
 
 
 class WeightAverage:
@@ -116,18 +134,16 @@ class WeightAverage:
             settled.fill_(self._steps)
 
 
-def warm_up_and_decay(step: int, steps: int, warmup: int, decay: str) -> float:
-    """Share of the learning rate in a step: rises linearly, then stays, or falls to 0 as a cosine or a line.
+def warm_up(step: int, steps: int) -> float:
+    """Share of the learning rate in a step, from 1 on: it rises linearly over so many steps."""
+    return min(1.0, step / steps) if steps else 1.0
+
+
+def decayed(done: float, kind: str) -> float:
+    """Share of the learning rate that is left when so much of a training is done, 0 … 1.
 
     Args:
-        step: from 1 on, of ``steps``.
-        decay: ``none``, ``cosine`` or ``linear``.
+        kind: ``none``, ``cosine`` or ``linear``: to 0 at the end.
     """
-    if step < warmup:
-        return step / warmup
-    if decay == "none":
-        return 1.0
-    left = 1 - min((step - warmup) / max(steps - warmup, 1), 1.0)
-    if decay == "linear":
-        return left
-    return float(0.5 - 0.5 * torch.cos(torch.tensor(left * torch.pi)))
+    left = max(1.0 - done, 0.0)
+    return {"none": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(left * math.pi)}[kind]

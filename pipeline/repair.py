@@ -371,16 +371,17 @@ def _checkpoints(workspace: Workspace) -> Iterator[Damage]:
     root = workspace.config.path("checkpoints")
     store, path = file_system(root)
     for training in store.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-        checkpoints = Checkpoints(f"{root}/{training.base_name}")
-        for epoch in checkpoints.damaged():
-            yield Damage(
-                checkpoints.folder(epoch),
-                "a checkpoint of a training",
-                "is damaged or was not finished",
-                "an epoch of a training, if that has not ended",
-                "removed; a training goes on from the one before",
-                partial(checkpoints.remove, epoch),
-            )
+        of_epochs = Checkpoints(f"{root}/{training.base_name}")
+        for checkpoints, lost in ((of_epochs, "an epoch"), (of_epochs.of_steps(), "some steps")):
+            for number in checkpoints.damaged():
+                yield Damage(
+                    checkpoints.folder(number),
+                    "a checkpoint of a training",
+                    "is damaged or was not finished",
+                    f"{lost} of a training, if that has not ended",
+                    "removed; a training goes on from the one before",
+                    partial(checkpoints.remove, number),
+                )
 
 
 # --- the feature store -----------------------------------------------------------------------------------

@@ -164,7 +164,7 @@ class RankRequest(BaseModel):
             {
                 place: {name: value for name, value in one.items() if name != "item_id"}
                 for place, one in enumerate(self.candidates)
-                if isinstance(one, dict)
+                if isinstance(one, dict) and len(one) > 1
             },
         )
 
@@ -243,7 +243,7 @@ class Service(Protocol):
 
     async def describe(self) -> ModelDescription: ...
 
-    async def require_ready(self) -> None: ...
+    async def require_ready(self) -> str | None: ...
 
     @property
     def metrics(self) -> Metrics: ...
@@ -317,11 +317,13 @@ def build_api(
     @api.get(READY)
     async def health() -> JSONResponse:
         try:
-            await service.require_ready()
+            degraded = await service.require_ready()
         except Exception as error:
             LOG.exception("the model does not answer")
             return _error(503, "not_ready", None, told(error))
-        return JSONResponse({"status": "ok"}, headers=limits)
+        # 200, as requests are answered: nobody is served better by taking the replica away
+        status = {"status": "ok"} if degraded is None else {"status": "degraded", "why": degraded}
+        return JSONResponse(status, headers=limits)
 
     @api.get(MODEL, **private)
     async def model() -> JSONResponse:

@@ -62,7 +62,8 @@ def with_inline(schema: Schema, known: Known, inline: Inline, user_id: str, item
     user, codes = known.user, dict(known.codes)
     if inline.user:
         user = True
-        codes |= _codes("user", (*schema.side("user"), *schema.aggregates("user")), {"user_id": user_id, **inline.user})
+        features = (*schema.side("user"), *schema.aggregates("user"))
+        codes |= _codes("user", features, inline.user, ("user_id", user_id))
     histories = dict(known.histories)
     sequences = {sequence.name: sequence for sequence in schema.sequences}
     for part, by_sequence in (("history", inline.history), ("recent", inline.recent)):
@@ -80,9 +81,12 @@ def _items(schema: Schema, known: Known, inline: Inline, item_ids: Sequence[str]
     if not inline.items:
         return items
     coded = {
-        place: _codes(f"candidates.{place}", schema.stored_item_side, {"item_id": item_ids[place], **sent})
+        place: _codes(f"candidates.{place}", schema.stored_item_side, sent, ("item_id", item_ids[place]))
         for place, sent in inline.items.items()
+        if sent  # an object with the id alone is the id
     }
+    if not coded:
+        return items
     items["item_known"] = np.array(items["item_known"])
     items["item_known"][list(coded)] = True
     for name in dict.fromkeys(name for codes in coded.values() for name in codes):
@@ -102,15 +106,21 @@ def _replaced(column: Column, new: Mapping[int, Any]) -> Column:
     return pa.array(values, column.type)
 
 
-def _codes(where: str, features: Iterable[Feature], sent: Mapping[str, Any]) -> dict[str, Any]:
-    """Codes by ``feature_column`` of the features whose columns were sent."""
+def _codes(where: str, features: Iterable[Feature], sent: Mapping[str, Any], key: tuple[str, str]) -> dict[str, Any]:
+    """Codes by ``feature_column`` of the features whose columns were sent, and of those of the key.
+
+    Args:
+        key: the id's column and value, which cannot be sent.
+    """
     by_source: dict[str, list[Feature]] = {}
     for feature in features:
         by_source.setdefault(feature.source, []).append(feature)
     codes = {}
-    for column, value in sent.items():
-        if column not in by_source and column not in ("user_id", "item_id"):
-            raise InvalidRequestError(f"{where}.{column}", f"the model reads no such column; it reads {[*by_source]}")
+    for column in sent:
+        if column not in by_source or column == key[0]:
+            readable = [name for name in by_source if name != key[0]]
+            raise InvalidRequestError(f"{where}.{column}", f"the model reads no such column; it reads {readable}")
+    for column, value in (key, *sent.items()):
         for feature in by_source.get(column, ()):
             codes[feature_column(feature)] = encode_value(feature, raw(feature, value, f"{where}.{column}"))
     return codes

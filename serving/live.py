@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from serving.api import ModelDescription, told
 from serving.inline import InvalidRequestError
 from serving.rankers import Rankers
 from serving.settings import ServingSettings, share_of_users
+from serving.store_thread import StoreThread
 
 FOLLOW_SECONDS = 1.0
 """Seconds between two looks at which model is to be served."""
@@ -72,7 +72,7 @@ class LiveModels:
 
     Args:
         reading: the thread that reads the online store.
-        erased: called when users were forgotten, with the time.
+        erased: awaited when users were forgotten, with the time.
         schema_changed: called when a model of another schema than the first is served.
 
     Attributes:
@@ -84,8 +84,8 @@ class LiveModels:
         self,
         settings: ServingSettings,
         rankers: Rankers,
-        reading: ThreadPoolExecutor,
-        erased: Callable[[], None],
+        reading: StoreThread,
+        erased: Callable[[int], Awaitable[None]],
         schema_changed: Callable[[Schema], None],
     ) -> None:
         self._settings, self._rankers, self._reading = settings, rankers, reading
@@ -143,6 +143,11 @@ class LiveModels:
         shadow = self._named.shadow if self._named is not None else None
         return self._beside.get(shadow) if shadow is not None else None
 
+    def answers(self, live: LiveModel) -> bool:
+        """Whether requests may be answered by this model."""
+        split = self._named.split if self._named is not None else None
+        return live is self._served or (split is not None and split[0] == live.artifact)
+
     @property
     def beside(self) -> dict[str, Any]:
         """Versions that answer beside the one that is served, and those that cannot."""
@@ -167,10 +172,9 @@ class LiveModels:
     async def _prepared(self, artifact: str) -> LiveModel:
         model = await self._rankers.describe(artifact)
         store = replace(self._settings.store, schema=model.schema)
-        loop = asyncio.get_running_loop()
-        reader = await loop.run_in_executor(self._reading, lambda: OnlineReader(store))
+        reader = await self._reading.run(lambda: OnlineReader(store))
         # a store that was lost has its views, but no tables: then this fails
-        await loop.run_in_executor(self._reading, lambda: reader.user(""))
+        await self._reading.run(lambda: reader.user(""))
         return LiveModel(artifact, model, reader)
 
     async def _wanted(self) -> Followed | None:
@@ -180,24 +184,31 @@ class LiveModels:
         document = await asyncio.to_thread(followed, self._settings.follow)
         if document is not None and document.erased > self.erased:
             self.erased = document.erased
-            self._tell_erased()
+            await self._tell_erased(self.erased)
             with suppress(UnavailableError):  # the next request tells it
                 await self._rankers.forget(self._settings.artifact, self.erased)
         return document
 
     async def _follow(self) -> None:
-        """Bind requests to each model that is to be served, once it is ready; ``refused`` says why one is not fit."""
+        """Bind requests to each model that is to be served, once it is ready; ``refused`` says why one is not fit.
+
+        A model is loaded beside this, which goes on looking: users who are forgotten meanwhile are.
+        """
+        changing: asyncio.Task[None] | None = None
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             wanted = await self._wanted()
-            if wanted is None or self._served is None:
+            if wanted is None or self._served is None or (changing is not None and not changing.done()):
                 continue
-            with suppress(UnavailableError):  # the ranker or the store does not answer; tried again
-                if wanted.artifact != self._served.artifact and (
-                    self.refused is None or wanted.artifact != self.refused["artifact"]
-                ):
-                    await self._switch(wanted.artifact)
-                await self._attend(wanted)
+            changing = asyncio.create_task(self._change(wanted, self._served))
+
+    async def _change(self, wanted: Followed, served: LiveModel) -> None:
+        with suppress(UnavailableError):  # the ranker or the store does not answer; tried again
+            if wanted.artifact != served.artifact and (
+                self.refused is None or wanted.artifact != self.refused["artifact"]
+            ):
+                await self._switch(wanted.artifact)
+            await self._attend(wanted)
 
     async def _attend(self, wanted: Followed) -> None:
         """Have the models beside the one that is served ready; one that is not fit is left out, and said.

@@ -87,5 +87,7 @@ class Rankers:
             try:
                 await self._handle.describe.remote(artifact)
                 return
-            except (RayError, RayServeException):
+            except (RayError, RayServeException) as failure:
+                if not isinstance(raised(failure), (RayError, RayServeException)):
+                    return  # what a model says is an answer, too: a ranker is there
                 await asyncio.sleep(0.2)

@@ -8,8 +8,8 @@ Below one folder, Delta tables partitioned by ``dt``, to which every service rep
     requests       one row per request: its features as the model read them, and its scores
     shadow         one row per candidate: the scores of the model that is asked, but not answered by
 
-Of users a share is logged, by hash, so that all that is known of a logged user is whole. What waits to be written is
-lost when a replica is killed.
+Of users a share is logged, by hash, so that all requests of a logged user are; feedback and pushed events are logged of
+everybody. What waits to be written is lost when a replica is killed.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ IMPRESSIONS, REQUESTS, EVENTS, SHADOW = "impressions", "requests", "events", "sh
 FEATURES, FROM_STORE = "features", "from_store"
 """Columns of ``requests``: :func:`schema_digest` of the model's features, and whether all of them were read online."""
 
-MOST_WAITING = 500_000
-"""Rows that wait to be written; what comes on top is not logged."""
+MOST_WAITING = 256 << 20
+"""Bytes of rows that wait to be written, about; what comes on top is not logged."""
 
-WRITE_AT = 50_000
-"""Waiting rows by which writing begins early."""
+WRITE_AT = 16 << 20
+"""Waiting bytes by which writing begins early."""
 
 WRITTEN, LOST = "written", "lost"
 
@@ -72,22 +72,57 @@ class ServedRequest:
     """A request that was answered.
 
     Attributes:
+        user_id, item_ids, context: as they were sent.
         row: its features as the model read them.
         ts: its time, microseconds UTC.
+        from_store: whether all of these were read online, and none was sent along.
+        ranked: its scores.
         ranking: places of its candidates in the order in which they were answered; those left out were not.
         model: the one that answered.
+        erased: when users had last been forgotten as it was read.
     """
 
-    request: RankRequest
+    user_id: str
+    item_ids: Sequence[str]
+    context: Mapping[str, Any]
     row: RequestRow
     ts: int
+    from_store: bool
     ranked: Ranked
     ranking: Sequence[int]
     model: ModelDescription
+    erased: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        request: RankRequest,
+        row: RequestRow,
+        ts: int,
+        ranked: Ranked,
+        ranking: Sequence[int],
+        model: ModelDescription,
+        erased: int = 0,
+    ) -> ServedRequest:
+        """What is logged of a request; the rest of it is not kept."""
+        ids, from_store = [str(item) for item in request.item_ids], not request.inline and row.degraded is None
+        context = dict(request.context)
+        return cls(str(request.user_id), ids, context, row, ts, from_store, ranked, ranking, model, erased)
 
     @property
-    def user_id(self) -> str:
-        return str(self.request.user_id)
+    def nbytes(self) -> int:
+        """About what it keeps in memory."""
+        return int(self.row.rows.nbytes) + self.ranked.scores.nbytes + 100 * len(self.item_ids) + 2_000
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What waits to be written: its table, rows (of a request, its impressions), bytes, and what they are made of."""
+
+    table: str
+    rows: int
+    nbytes: int
+    part: Any
 
 
 class RequestLog:
@@ -100,8 +135,8 @@ class RequestLog:
 
     def __init__(self, settings: LogSettings, counted: Callable[[str, str, int], None]) -> None:
         self._settings, self._counted = settings, counted
-        self._waiting: deque[tuple[str, int, Any]] = deque()
-        self._size = 0
+        self._waiting: deque[_Waiting] = deque()
+        self._nbytes, self._erased = 0, 0
         self._changing, self._writing = threading.Lock(), threading.Lock()
         self._due, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
@@ -113,17 +148,15 @@ class RequestLog:
 
     def request(self, request: ServedRequest) -> None:
         """Log a request that was answered, if its user's are."""
-        if self.wants(request.user_id):
-            self._put(REQUESTS, len(request.ranked.scores), request)
+        self._put_request(REQUESTS, request)
 
     def shadow(self, request: ServedRequest) -> None:
         """Log what another model would have answered, if the user's requests are logged."""
-        if self.wants(request.user_id):
-            self._put(SHADOW, len(request.ranked.scores), request)
+        self._put_request(SHADOW, request)
 
-    def feedback(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log labels: request_id, item_id, label, value, ts."""
-        self._put(FEEDBACK, len(rows), rows)
+    def feedback(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Log labels: request_id, item_id, label, value, ts; returns whether there was room."""
+        return self._put(_Waiting(FEEDBACK, len(rows), 500 * len(rows), rows))
 
     def events(self, role: str, events: pl.DataFrame, types: Mapping[str, Any]) -> None:
         """Log events that were pushed.
@@ -131,25 +164,28 @@ class RequestLog:
         Args:
             types: columns of the log of this role, and their Polars types; other columns are left out.
         """
-        self._put(f"{EVENTS}/{role}", events.height, (events, types))
+        size = int(events.estimated_size())
+        self._put(_Waiting(f"{EVENTS}/{role}", events.height, size, (events, types)))
 
-    def forget(self) -> None:
-        """Drop what waits: some of it may be of users who have just been forgotten."""
-        with self._changing:
-            for table, size, _ in self._waiting:
-                self._counted(table, LOST, size)
+    def forget(self, erased: int) -> None:
+        """Drop what waits, and what was read before a moment and comes later: some of it may be of users who were
+        forgotten then. Waits until what is being written is."""
+        with self._writing, self._changing:
+            self._erased = max(erased, self._erased)
+            for waiting in self._waiting:
+                self._lose(waiting)
             self._waiting.clear()
-            self._size = 0
+            self._nbytes = 0
 
     def flush(self) -> None:
         """Append all that waits now. What cannot be written is lost, and told in the service's log."""
         with self._writing:
             with self._changing:
-                waiting, self._waiting, self._size = self._waiting, deque(), 0
-            parts: dict[str, list[Any]] = {}
-            for table, _, part in waiting:
-                parts.setdefault(table, []).append(part)
-            for table, entries in parts.items():
+                waiting, self._waiting, self._nbytes = self._waiting, deque(), 0
+            by_table: dict[str, list[_Waiting]] = {}
+            for entry in waiting:
+                by_table.setdefault(entry.table, []).append(entry)
+            for table, entries in by_table.items():
                 self._write(table, entries)
 
     def close(self) -> None:
@@ -157,16 +193,30 @@ class RequestLog:
         self._ended = True
         self._due.set()
         self._thread.join()
+        self.flush()  # what came while the last ones were written
 
-    def _put(self, table: str, size: int, part: Any) -> None:
+    def _put_request(self, table: str, request: ServedRequest) -> None:
+        if self.wants(request.user_id):
+            waiting = _Waiting(table, len(request.ranking), request.nbytes, request)
+            if request.erased < self._erased:
+                self._lose(waiting)
+            else:
+                self._put(waiting)
+
+    def _put(self, waiting: _Waiting) -> bool:
         with self._changing:
-            if self._size + size > MOST_WAITING:
-                self._counted(table, LOST, size)
-                return
-            self._waiting.append((table, size, part))
-            self._size += size
-        if self._size >= WRITE_AT:
+            if self._nbytes + waiting.nbytes > MOST_WAITING:
+                self._lose(waiting)
+                return False
+            self._waiting.append(waiting)
+            self._nbytes += waiting.nbytes
+        if self._nbytes >= WRITE_AT:
             self._due.set()
+        return True
+
+    def _lose(self, waiting: _Waiting) -> None:
+        for name in _makers(waiting.table):
+            self._counted(name, LOST, _rows_of(name, waiting))
 
     def _run(self) -> None:
         while not self._ended:
@@ -174,22 +224,30 @@ class RequestLog:
             self._due.clear()
             self.flush()
 
-    def _write(self, table: str, entries: list[Any]) -> None:
+    def _write(self, table: str, entries: Sequence[_Waiting]) -> None:
         for name, make in _makers(table).items():
-            count = 0
+            waited = sum(_rows_of(name, entry) for entry in entries)
             try:
-                rows = make(entries)
-                count = rows.height
+                rows = make([entry.part for entry in entries])
                 dt = [partition_of(ts, self._settings.grain) for ts in rows["ts"]]
                 append(
                     f"{self._settings.folder}/{name}",
                     rows.with_columns(pl.Series("dt", dt, pl.String)).to_arrow(),
                     {},
                 )
-                self._counted(name, WRITTEN, count)
-            except Exception:  # whatever it is, requests are answered
-                self._counted(name, LOST, count or len(entries))
+            except BaseException:  # whatever it is, a panic of a library included: requests are answered
+                self._counted(name, LOST, waited)
                 LOG.exception("rows of the served log's table %s are lost", name)
+                continue
+            self._counted(name, WRITTEN, rows.height)
+            if make is _events and rows.height < waited:
+                self._counted(name, LOST, waited - rows.height)
+                LOG.error("%s events of %s do not fit the columns of its log", waited - rows.height, name)
+
+
+def _rows_of(table: str, waiting: _Waiting) -> int:
+    """How many rows of a table are made of what waits."""
+    return 1 if table == REQUESTS else waiting.rows
 
 
 def _makers(table: str) -> dict[str, Callable[[list[Any]], pl.DataFrame]]:
@@ -202,10 +260,15 @@ def _makers(table: str) -> dict[str, Callable[[list[Any]], pl.DataFrame]]:
 
 
 def _events(entries: Sequence[tuple[pl.DataFrame, Mapping[str, Any]]]) -> pl.DataFrame:
-    parts = [
-        events.select(pl.col(name).cast(kind) for name, kind in types.items() if name in events.columns)
-        for events, types in entries
-    ]
+    """Events in the types of their log; without those of which a value does not fit."""
+    parts = []
+    for events, types in entries:
+        names = [name for name in types if name in events.columns]
+        cast = events.select(pl.col(name).cast(types[name], strict=False) for name in names)
+        fits = pl.Series([True] * events.height)
+        for name in names:
+            fits &= cast[name].is_not_null() | events[name].is_null()
+        parts.append(cast.filter(fits))
     return pl.concat(parts, how="diagonal_relaxed")
 
 
@@ -215,12 +278,11 @@ def _impressions(requests: Sequence[ServedRequest]) -> pl.DataFrame:
 
 
 def _shown(served: ServedRequest) -> pl.DataFrame:
-    request, schema = served.request, served.model.schema
-    ids, scores = request.item_ids, served.ranked.scores[list(served.ranking)]
+    schema, scores = served.model.schema, served.ranked.scores[list(served.ranking)]
     count = len(served.ranking)
     context = {
         feature.source: pl.Series(
-            [_logged(feature, request.context.get(feature.source))] * count, dtype=_type(feature), strict=False
+            [_logged(feature, served.context.get(feature.source))] * count, dtype=_type(feature), strict=False
         )
         for feature in schema.side("context")
     }
@@ -229,7 +291,7 @@ def _shown(served: ServedRequest) -> pl.DataFrame:
             **context,
             "request_id": [served.row.request_id] * count,
             "user_id": [served.user_id] * count,
-            "item_id": [str(ids[place]) for place in served.ranking],
+            "item_id": [served.item_ids[place] for place in served.ranking],
             "ts": [served.ts] * count,
             "position": np.arange(count),
             "model_version": [served.model.version] * count,
@@ -272,7 +334,7 @@ def _of_schema(key: str, requests: Sequence[ServedRequest]) -> pl.DataFrame:
         "ts": request.field("ts"),
         "model_version": [served.model.version for served in requests],
         FEATURES: [key] * len(requests),
-        FROM_STORE: [not served.request.inline and served.row.degraded is None for served in requests],
+        FROM_STORE: [served.from_store for served in requests],
     }
     columns |= {
         field.name: request.field(field.name)

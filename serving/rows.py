@@ -6,7 +6,7 @@ What is not yet known at the time of the request is coded as unknown, as in the 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,7 @@ from features.encoding import encode_value
 from features.history import with_history
 from features.sample_table import column_of, end_column, feature_column, label_column, sample_schema, timeline_column
 from features.schema import Schema
-from features.store.reader import History, OnlineReader
+from features.store.reader import History, Known, OnlineReader
 from serving.inline import Inline, InvalidRequestError, raw, with_inline
 from serving.settings import MissingContext
 
@@ -54,6 +54,7 @@ def build_row(
     inline: Inline = NOTHING,
     request_id: str | None = None,
     degraded: str | None = None,
+    read: Callable[[], Known] | None = None,
 ) -> RequestRow:
     """Read the features of a request and lay them out.
 
@@ -66,13 +67,17 @@ def build_row(
         inline: what the request brings along in place of what is stored.
         request_id: default: a new one.
         degraded: why nothing is to be read: user and items are unknown then.
+        read: reads what is known; default: from ``reader``.
 
     Raises:
         InvalidRequestError: the context, or what is sent along, is not what the schema declares.
     """
     schema, request_id = reader.schema, request_id or uuid.uuid4().hex
     context_codes = encode_context(schema, context, missing_context)
-    known = reader.request(user_id, item_ids, ts) if degraded is None else reader.unknown(item_ids)
+    if degraded is not None:
+        known = reader.unknown(item_ids)
+    else:
+        known = read() if read is not None else reader.request(user_id, item_ids, ts)
     if inline:
         known = with_inline(schema, known, inline, user_id, item_ids)
     timelines = {

@@ -7,10 +7,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -45,9 +45,27 @@ from serving.memo import Ranked, in_order
 from serving.metrics import Metrics
 from serving.rankers import Rankers
 from serving.rate import Rate
-from serving.request_log import RequestLog, ServedRequest
+from serving.request_log import EVENTS as LOGGED_EVENTS
+from serving.request_log import LOST, RequestLog, ServedRequest
 from serving.rows import RequestRow, build_row, chunks
 from serving.settings import ServingSettings
+from serving.store_thread import StoreThread
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer, and what it was made of (:class:`serving.request_log.ServedRequest`)."""
+
+    ts: int
+    row: RequestRow
+    erased: int
+    ranked: Ranked
+    order: Sequence[int]
+    content: dict[str, Any]
+
+    def served(self, request: RankRequest, model: ModelDescription) -> ServedRequest:
+        return ServedRequest.of(request, self.row, self.ts, self.ranked, self.order, model, self.erased)
+
 
 MOST_SHADOWED = 8
 """Requests of which a shadow is asked at a time; of others it is not."""
@@ -68,9 +86,12 @@ class RankingService:
     def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
         self._settings = settings
         self.metrics = Metrics(f"{socket.gethostname()}:{os.getpid()}")
-        self._reading = ThreadPoolExecutor(1, thread_name_prefix="feature-store-reader")
+        self._reading, self._shadow_reading = StoreThread("feature-store-reader"), StoreThread("shadow-reader")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
-        self._telling, self._console = ThreadPoolExecutor(1, thread_name_prefix="console"), Console(settings.store)
+        self._telling, self._console = (
+            ThreadPoolExecutor(1, thread_name_prefix="console"),
+            Console(settings.store, settings.log_delay),
+        )
         self._log = RequestLog(settings.log, self.metrics.logged) if settings.log is not None else None
         self._rankers = Rankers(ranker, settings.options.ranker_replicas)
         self._models = LiveModels(settings, self._rankers, self._reading, self._forget, self._write_to)
@@ -98,14 +119,24 @@ class RankingService:
         """What the ranker serves, asked anew each time."""
         return await self._rankers.describe((await self._models.open()).artifact)
 
-    async def require_ready(self) -> None:
-        """
+    async def require_ready(self) -> str | None:
+        """Why requests are answered without the online store now; None: they are answered with it.
+
         Raises:
-            CorankError: the model does not answer, or the online store cannot be read.
+            CorankError: the model does not answer; or the store, and ``store_deadline_ms`` is null.
         """
         live = await self._models.open()
         await self._rankers.describe(live.artifact)
-        await _in_thread(self._reading, lambda: live.reader.user(""))
+        deadline = self._settings.options.store_deadline_ms
+        try:
+            await self._reading.result(
+                lambda: self._reading.timed(lambda: live.reader.user("")), deadline and deadline / 1e3
+            )
+        except (TimeoutError, UnavailableError) as error:
+            if deadline is None:
+                raise
+            return str(error) or f"the online store did not answer within {deadline:g} ms"
+        return None
 
     @property
     def served(self) -> str | None:
@@ -160,6 +191,8 @@ class RankingService:
     async def explain(self, request: RankRequest) -> dict[str, Any]:
         """An answer, with ``history``: per sequence its events in readable form and the attention of every candidate.
 
+        It is neither logged nor asked of a shadow: nobody is shown anything.
+
         Raises:
             InvalidRequestError, OverloadedError, UnavailableError: as :meth:`rank` raises them.
         """
@@ -167,15 +200,11 @@ class RankingService:
             raise InvalidRequestError("candidates", f"has {len(request.candidates)} items; at most {MOST_EXPLAINED}")
         with self._admission("rank"):
             live = await self._models.bind(str(request.user_id), request.model_version)
-            ts = request.ts if request.ts is not None else time.time_ns() // 1_000
-            bound = request.model_copy(update={"ts": ts})
-            content = await self._answer(live, bound, self._weights(live, request))
-            row, _ = await self._read(live, bound, ts)
-            attention = await self._rankers.explain(live.artifact, row.rows)
-            history = self._console.history
-            return content | {
-                "history": await _in_thread(self._telling, lambda: history(live.model.schema, row, attention))
-            }
+            answered = await self._scored(live, request, self._weights(live, request))
+            attention = await self._rankers.explain(live.artifact, answered.row.rows)
+            history, schema = self._console.history, live.model.schema
+            told = await _in_thread(self._telling, lambda: history(schema, answered.row, attention))
+            return answered.content | {"history": told}
 
     async def about(self) -> dict[str, Any]:
         """What the console proposes to ask (:meth:`serving.console.Console.about`)."""
@@ -196,21 +225,27 @@ class RankingService:
         return weights_of(request, live.model.tasks, limits.weights)
 
     async def _answer(self, live: LiveModel, request: RankRequest, weights: np.ndarray) -> dict[str, Any]:
+        answered = await self._scored(live, request, weights)
+        if self._log is not None:
+            self._log.request(answered.served(request, live.model))
+        if (shadow := self._models.shadow) is not None and shadow is not live:
+            self._ask_too(shadow, request, answered, live)
+        return answered.content
+
+    async def _scored(self, live: LiveModel, request: RankRequest, weights: np.ndarray) -> Answered:
         started = time.perf_counter()
         ts = request.ts if request.ts is not None else time.time_ns() // 1_000
-        row, erased = await self._read(live, request, ts)
+        row, erased = await self._read(live, request, ts, self._reading)
         read = time.perf_counter()
         ranked = await self._ranked(live, request, row, erased)
         self.memo_bytes = ranked.memo_bytes
         order = ranking_of(ranked.scores, weights, request.top_k)
-        if self._log is not None:
-            self._log.request(ServedRequest(request, row, ts, ranked, order, live.model))
-        if (shadow := self._models.shadow) is not None and shadow is not live:
-            self._ask_too(shadow, request, ts, ranked, live)
         seconds = {"features": read - started, "model": time.perf_counter() - read}
-        return answer(request, ts, row, live.model, ranked, seconds, order)
+        return Answered(ts, row, erased, ranked, order, answer(request, ts, row, live.model, ranked, seconds, order))
 
-    async def _read(self, live: LiveModel, request: RankRequest, ts: int) -> tuple[RequestRow, int]:
+    async def _read(
+        self, live: LiveModel, request: RankRequest, ts: int, thread: StoreThread
+    ) -> tuple[RequestRow, int]:
         """A request's row, and when users had last been forgotten as it was read.
 
         Raises:
@@ -218,24 +253,26 @@ class RankingService:
             UnavailableError: the store does not answer, and ``store_deadline_ms`` is null.
         """
         settings, erased = self._settings, self._models.erased  # before the row: it may hold what is erased meanwhile
-        deadline = settings.options.store_deadline_ms
+        options, deadline = settings.options, settings.options.store_deadline_ms
+        user_id, items = str(request.user_id), [str(item) for item in request.item_ids]
 
         def row(degraded: str | None = None) -> RequestRow:
             return build_row(
                 live.reader,
                 settings.log_delay,
-                str(request.user_id),
-                [str(item) for item in request.item_ids],
+                user_id,
+                items,
                 request.context,
                 ts,
-                settings.options.missing_context,
+                options.missing_context,
                 request.inline,
                 None if request.request_id is None else str(request.request_id),
                 degraded,
+                lambda: thread.timed(lambda: live.reader.request(user_id, items, ts)),
             )
 
         try:
-            return await asyncio.wait_for(_in_thread(self._reading, row), deadline and deadline / 1e3), erased
+            return await thread.result(row, deadline and deadline / 1e3), erased
         except TimeoutError:
             reason = f"the online store did not answer within {deadline:g} ms"
         except UnavailableError as error:
@@ -243,7 +280,7 @@ class RankingService:
                 raise
             reason = str(error)
         LOG.error("request of an unknown user and items: %s", reason)
-        return row(reason), erased
+        return await asyncio.to_thread(row, reason), erased
 
     async def _ranked(self, live: LiveModel, request: RankRequest, row: RequestRow, erased: int) -> Ranked:
         options, user_id = self._settings.options, str(request.user_id)
@@ -252,12 +289,14 @@ class RankingService:
         parts = [await self._rankers.rank(user_id, live.artifact, part, erased) for part in chunks(row.rows, most)]
         return in_order(parts)
 
-    def _ask_too(self, shadow: LiveModel, request: RankRequest, ts: int, ranked: Ranked, live: LiveModel) -> None:
+    def _ask_too(self, shadow: LiveModel, request: RankRequest, answered: Answered, live: LiveModel) -> None:
         """Compare the scores of another model with those that are answered, without anybody waiting for it."""
+        # a model that also answers has one reader, which one thread uses
+        thread = self._reading if self._models.answers(shadow) else self._shadow_reading
 
         async def compare() -> None:
             try:
-                row, erased = await self._read(shadow, request, ts)
+                row, erased = await self._read(shadow, request, answered.ts, thread)
                 other = await self._ranked(shadow, request, row, erased)
             except Exception:  # the answer is on its way
                 LOG.exception("the shadow %s does not answer", shadow.model.version)
@@ -266,11 +305,12 @@ class RankingService:
             for task in [task for task in live.model.tasks if task in shadow.model.tasks]:
                 of_both = [
                     scored.scores[:, model.tasks.index(task)]
-                    for scored, model in ((ranked, live.model), (other, shadow.model))
+                    for scored, model in ((answered.ranked, live.model), (other, shadow.model))
                 ]
                 self.metrics.shadowed(task, *of_both)
             if self._log is not None:
-                self._log.shadow(ServedRequest(request, row, ts, other, range(len(other.scores)), shadow.model))
+                whole = replace(answered, row=row, erased=erased, ranked=other, order=range(len(other.scores)))
+                self._log.shadow(whole.served(request, shadow.model))
 
         if len(self._shadowing) >= MOST_SHADOWED:
             self.metrics.shadow_failed()
@@ -279,9 +319,9 @@ class RankingService:
         self._shadowing.add(task)
         task.add_done_callback(self._shadowing.discard)
 
-    def _forget(self) -> None:
+    async def _forget(self, erased: int) -> None:
         if self._log is not None:
-            self._log.forget()
+            await asyncio.to_thread(self._log.forget, erased)
 
     def _write_to(self, schema: Schema) -> None:
         """The config has changed: pushes fill the views that its models read."""
@@ -296,6 +336,7 @@ class RankingService:
 
         Raises:
             InvalidRequestError: nothing is logged, or a label is no task of the model.
+            OverloadedError: there is no room for them.
         """
         if self._log is None:
             raise InvalidRequestError("feedback", "is not logged here; serving.log_share turns the log on")
@@ -304,7 +345,7 @@ class RankingService:
             if label.label not in tasks:
                 problem = f"{label.label!r} is no task of the model; there are: {', '.join(tasks)}"
                 raise InvalidRequestError(f"feedback.{place}.label", problem)
-        self._log.feedback(
+        accepted = self._log.feedback(
             [
                 {
                     "request_id": str(label.request_id),
@@ -316,6 +357,8 @@ class RankingService:
                 for label in request.feedback
             ]
         )
+        if not accepted:
+            raise OverloadedError("more waits to be logged than can be written; try again later")
         return {"accepted": len(request.feedback)}
 
     async def push(self, request: EventsRequest) -> dict[str, Any]:
@@ -359,7 +402,11 @@ class RankingService:
             place = f"events.{first}.{alone.column}" if first is not None and alone.column else "events"
             raise InvalidRequestError(place, str(alone)) from error
         if self._log is not None:
-            self._log.events(table, _frame(events), writer.log_types(table))
+            try:
+                self._log.events(table, _frame(events), writer.log_types(table))
+            except CorankError:  # they are stored; their log cannot be looked at
+                self.metrics.logged(f"{LOGGED_EVENTS}/{table}", LOST, len(events))
+                LOG.exception("events that were pushed to %s are not logged", table)
         return added
 
     @contextmanager

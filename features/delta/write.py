@@ -18,12 +18,17 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from features.delta.paths import address, patient, table_store
 from features.errors import CorankError, first_line, writing
 
 DATA_FILE = re.compile(r"part-[0-9a-f]{32}(?:-([0-9a-f]{32}))?\.parquet")
 """Names of the files that :func:`write_file` writes: unique, and with the digest of all their bytes."""
+
+
+APPENDS = 12
+"""How often an append is tried that meets those of others."""
 
 
 @dataclass(frozen=True)
@@ -185,16 +190,24 @@ def replace_partitions(
 def append(root: str, rows: pa.Table, options: Mapping[str, str]) -> None:
     """Add rows to a table that is partitioned by ``dt``; it is made, or gets new columns, where needed.
 
-    Several processes may append at a time.
+    Several processes may append at a time: what meets the commit of another is tried again, as nothing of it was added.
 
     Raises:
-        CorankError: a column has another type than in the table, or the storage is full or out of reach.
+        CorankError: it met others again and again; a column has another type than in the table, or the storage is full
+            or out of reach.
     """
     if "://" not in root:
         Path(root).mkdir(parents=True, exist_ok=True)
+    retried = Retrying(
+        retry=retry_if_exception(_met_another),
+        stop=stop_after_attempt(APPENDS),
+        wait=wait_random_exponential(multiplier=0.05, max=2),
+        reraise=True,
+    )
     try:
         with committing(root):
-            write_deltalake(
+            retried(
+                write_deltalake,
                 address(root),
                 rows,
                 mode="append",
@@ -204,6 +217,11 @@ def append(root: str, rows: pa.Table, options: Mapping[str, str]) -> None:
             )
     except (DeltaError, pa.ArrowInvalid) as error:
         raise CorankError(f"table at {root}: nothing was added to it: {first_line(error)}") from error
+
+
+def _met_another(error: BaseException) -> bool:
+    """Whether a commit failed because another one came first, or made the table first."""
+    return isinstance(error, CommitFailedError) or (isinstance(error, DeltaError) and "already exists" in str(error))
 
 
 @contextmanager

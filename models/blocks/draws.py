@@ -57,7 +57,8 @@ class Draws:
     def words(self, count: int) -> Tensor:
         """Random bits for every row, [B, count]; another call gives others."""
         self.calls += 1
-        call = _mixed(torch.tensor([self.seed * 1_000_003 + self.calls]))
+        number = self.seed * 1_000_003 + self.calls
+        call = _mixed(torch.tensor([(number + 2**63) % 2**64 - 2**63]))  # of 64 bits, as a tensor holds them
         of_row = _mixed(self.rows ^ call.to(self.rows.device))
         place = torch.arange(1, count + 1, device=self.rows.device) * GOLDEN
         return _mixed(of_row[:, None] + place)

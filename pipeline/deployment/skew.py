@@ -189,10 +189,10 @@ def served_skew(
     shown = Table("served impressions", f"{folder}/{IMPRESSIONS}")
     if not (requests.exists() and shown.exists()):
         raise CorankError(f"no request was logged at {folder}; `serving.log_share` turns the log on")
-    logged = requests.collect(requests.scan([partition]), [partition]).unique(
-        "request_id", keep="first", maintain_order=True
-    )
-    comparable = logged.filter((pl.col(FEATURES) == schema_digest(schema)) & pl.col(FROM_STORE))
+    logged = requests.collect(requests.scan([partition]), [partition])
+    # callers choose ids: one that names several requests tells of none which is which
+    once = logged.filter(pl.col("request_id").is_unique())
+    comparable = once.filter((pl.col(FEATURES) == schema_digest(schema)) & pl.col(FROM_STORE))
     if comparable.is_empty():
         raise CorankError(
             f"partition {partition}: of {logged.height:,} logged requests none was answered by a model of the config's "

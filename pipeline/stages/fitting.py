@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from features.errors import NoSpaceError, message_of
 from pipeline.progress import Eta
 from pipeline.training.checkpoints import Checkpoints
 
@@ -25,7 +26,7 @@ def fit(workspace: Workspace, line: Line, job: TrainingJob) -> TrainingResult:
     from pipeline.training.training import train
 
     config, eta, epochs = workspace.config, Eta(), job.training.epochs
-    tasks = [task.name for task in job.schema.tasks]
+    tasks, failed = [task.name for task in job.schema.tasks], list[Exception]()
 
     def tell(report: Any) -> None:
         if "note" in report:
@@ -39,7 +40,14 @@ def fit(workspace: Workspace, line: Line, job: TrainingJob) -> TrainingResult:
             for metric in ("auc", "uauc")
             if report.get(f"{task}_{metric}") is not None
         }
-        log(report["step"], measured)
+        try:
+            log(report["step"], measured)
+        except NoSpaceError:
+            raise
+        except Exception as error:  # a chart is no reason to end a training
+            if not failed:
+                workspace.progress.note(f"MLflow shows no more of this training: {message_of(error)}")
+            failed.append(error)
         score = report.get(f"{job.gate_task}_auc")
         metric = f", validation AUC {score:.4f}" if score is not None else ""
         metric = f", loss {', '.join(f'{task} {loss:.4f}' for task, loss in losses.items())}" if losses else metric

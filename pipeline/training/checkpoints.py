@@ -69,7 +69,7 @@ class Checkpoints:
         if self._digest(epoch) != self._expected(epoch):
             raise CorankError(f"checkpoint {self.folder(epoch)} is damaged; run again to continue from the one before")
         with self.fs.open_input_file(f"{self.folder(epoch)}/{STATE}") as stream:
-            return dict(torch.load(stream, weights_only=True))
+            return dict(torch.load(stream, map_location="cpu", weights_only=True))
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
         """Write the state after an epoch and drop all but the newest two; a half-written checkpoint does not count."""

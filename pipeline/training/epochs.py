@@ -73,9 +73,8 @@ def run_epochs(job: TrainingJob, checkpoints: Checkpoints, place: Place) -> str 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_world))
     model = initial_model(job).to(device)
     trainer = Trainer(job, model, rank, world, device)
-    if job.optimizers is not None:
-        for optimizer, saved in zip(trainer.optimizers, job.optimizers, strict=True):
-            optimizer.load_state_dict(saved)
+    if job.optimizers is not None and not trainer.warm_start(job.optimizers) and rank == 0:
+        place.tell({"note": "training.optimizer is another one than before: what it knows of the weights begins anew"})
     progress = Progress(checkpoints, place, job.gate_task)
     progress.resume(trainer)
     for epoch in range(progress.state["epoch"], options.epochs):
@@ -87,7 +86,8 @@ def run_epochs(job: TrainingJob, checkpoints: Checkpoints, place: Place) -> str 
             job.pace.batch_candidates, options.batch_events, seed, within["steps"], in_process=device.type == "cpu"
         )
         for rows in ahead(batches):
-            step = trainer.step(rows)
+            done = (epoch + within["candidates"] / max(job.pace.candidates, 1)) / options.epochs
+            step = trainer.step(rows, done)
             if not step.finite:
                 where = f"training stopped in epoch {epoch + 1}, step {within['steps'] + 1}"
                 return f"{where}: {explain(job, model, rows, world, device)}" if rank == 0 else None
@@ -106,8 +106,8 @@ def run_epochs(job: TrainingJob, checkpoints: Checkpoints, place: Place) -> str 
                 )
             if options.checkpoint_steps and within["steps"] % options.checkpoint_steps == 0:
                 progress.save_step(trainer)
-        if epoch + 1 == options.epochs:
-            trainer.finish()
+        if epoch + 1 == options.epochs and not trainer.finish():
+            return f"training stopped after epoch {epoch + 1}: the last gradients are not finite" if rank == 0 else None
         failure = progress.end_epoch(job, trainer)
         if failure:
             return failure
@@ -156,7 +156,7 @@ class Progress:
         if self._place.rank:
             return
         self._wait()
-        state = copy.deepcopy({**self.state, **trainer.state_dict()})  # the training goes on changing it
+        state = _on_host({**self.state, **trainer.state_dict()})  # a copy: the training goes on changing it
         self._written = self._writer.submit(self._steps.save, trainer.steps, state)
 
     def end_epoch(self, job: TrainingJob, trainer: Trainer) -> str | None:
@@ -203,6 +203,17 @@ class Progress:
     def _wait(self) -> None:
         if self._written is not None:
             self._written.result()
+
+
+def _on_host(state: Any) -> Any:
+    """A copy in main memory, which a GPU does not hold beside its own."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _on_host(part) for name, part in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_on_host(part) for part in state)
+    return copy.deepcopy(state)
 
 
 def _nothing() -> dict[str, Any]:

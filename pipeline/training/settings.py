@@ -117,10 +117,6 @@ class Pace:
     batch_candidates: int
     warmup_steps: int
 
-    def steps(self, epochs: int) -> int:
-        """Of a training of so many epochs, about."""
-        return epochs * -(-self.candidates // self.batch_candidates)
-
 
 class TrainingConfig(Declaration):
     epochs: int = Field(6, ge=1)

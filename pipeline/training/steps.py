@@ -6,6 +6,7 @@ workers changes speed and nothing else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from features.sample_table import column_of, label_column
 from features.schema import Schema
 from models.blocks.draws import drawing, row_keys
 from models.losses import task_losses
-from models.optimizers import RowwiseAdagrad, WeightAverage, warm_up_and_decay
+from models.optimizers import RMSProp, RowwiseAdagrad, WeightAverage, decayed, warm_up
 from models.protocol import RankingModel
 from pipeline.training.gradients import Gradients
 from pipeline.training.job import TrainingJob
@@ -66,12 +67,17 @@ class Trainer:
             if options.average
             else None
         )
-        self.steps = 0
+        self.steps, self._done = 0, 0.0
         self._task_weights = torch.tensor([task.weight for task in job.schema.tasks], device=device)
 
-    def step(self, rows: pa.Table) -> Step:
-        """Train on these rows, which all workers are given."""
+    def step(self, rows: pa.Table, done: float = 0.0) -> Step:
+        """Train on these rows, which all workers are given.
+
+        Args:
+            done: share of the training's candidates before them, by which the learning rates decay.
+        """
         self.steps += 1
+        self._done = done
         for parameter in self.model.parameters():
             parameter.grad = None
         losses = self._backward(rows)
@@ -87,13 +93,20 @@ class Trainer:
             self._update(dense=has_dense)
         return Step(told[1:].tolist(), finite)
 
-    def finish(self) -> None:
-        """After the last step: use the gradients that are still on their way, if they are stale."""
+    def finish(self) -> bool:
+        """After the last step: use the gradients that are still on their way, if they are stale.
+
+        Returns:
+            whether they were finite; if not, no weight was changed.
+        """
         for parameter in self.model.parameters():
             parameter.grad = None
-        if self.gradients.flush():
-            self._clip()
+        if not self.gradients.flush():
+            return True
+        finite = bool(self._clip().isfinite().item())
+        if finite:
             self._update(dense=True)
+        return finite
 
     def published(self) -> dict[str, Tensor]:
         """What the model would be published with now: the average of its weights, where one is kept."""
@@ -110,6 +123,22 @@ class Trainer:
             "pending": self.gradients.pending,
         }
 
+    def warm_start(self, states: Sequence[dict[str, Any]]) -> bool:
+        """Begin with what the optimizers of another training knew; their options stay those of this one.
+
+        Returns:
+            whether all are of the kinds of this one; one that is not begins anew.
+        """
+        fits = True
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            own = optimizer.state_dict()
+            known: dict[str, Any] = next(iter(saved["state"].values()), {})
+            if not _same_kind(optimizer, known):
+                fits = False
+                continue
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+        return fits
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["step"]
         self.model.load_state_dict(state["model"])
@@ -125,10 +154,9 @@ class Trainer:
         share = share_of(rows, self.rank, self.world)
         empty = share.num_rows == 0
         batch = collate(rows.slice(0, 1) if empty else share, self.job.schema)
-        keys = row_keys(batch)
         batch = compress(batch).to(self.device)
         with (
-            drawing(options.seed * 1_000_003 + self.steps, keys),
+            drawing(options.seed * 1_000_003 + self.steps, row_keys(batch)),
             torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"),
         ):
             logits = self.model(batch)
@@ -144,7 +172,7 @@ class Trainer:
 
     def _update(self, dense: bool) -> None:
         pace, options = self.job.pace, self.job.training
-        part = warm_up_and_decay(self.steps, pace.steps(options.epochs), pace.warmup_steps, options.decay)
+        part = warm_up(self.steps, pace.warmup_steps) * decayed(self._done, options.decay)
         if self.average is not None:
             self.average.before_step()
         for optimizer, rate in zip(self.optimizers[0 if dense else 1 :], self._rates[0 if dense else 1 :], strict=True):
@@ -153,6 +181,19 @@ class Trainer:
             optimizer.step()
         if self.average is not None:
             self.average.after_step()
+
+
+def _same_kind(optimizer: torch.optim.Optimizer, known: dict[str, Any]) -> bool:
+    """Whether a parameter's state is of this kind of optimizer."""
+    kinds: dict[type, set[str]] = {
+        torch.optim.AdamW: {"exp_avg", "exp_avg_sq"},
+        RMSProp: {"square_avg"},
+        torch.optim.Adagrad: {"sum", "step"},
+        RowwiseAdagrad: {"sum"},
+    }
+    wanted = kinds[type(optimizer)]
+    of_rows = isinstance(optimizer, RowwiseAdagrad) == ("sum" in known and known["sum"].dim() == 1)
+    return not known or (wanted <= set(known) and of_rows)
 
 
 def share_of(rows: pa.Table, rank: int, world: int) -> pa.Table:
@@ -170,7 +211,7 @@ def step_weights(rows: pa.Table, schema: Schema) -> Tensor:
 
 def _dense_optimizer(options: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     if options.optimizer == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
+        return RMSProp(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
     return torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
 
 

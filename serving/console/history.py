@@ -30,19 +30,25 @@ OLD = 2 * 86_400 * SECOND
 """Microseconds after which a log's newest state is taken to be history, which is asked about at its own time."""
 
 
-class Console:
-    """Reads the tables behind a store when the page first asks; not for several threads at once."""
+KEPT_SECONDS = 60.0
+"""After which what is proposed is read again."""
 
-    def __init__(self, store: FeatureStoreSettings) -> None:
-        self._store = store
+
+class Console:
+    """Reads the tables behind a store when the page asks, seldom; not for several threads at once."""
+
+    def __init__(self, store: FeatureStoreSettings, log_delay: int) -> None:
+        self._store, self._log_delay = store, log_delay
+        self._last: tuple[float, tuple[list[str], list[str], int | None]] | None = None
         self._names: dict[str, dict[int, str]] = {}
 
     def about(self, schema: Schema) -> dict[str, Any]:
-        """Users and items to propose, the time to ask at, and the columns that a request needs."""
+        """Users and items to propose, the time to ask at, the log's delay, and the columns that a request needs."""
         users, popular, ts = self._proposed(schema)
         return {
             "users": users,
             "popular": popular,
+            "log_delay": self._log_delay,
             "ts": ts if ts is not None and ts < time.time_ns() // 1_000 - OLD else None,
             "context": [
                 {"name": feature.source, "kind": feature.kind, "multi": feature.multi, "values": feature.vocabulary}
@@ -91,29 +97,35 @@ class Console:
 
     def _proposed(self, schema: Schema) -> tuple[list[str], list[str], int | None]:
         """Users with new events, items that these are of, most frequent first, then others, and the state's time."""
-        state = self._store.state
-        rows = _newest(state)
-        if rows.is_empty():
-            return [], [], None
-        codes = [
-            rows[timeline_column(sequence, field)].explode()
+        if self._last is not None and time.monotonic() - self._last[0] < KEPT_SECONDS:
+            return self._last[1]
+        items = [
+            timeline_column(sequence, field)
             for sequence in schema.sequences
             for field in sequence.fields
-            if field.source == "item_id" and timeline_column(sequence, field) in rows.columns
+            if field.source == "item_id"
         ]
+        rows = _newest(self._store.state, ["user_id", "ts", *items])
+        if rows.is_empty():
+            return [], [], None
+        codes = [rows[column].explode() for column in items if column in rows.columns]
         counts = pl.concat(codes).drop_nulls().value_counts(sort=True) if codes else pl.DataFrame()
         names = self._names_of("item_id")
         frequent = [names[code] for code in (counts.to_series(0) if counts.width else []) if code in names]
         popular = list(dict.fromkeys([*frequent, *sorted(names.values())[:SHOWN]]))
-        return rows["user_id"].head(SHOWN).to_list(), popular[:SHOWN], rows["ts"].max()  # type: ignore[return-value]
+        proposed = rows["user_id"].head(SHOWN).to_list(), popular[:SHOWN], int(rows["ts"].to_numpy().max())
+        self._last = time.monotonic(), proposed
+        return proposed
 
 
-def _newest(state: Table) -> pl.DataFrame:
-    """Rows of the newest partition of the state table, or of a table without any."""
+def _newest(state: Table, columns: list[str]) -> pl.DataFrame:
+    """These columns, as far as they are there, of the state table's newest partition, or of a table without any."""
     if not state.exists():
         return pl.DataFrame()
     partitions = [state.partitions()[-1]] if state.partitions() else None
-    return state.collect(state.scan(partitions), partitions)
+    rows = state.scan(partitions)
+    present = set(rows.collect_schema().names())
+    return state.collect(rows.select([column for column in columns if column in present]), partitions)
 
 
 def _columns(sequence: Sequence) -> list[dict[str, Any]]:

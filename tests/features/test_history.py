@@ -15,7 +15,7 @@ from features import history as module
 from features.batch import collate
 from features.encoding import encode_value, hash_id
 from features.history import history_columns, with_history
-from features.sample_table import cut, feature_column, sample_schema
+from features.sample_table import between, cut, feature_column, sample_schema
 from features.schema import SECOND, EventField, Feature, History, Schema, Sequence, Task
 
 GENRES = ("drama", "comedy", "war")
@@ -183,6 +183,13 @@ def test_values_do_not_depend_on_what_is_computed_together(monkeypatch: pytest.M
         np.testing.assert_array_equal(values, whole.items.fields[name].numpy())  # type: ignore[union-attr]
 
 
+def test_rows_of_which_no_request_is_in_the_cut_are_no_rows() -> None:
+    rows = with_history(between(make_rows(1), 0, 1), SCHEMA)
+    assert rows.num_rows == 0
+    assert rows.schema == sample_schema(SCHEMA)
+    assert pa.concat_tables([rows, with_history(make_rows(1), SCHEMA)]).num_rows == 8
+
+
 def test_a_schema_without_them_reads_rows_as_they_are() -> None:
     bare = SCHEMA.model_copy(update={"features": tuple(one for one in SCHEMA.features if one.history is None)})
     rows = make_rows(1)
@@ -200,6 +207,7 @@ def test_a_schema_without_them_reads_rows_as_they_are() -> None:
         ({"function": "mean", "field": "genre"}, "'genre' is a category, of which there is no mean"),
         ({"function": "rate", "field": "genre"}, "what a rate, or a count of a field, counts"),
         ({"function": "rate", "field": "genre", "values": ["opera"]}, "'opera' is not in the vocabulary of 'genre'"),
+        ({"field": "genre", "values": [None]}, "None is no value of a column"),
         ({"function": "age", "field": "stars"}, "age takes no field"),
         ({"prior": 1.0}, "only a mean or a rate has one"),
         ({"key": "item_id"}, "side cross needs it, user has none"),

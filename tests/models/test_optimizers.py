@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models.optimizers import RowwiseAdagrad, WeightAverage, warm_up_and_decay
+from models.optimizers import RMSProp, RowwiseAdagrad, WeightAverage, decayed, warm_up
 
 
 def touch(table: nn.Embedding, rows: torch.Tensor) -> None:
@@ -60,15 +60,19 @@ def test_rowwise_adagrad_divides_by_the_root_of_the_rows_mean_squares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decay", "expected"),
-    [
-        ("none", [0.25, 0.75, 1.0, 1.0, 1.0]),
-        ("linear", [0.25, 0.75, 1.0, 0.5, 0.0]),
-        ("cosine", [0.25, 0.75, 1.0, 0.5, 0.0]),
-    ],
+    ("kind", "expected"), [("none", [1.0, 1.0, 1.0]), ("linear", [1.0, 0.5, 0.0]), ("cosine", [1.0, 0.5, 0.0])]
 )
-def test_rates_rise_and_then_fall(decay: str, expected: list[float]) -> None:
-    found = [warm_up_and_decay(step, 12, 4, decay) for step in (1, 3, 4, 8, 12)]
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert warm_up_and_decay(1, 10, 0, "none") == 1.0
-    assert warm_up_and_decay(10**6, 10, 0, decay) in (0.0, 1.0)  # more steps than were foreseen
+def test_rates_rise_over_steps_and_fall_with_what_is_done(kind: str, expected: list[float]) -> None:
+    assert [warm_up(step, 4) for step in (1, 3, 4, 8)] == [0.25, 0.75, 1.0, 1.0]
+    assert warm_up(1, 0) == 1.0
+    assert [decayed(done, kind) for done in (0.0, 0.5, 1.0)] == pytest.approx(expected)
+    assert decayed(1.5, kind) in (0.0, 1.0)  # more rows than were counted
+
+
+def test_rmsprops_weight_decay_is_a_share_of_the_weights_whatever_their_gradients() -> None:
+    weight = nn.Parameter(torch.ones(3, dtype=torch.double))
+    optimizer = RMSProp([weight], lr=0.01, weight_decay=0.1)
+    for _ in range(10):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((3,), 0.999**10, dtype=torch.double))

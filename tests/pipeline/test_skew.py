@@ -114,7 +114,7 @@ def test_served_features_are_those_that_the_log_gives_later_and_what_came_late_i
         request = RankRequest(user_id=user, candidates=[*items], context=context, ts=ts)
         ranked = Ranked(np.zeros((len(items), 1)), "none", 0.0, 0.0, 0)
         order = list(reversed(range(len(items))))[:2]  # not all are answered
-        log.request(ServedRequest(request, row, ts, ranked, order, ModelDescription("1", TOLD, {})))
+        log.request(ServedRequest.of(request, row, ts, ranked, order, ModelDescription("1", TOLD, {})))
         return row
 
     monkeypatch.setattr(skew, "build_row", logged)

@@ -15,7 +15,9 @@ import torch.multiprocessing as processes
 from torch import Tensor, nn
 
 from features.batch import collate, compress
+from features.sample_table import candidate_counts
 from models.blocks.draws import drawing, row_keys
+from models.config import ModelConfig
 from models.losses import task_losses
 from pipeline.training import epochs
 from pipeline.training.checkpoints import Checkpoints
@@ -168,7 +170,7 @@ def test_a_training_killed_within_an_epoch_goes_on_at_its_step_to_the_same_bits(
         made: list[int] = []
 
         def tell(report: Mapping[str, Any]) -> None:
-            if "step" in report:
+            if "losses" in report:  # within an epoch
                 made.append(report["step"])
                 if report["step"] >= killed_at:
                     raise KeyboardInterrupt
@@ -191,6 +193,77 @@ def test_a_training_killed_within_an_epoch_goes_on_at_its_step_to_the_same_bits(
         for name, values in whole[part].items():
             assert torch.equal(continued[part][name], values), name
     assert Checkpoints(str(tmp_path / "b")).of_steps().newest(lambda _: None) == 0  # the epoch's takes their place
+
+
+@pytest.mark.parametrize("model", ["mixformer", "ui-mixformer", "hyformer"])
+def test_steps_in_bfloat16_are_finite_and_near_those_in_float32(job: TrainingJob, model: str) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        chosen = ModelConfig(name=model, preset="tiny")  # type: ignore[call-arg]
+        each = replace(changed(job, precision=precision), model=chosen)
+        trainer = Trainer(each, initial_model(each).train(), 0, 1, torch.device("cpu"))
+        steps = [trainer.step(rows) for rows in each.train.batches(40, 1_000, 3, in_process=True)]
+        assert all(step.finite for step in steps)
+        losses.append([step.losses for step in steps])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.05, atol=0.05)
+
+
+def test_a_warm_start_under_other_optimizers_begins_their_states_anew_and_keeps_its_own_options(
+    job: TrainingJob,
+) -> None:
+    kinds = [
+        {"optimizer": optimizer, "embedding_optimizer": tables, "weight_decay": decay}
+        for optimizer, tables, decay in (("adamw", "adagrad", 0.1), ("rmsprop", "rowwise_adagrad", 0.0))
+    ]
+    rows = next(job.train.batches(40, 1_000, 3, in_process=True))
+    states = []
+    for kind in kinds:
+        trainer = Trainer(changed(job, **kind), initial_model(job).train(), 0, 1, torch.device("cpu"))
+        trainer.step(rows)
+        states.append(trainer.state_dict()["optimizers"])
+    for kind in kinds:
+        for other, state in zip(kinds, states, strict=True):
+            trainer = Trainer(changed(job, **kind), initial_model(job).train(), 0, 1, torch.device("cpu"))
+            assert trainer.warm_start(state) == (kind == other)
+            assert trainer.step(rows).finite
+    changed_decay = Trainer(changed(job, weight_decay=0.7), initial_model(job).train(), 0, 1, torch.device("cpu"))
+    assert changed_decay.warm_start(states[0])
+    assert changed_decay.optimizers[0].param_groups[0]["weight_decay"] == 0.7
+
+
+def test_rates_decay_to_zero_at_the_end_and_not_before(job: TrainingJob, tmp_path: Path) -> None:
+    """However many steps there are: they are cut by events here, too."""
+    each, parts = changed(job, decay="linear", batch_events=30), []
+    candidates = sum(candidate_counts(rows)["candidates"] for rows in job.train.batches(10**6, 10**6, in_process=True))
+    each = replace(each, pace=replace(each.pace, candidates=candidates, warmup_steps=0))
+    step = Trainer.step
+
+    def seen(trainer: Trainer, rows: Any, done: float) -> Any:
+        parts.append(done)
+        return step(trainer, rows, done)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", seen)
+        run_epochs(each, Checkpoints(str(tmp_path)), alone(each.training, lambda _: None))
+    assert parts[0] == 0.0
+    assert 0.9 < parts[-1] < 1.0
+    assert parts == sorted(parts)
+
+
+def test_stale_gradients_that_are_not_finite_stop_the_training_at_its_end_too(job: TrainingJob) -> None:
+    trainer = Trainer(changed(job, stale_gradients=True), initial_model(job).train(), 0, 1, torch.device("cpu"))
+    trainer.step(next(job.train.batches(40, 1_000, 3, in_process=True)))
+    pending = trainer.gradients.pending
+    assert pending is not None
+    trainer.gradients.pending = pending * torch.nan
+    assert not trainer.finish()
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_any_seed_can_be_drawn_from(job: TrainingJob) -> None:
+    each = changed(job, seed=20_240_101)
+    trainer = Trainer(each, initial_model(each).train(), 0, 1, torch.device("cpu"))
+    assert trainer.step(next(job.train.batches(40, 1_000, 3, in_process=True))).finite
 
 
 def test_what_is_read_ahead_raises_where_it_is_used_and_ends_with_its_reader() -> None:

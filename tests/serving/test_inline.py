@@ -72,10 +72,19 @@ def test_recent_events_are_seen_on_top_of_those_that_are_stored_by_this_request_
     assert answers[0]["scores"] == answers[2]["scores"] != answers[1]["scores"]
 
 
+def test_an_object_with_the_id_alone_is_the_id(client: TestClient) -> None:
+    plain, wrapped = (
+        client.post("/v1/rank", json=body(candidates=candidates)).json()
+        for candidates in ([1, "never seen"], [{"item_id": 1}, {"item_id": "never seen"}])
+    )
+    assert wrapped["cold_start"] == plain["cold_start"] == {"user": False, "items": ["never seen"]}
+    assert wrapped["scores"] == plain["scores"]
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "message"),
     [
-        ({"user": {"age": 3}}, "user.age", "reads no such column; it reads ['user_id', 'tags']"),
+        ({"user": {"age": 3}}, "user.age", "reads no such column; it reads ['tags']"),
         ({"user": {"tags": "a"}}, "user.tags", "must be a list or null"),
         ({"user": {"tags": [{}]}}, "user.tags.0", "must be a text, a number or a boolean"),
         ({"candidates": [{"price": 1}]}, "candidates.0", "has no item_id"),
@@ -90,6 +99,9 @@ def test_recent_events_are_seen_on_top_of_those_that_are_stored_by_this_request_
         ({"history": {"clicks": [{"ts": 1_700_000_000, "item_id": 1}]}}, "history.clicks.0.ts", "looks like seconds"),
         ({"recent": {"clicks": [{"ts": 1, "item_id": {}}]}}, "recent.clicks.0.item_id", "must be a text, a number"),
         ({"recent": {"views": []}}, "recent.views", "is no sequence"),
+        ({"user": {"user_id": "8"}}, "user.user_id", "reads no such column"),
+        ({"user": {"item_id": "8"}}, "user.item_id", "reads no such column"),
+        ({"candidates": [{"item_id": 1, "user_id": 8}]}, "candidates.0.user_id", "reads no such column"),
         ({"model_version": "nope"}, "model_version", "'nope' is not served; there are ["),
     ],
 )

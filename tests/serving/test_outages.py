@@ -19,10 +19,11 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from starlette.responses import PlainTextResponse
 
-from features.errors import CorankError, without_trace
+from features.errors import CorankError, UnavailableError, without_trace
 from serving.api import build_api
 from serving.proxy import ADMITTED, JsonErrors, middlewares
 from serving.ranker import Ranker
+from serving.rankers import Rankers
 from serving.service import RankingService
 from serving.settings import ServingSettings
 from tests.servers import free_port
@@ -231,7 +232,7 @@ def test_a_store_that_fails_or_is_slow_is_answered_without_or_503_as_configured(
         assert known["degraded"] is None
         let_go = threading.Event()
         if deadline is not None:  # slow: what comes meanwhile does not wait for it
-            held = service._reading.submit(let_go.wait, 20)
+            held = service._reading._pool.submit(service._reading.timed, lambda: let_go.wait(20))
             started = time.monotonic()
             slow = client.post("/v1/rank", json=body(user_id="7")).json()
             assert time.monotonic() - started < 5
@@ -253,6 +254,59 @@ def test_a_store_that_fails_or_is_slow_is_answered_without_or_503_as_configured(
         assert unknown["cold_start"]["user"]
         degraded = [line for line in client.get("/metrics").text.splitlines() if "rank_degraded_total{" in line]
         assert float(degraded[0].split()[-1]) >= 3
+
+
+def test_a_long_queue_is_not_taken_for_a_slow_store(settings: ServingSettings) -> None:
+    options = settings.options.model_copy(update={"store_deadline_ms": 100.0})
+    own = replace(settings, options=options)
+    service = RankingService(own, InProcess(Ranker(own)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        client.post("/v1/rank", json=body())
+        busy = service._reading._pool.submit(time.sleep, 0.5)  # work of this process, not of the store
+        answer = client.post("/v1/rank", json=body()).json()
+        assert busy.done()
+        assert answer["degraded"] is None
+
+
+def test_a_service_that_answers_without_its_store_stays_ready_and_says_so(
+    settings: ServingSettings, tmp_path: Path
+) -> None:
+    path = tmp_path / "online.db"
+    shutil.copy(settings.store.sqlite_path, path)
+    own = replace(settings, store=replace(settings.store, sqlite_path=str(path)))
+    service = RankingService(own, InProcess(Ranker(own)))  # type: ignore[arg-type]
+    with TestClient(build_api(service)) as client:
+        assert client.get("/readyz").json() == {"status": "ok"}
+        path.write_bytes(b"no database" * 1_000)
+        response = client.get("/readyz")
+        assert (response.status_code, response.json()["status"]) == (200, "degraded")
+        assert str(path) in response.json()["why"]
+
+
+def test_a_model_beside_that_cannot_be_loaded_again_stops_no_other(settings: ServingSettings) -> None:
+    """A ranker died with a request of a shadow, whose artifact is gone when the next ranker looks for it."""
+    handle = InProcess(Ranker(settings))
+    rank, describe = handle.rank, handle.describe
+
+    def gone(artifact: str) -> Any:
+        if artifact == "shadow":
+            raise CorankError("shadow is not a model artifact")
+        return describe._function(artifact)
+
+    def die_once(request: Any) -> Any:
+        handle.rank = rank
+        raise ActorDiedError()
+
+    handle.describe, handle.rank = Remote(gone), Remote(die_once)
+    rankers = Rankers(handle, 1)  # type: ignore[arg-type]
+
+    async def ask() -> Any:
+        with pytest.raises(UnavailableError):
+            await rankers.rank("u", "shadow", None, 0)
+        await asyncio.sleep(0.05)
+        return await rankers.describe(settings.artifact)
+
+    assert asyncio.run(ask()).version
 
 
 def test_a_request_whose_ranker_dies_is_answered_by_another(settings: ServingSettings) -> None:
@@ -289,7 +343,8 @@ def test_a_service_whose_online_store_is_lost_while_it_answers_is_not_ready(
 ) -> None:
     path = tmp_path / "online.db"
     shutil.copy(settings.store.sqlite_path, path)
-    own = replace(settings, store=replace(settings.store, sqlite_path=str(path)))
+    options = settings.options.model_copy(update={"store_deadline_ms": None})
+    own = replace(settings, store=replace(settings.store, sqlite_path=str(path)), options=options)
     service = RankingService(own, InProcess(Ranker(own)))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client:
         assert client.get("/readyz").status_code == 200

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from deltalake import write_deltalake
@@ -15,13 +19,16 @@ from fastapi.testclient import TestClient
 
 import serving.live
 from features.delta.table import Table
+from features.delta.write import append
 from features.schema import partition_of
-from serving.api import build_api
+from serving.api import ModelDescription, RankRequest, build_api
+from serving.memo import Ranked
 from serving.ranker import Ranker
-from serving.request_log import LogSettings, RequestLog
+from serving.request_log import LogSettings, RequestLog, ServedRequest
+from serving.rows import RequestRow, serving_schema
 from serving.service import RankingService
 from serving.settings import ServingSettings, share_of_users
-from tests.serving.worlds import NOW, InProcess, body, name, new_events, published
+from tests.serving.worlds import CONTEXT, NOW, SCHEMA, InProcess, body, name, new_events, published
 
 DAY = partition_of(NOW, "day")
 
@@ -102,8 +109,12 @@ def test_feedback_and_pushed_events_are_logged_in_the_types_of_their_roles(
         for changes in ({"value": 2}, {"ts": 1_700_000_000}, {"item_id": None}):
             assert client.post("/v1/feedback", json={"feedback": [label | changes]}).status_code == 422
         assert client.post("/v1/events", json=new_events({"event_id": "new"})).status_code == 200
+        # what fits a sequence, but not the column of its log, is left out alone
+        assert client.post("/v1/events", json=new_events({"event_id": "odd", "item_id": "B00X"})).status_code == 200
+        assert client.post("/v1/events", json=new_events({"event_id": "big", "item_id": 2**40})).status_code == 200
         assert client.post("/v1/events", json=new_events({"ts": None})).status_code == 422
         log.flush()
+        text = client.get("/metrics").text
     labels = served(tmp_path / "served", "feedback").sort("ts")
     assert labels.select("request_id", "item_id", "label", "value").rows() == [
         ("r", "3", "like", 0),
@@ -113,6 +124,8 @@ def test_feedback_and_pushed_events_are_logged_in_the_types_of_their_roles(
     events = served(tmp_path / "served", "events/events")
     assert events.select("event_id", "user_id", "item_id", "ts").rows() == [("new", 9, 1, NOW - 5)]
     assert events.schema["item_id"] == pl.Int32
+    lost = [line for line in text.splitlines() if "_total" in line and 'outcome="lost"' in line]
+    assert [line.split()[-1] for line in lost] == ["2.0"]
 
 
 def test_without_a_log_feedback_is_refused_with_the_remedy(client: TestClient) -> None:
@@ -136,6 +149,13 @@ def test_what_cannot_be_written_is_counted_and_nobody_waits_for_it(service: Rank
     assert {line.split()[-1] for line in lost} == {"2.0", "1.0"}
 
 
+def served_request(erased: int = 0) -> ServedRequest:
+    request = RankRequest(user_id="7", candidates=["1"], context=CONTEXT)
+    rows = serving_schema(SCHEMA).empty_table()
+    row, ranked = RequestRow("r", rows, True, [True]), Ranked(np.zeros((1, 2)), "none", 0.0, 0.0, 0)
+    return ServedRequest.of(request, row, NOW, ranked, [0], ModelDescription("1", SCHEMA, {}), erased)
+
+
 def test_what_is_too_much_is_left_out_and_what_is_forgotten_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,17 +164,77 @@ def test_what_is_too_much_is_left_out_and_what_is_forgotten_too(
     def counted(table: str, outcome: str, rows: int) -> None:
         counts[table, outcome] += rows
 
-    monkeypatch.setattr(serving.request_log, "MOST_WAITING", 3)
+    monkeypatch.setattr(serving.request_log, "MOST_WAITING", 3 * 500)
     log = RequestLog(LogSettings(str(tmp_path / "served"), "day", seconds=600.0), counted)
     label = {"request_id": "r", "item_id": "3", "label": "like", "value": 1, "ts": NOW}
-    log.feedback([label] * 2)
-    log.feedback([label] * 2)  # more than may wait
-    log.feedback([label])
-    log.forget()
-    log.feedback([label] * 3)
+    assert [log.feedback([label] * count) for count in (2, 2, 1)] == [True, False, True]  # more than may wait
+    log.forget(erased=5)
+    assert log.feedback([label] * 3)
+    log.request(served_request(erased=4))  # it was read before the users were forgotten
     log.close()
-    assert counts == {("feedback", "lost"): 5, ("feedback", "written"): 3}
+    assert counts == {
+        ("feedback", "lost"): 5,
+        ("feedback", "written"): 3,
+        ("requests", "lost"): 1,
+        ("impressions", "lost"): 1,
+    }
     assert served(tmp_path / "served", "feedback").height == 3
+
+
+def test_forgetting_waits_for_what_is_being_written_and_closing_writes_what_came_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on, append = threading.Event(), threading.Event(), serving.request_log.append
+
+    def slow(*arguments: Any) -> None:
+        writing.set()
+        assert go_on.wait(20)
+        append(*arguments)
+
+    monkeypatch.setattr(serving.request_log, "append", slow)
+    log = RequestLog(LogSettings(str(tmp_path / "served"), "day", seconds=600.0), lambda *_: None)
+    label = {"request_id": "r", "item_id": "3", "label": "like", "value": 1, "ts": NOW}
+    log.feedback([label])
+    with ThreadPoolExecutor(3) as pool:
+        flushed = pool.submit(log.flush)
+        assert writing.wait(20)
+        log.feedback([label])
+        forgotten = pool.submit(log.forget, 1)
+        time.sleep(0.05)
+        assert not forgotten.done()
+        go_on.set()
+        flushed.result(20)
+        forgotten.result(20)
+        assert served(tmp_path / "served", "feedback").height == 1  # the second one was dropped
+        go_on.clear()
+        writing.clear()
+        log.feedback([label])
+        closed = pool.submit(log.close)
+        assert writing.wait(20)
+        log.feedback([label])
+        go_on.set()
+        closed.result(20)
+    assert served(tmp_path / "served", "feedback").height == 3
+
+
+def test_several_replicas_append_at_once_to_a_table_that_is_not_there_yet_and_gets_columns(tmp_path: Path) -> None:
+    def write(replica: int) -> None:
+        for number in range(5):
+            columns = {"dt": [DAY], "replica": [replica], f"column_{replica}_{number // 2}": [1]}
+            append(str(tmp_path / "table"), pl.DataFrame(columns).to_arrow(), {})
+
+    with ThreadPoolExecutor(4) as pool:
+        for written in [pool.submit(write, replica) for replica in range(4)]:
+            written.result(60)
+    assert served(tmp_path, "table")["replica"].value_counts()["count"].to_list() == [5] * 4
+
+
+def test_an_explained_request_was_shown_to_nobody_and_is_not_logged(service: RankingService, tmp_path: Path) -> None:
+    with TestClient(build_api(service)) as client:
+        assert client.post("/v1/explain", json=body()).status_code == 200
+        assert service._log is not None
+        service._log.flush()
+    assert not (tmp_path / "served" / "impressions").exists()
 
 
 def test_a_split_answers_its_share_of_users_and_a_shadow_answers_nobody(

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
@@ -110,6 +111,40 @@ def sampled_before(rows: pa.Table, moment: int, share: float, seed: int) -> pa.T
     )
     is_new = pc.greater_equal(requests.field("ts"), moment)
     return _kept(rows, pc.or_(is_new, pa.array(drawn < share * 2.0**64)))
+
+
+def fewer_negatives(rows: pa.Table, tasks: tuple[Task, ...], share: float, seed: int) -> pa.Table:
+    """Rows with about this share of the candidates of which a label is known and none is positive.
+
+    The draw is the same for the same seed. Those that are left weigh as much more, so that the expected loss, and with
+    it calibration, stays what it was.
+
+    Requests and rows of which no candidate is left are left out.
+    """
+    if not rows.num_rows or share >= 1:
+        return rows
+    lists = column_of(rows, "requests")
+    requests = lists.flatten()
+    candidate_lists = requests.field("candidates")
+    candidates, offsets = candidate_lists.flatten(), list_offsets(candidate_lists)
+    labels = [candidates.field(label_column(task)) for task in tasks]
+    known = np.any([label.is_valid().to_numpy(zero_copy_only=False) for label in labels], axis=0)
+    positive = np.any([label.fill_null(0).to_numpy(zero_copy_only=False) > 0 for label in labels], axis=0)
+    of_request = pa.array(np.repeat(np.arange(len(requests)), np.diff(offsets)))
+    names = pc.binary_join_element_wise(requests.field("request_id").take(of_request), candidates.field("item_id"), " ")
+    drawn = pl.Series(names).hash(seed).to_numpy() < share * 2.0**64
+    negative = known & ~positive
+    kept = ~negative | drawn
+    weight = candidates.field("weight").to_numpy(zero_copy_only=False)
+    columns = {field.name: candidates.field(field.name) for field in candidates.type}
+    columns["weight"] = pa.array(np.where(negative, weight / share, weight), pa.float32())
+    fields = list(candidates.type)
+    left = pa.StructArray.from_arrays([columns[field.name] for field in fields], fields=fields).filter(pa.array(kept))
+    ends = np.concatenate([[0], np.cumsum(kept)])[offsets]
+    parts = {field.name: requests.field(field.name) for field in requests.type}
+    parts["candidates"] = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), left, type=candidate_lists.type)
+    whole = pa.StructArray.from_arrays([parts[field.name] for field in requests.type], fields=list(requests.type))
+    return _kept(_with_requests(rows, list_offsets(lists), whole), pa.array(np.diff(ends) > 0))
 
 
 def _kept(rows: pa.Table, wanted: Any) -> pa.Table:

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 
 from features.delta.paths import address, cannot_read, patient, table_store
 from features.history import history_columns, with_history
-from features.sample_table import between, concatenate, cut, sample_schema, sampled_before
+from features.sample_table import between, concatenate, cut, fewer_negatives, sample_schema, sampled_before
 from features.schema import Schema
 
 READ_CPUS = 0.25
@@ -47,6 +47,8 @@ class SampleSource:
         root: the Delta table.
         low, high: microseconds UTC; cuts are applied inside rows.
         replay: requests before ``low`` that are read, too.
+        negatives: share of candidates without a positive label that is read, and the seed of the draw
+            (:func:`features.sample_table.fewer_negatives`); None: all are.
     """
 
     root: str
@@ -56,6 +58,7 @@ class SampleSource:
     high: int
     storage_options: Mapping[str, str] = field(default_factory=dict)
     replay: Replay | None = None
+    negatives: tuple[float, int] | None = None
 
     def files(self) -> list[str]:
         """Files of the partitions in a stable order, each with one bucket of one partition."""
@@ -96,6 +99,8 @@ class SampleSource:
             rows = between(rows, self.low, self.high)
         else:
             rows = sampled_before(between(rows, 0, self.high), self.low, self.replay.share, self.replay.seed)
+        if self.negatives is not None:
+            rows = fewer_negatives(rows, self.schema.tasks, *self.negatives)
         rows = with_history(rows, self.schema)
         return rows if only is None else rows.select([name for name in rows.column_names if name in only])
 

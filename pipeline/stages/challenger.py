@@ -119,7 +119,9 @@ class Challenger(Stage[ChallengerRecord]):
                 cuts, remedy = cuts_of_retraining(workspace, champion), "Widen `retraining.holdout`"
                 replay = _replay(workspace, cuts)
                 options = options.model_copy(update={"epochs": 1})  # every request is trained on once
-            train_source = replace(sample_source(workspace, cuts.train, cuts.validation), replay=replay)
+            train_source = replace(
+                sample_source(workspace, cuts.train, cuts.validation), replay=replay, negatives=options.negatives
+            )
             test = sample_source(workspace, cuts.test, FOREVER)
             chosen_by = sample_source(workspace, cuts.validation, cuts.test) if cuts.validation < cuts.test else test
             require_both_classes(config.gate_task, "test", summarize(test), remedy.format("test"))

@@ -120,6 +120,7 @@ def _refitted(workspace: Workspace, line: Any, kept: RefitRecord, challenger: Ch
     ensure_ray(config.ray)
     artifact = load_artifact(challenger.artifact)
     held_out, test = (sample_source(workspace, low, FOREVER) for low in (cuts.validation, cuts.test))
+    held_out = replace(held_out, negatives=config.training.negatives)
     summary = summarize(held_out)
     job = TrainingJob(
         name=f"{Path(challenger.artifact).name}-refit",

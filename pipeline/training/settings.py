@@ -136,6 +136,12 @@ class TrainingConfig(Declaration):
     warmup_steps: int | None = Field(None, ge=0, description="default: a fifth of all steps, at most 50")
     id_dropout: float = Field(0.01, ge=0, lt=1, description="share of ids that read row 0 in training")
     average: float = Field(0.98, ge=0, lt=1, description="decay per step of the weight average; 0: none")
+    negative_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the candidates without a positive label that is trained on, with as much more weight",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the products in a step; weights, their average and losses stay float32"
     )
@@ -154,6 +160,11 @@ class TrainingConfig(Declaration):
     window: WindowText | None = Field(
         None, description="train from scratch on no more than this (`30 partitions`, `12 weeks`); default: on all"
     )
+
+    @property
+    def negatives(self) -> tuple[float, int] | None:
+        """What :class:`features.samples.source.SampleSource` reads of negatives."""
+        return (self.negative_share, self.seed) if self.negative_share < 1 else None
 
     def pace(self, candidates: int) -> Pace:
         """Values left out follow from the number of training candidates, so that small data have enough steps."""

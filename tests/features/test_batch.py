@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.batch import Ids, Jagged, RequestBatch, collate, compress
-from features.sample_table import between, candidate_counts, cut
+from features.sample_table import between, candidate_counts, cut, fewer_negatives
 from features.schema import SECOND, Schema
 from models.protocol import RankingModel
 from tests.models.batches import make_rows, make_schema
@@ -197,3 +197,37 @@ def test_names_that_would_give_two_meanings_to_a_column_are_refused(sequences: d
 def test_names_with_two_underscores_stay_allowed_where_columns_differ() -> None:
     fields = [{"name": name, "events": "events", "fields": [{"name": "c__d"}]} for name in ("a", "a__b")]
     assert len(Schema.model_validate({**SCHEMA.model_dump(), "sequences": fields}).sequences) == 2
+
+
+def test_fewer_negatives_keep_every_other_candidate_and_weigh_as_much_in_all() -> None:
+    rows = make_rows(SCHEMA, 5, timelines=400)
+
+    def candidates(table: Any) -> dict[tuple[str, str, int], tuple[list[Any], float]]:
+        """By request, item and place among equal ones: labels and weight."""
+        found: dict[tuple[str, str, int], tuple[list[Any], float]] = {}
+        for row in table.to_pylist():
+            for request in row["requests"]:
+                assert request["candidates"]
+                for one in request["candidates"]:
+                    labels = [one[f"label__{task.name}"] for task in SCHEMA.tasks]
+                    place = sum(key[:2] == (request["request_id"], one["item_id"]) for key in found)
+                    found[request["request_id"], one["item_id"], place] = labels, one["weight"]
+        return found
+
+    def is_negative(labels: list[Any]) -> bool:
+        return 0 in labels and 1 not in labels
+
+    before, left = candidates(rows), candidates(fewer_negatives(rows, SCHEMA.tasks, 0.25, 1))
+    negatives = [key for key, (labels, _) in before.items() if is_negative(labels)]
+    kept = [key for key, (labels, _) in left.items() if is_negative(labels)]
+    assert 0.2 < len(kept) / len(negatives) < 0.3
+    assert {weight for labels, weight in left.values() if is_negative(labels)} == {4.0}
+    others = [value for value in before.values() if not is_negative(value[0])]
+    assert [value for value in left.values() if not is_negative(value[0])] == others
+    assert fewer_negatives(rows, SCHEMA.tasks, 0.25, 1).equals(fewer_negatives(rows, SCHEMA.tasks, 0.25, 1))
+    assert not fewer_negatives(rows, SCHEMA.tasks, 0.25, 1).equals(fewer_negatives(rows, SCHEMA.tasks, 0.25, 2))
+    apart = [fewer_negatives(rows.slice(place, 1), SCHEMA.tasks, 0.25, 1) for place in range(20)]
+    assert sum(part.num_rows for part in apart) == fewer_negatives(rows.slice(0, 20), SCHEMA.tasks, 0.25, 1).num_rows
+    assert fewer_negatives(rows, SCHEMA.tasks, 1.0, 1) is rows
+    assert fewer_negatives(between(rows, 0, 1), SCHEMA.tasks, 0.5, 1).num_rows == 0
+    assert collate(fewer_negatives(rows, SCHEMA.tasks, 0.25, 1), SCHEMA).candidates == len(left)

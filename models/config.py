@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -13,6 +13,10 @@ from models.registry import DEFAULT, MODELS
 
 def _names(schema: dict[str, Any]) -> None:
     schema["enum"] = list(MODELS)
+
+
+Precision = Literal["float32", "bfloat16"]
+"""Of the products in a model; weights, losses and probabilities are float32."""
 
 
 class ModelConfig(Declaration):

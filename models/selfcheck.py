@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from features.errors import CorankError
 from features.sample_table import sample_schema
 from features.schema import Schema
+from models.config import Precision
 from models.protocol import RankingModel
 from models.scoring import score_batches
 
-TOLERANCE = 1e-5
-"""Largest difference of a probability, in fp32, that is still the same score."""
+TOLERANCES: dict[Precision, float] = {"float32": 1e-5, "bfloat16": 0.02}
+"""Largest difference of a probability that is still the same score."""
+
+TOLERANCE = TOLERANCES["float32"]
 
 CANDIDATES = 6_000
+
+
+def computed_in(precision: Precision) -> AbstractContextManager[Any]:
+    """A block in which models compute in this precision on the CPU."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def selfcheck_scores(model: RankingModel, rows: pa.Table) -> np.ndarray:
@@ -40,11 +50,14 @@ def selfcheck_difference(model: RankingModel, document: Mapping[str, Any]) -> fl
     )
 
 
-def require_selfcheck(what: str, model: RankingModel, document: Mapping[str, Any]) -> None:
+def require_selfcheck(
+    what: str, model: RankingModel, document: Mapping[str, Any], precision: Precision = "float32"
+) -> None:
     """
     Raises:
         CorankError: the model gives other scores than those stored.
     """
-    drift = selfcheck_difference(model, document)
-    if not drift <= TOLERANCE:  # NaN is no agreement either
+    with computed_in(precision):
+        drift = selfcheck_difference(model, document)
+    if not drift <= TOLERANCES[precision]:  # NaN is no agreement either
         raise CorankError(f"model {what}: its self-check requests differ by {drift:.2e} from the stored scores")

@@ -24,8 +24,10 @@ from torch.nn import functional
 
 from features.batch import Ids, Jagged, RequestBatch, Timeline, Values, collate
 from features.sample_table import cut
+from models.config import Precision
 from models.protocol import RankingModel
 from models.scoring import UNLIMITED
+from models.selfcheck import computed_in
 from models.state import TimelineState, UserState
 
 
@@ -130,10 +132,11 @@ class MemoisedModel:
 
     Args:
         most_bytes: for both levels together, half for each. 0: nothing is remembered.
+        precision: of the products.
     """
 
-    def __init__(self, model: RankingModel, most_bytes: int) -> None:
-        self.model = model
+    def __init__(self, model: RankingModel, most_bytes: int, precision: Precision = "float32") -> None:
+        self.model, self._precision = model, precision
         self.timelines: Memo[KnownTimeline] = Memo(most_bytes // 2)
         self.users: Memo[UserState] = Memo(most_bytes // 2)
         self._newest: dict[str, bytes] = {}  # digest of a user's last timeline
@@ -150,9 +153,10 @@ class MemoisedModel:
         for part in cut(rows, candidates, UNLIMITED):
             batch = collate(part, self.model.schema)
             started = time.perf_counter()
-            states, levels = self._user_side(part, batch)
-            encoded = time.perf_counter()
-            logits = self.model.score(_joined(states), batch.items)
+            with computed_in(self._precision):
+                states, levels = self._user_side(part, batch)
+                encoded = time.perf_counter()
+                logits = self.model.score(_joined(states), batch.items)
             scores = logits.float().sigmoid().cpu().numpy()
             ended = time.perf_counter()
             memo_bytes = self.users.nbytes + self.timelines.nbytes

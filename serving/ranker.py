@@ -59,7 +59,7 @@ class Ranker:
         self._models: OrderedDict[str, tuple[Artifact, MemoisedModel]] = OrderedDict()
         self._loading, self._order = threading.Lock(), threading.Lock()
         self._chunk_candidates = settings.options.chunk_candidates
-        self._erased = 0
+        self._erased, self._precision = 0, settings.options.precision
         self._memo_bytes = round(settings.options.memo_megabytes * 1e6)
         self.rank.set_max_batch_size(settings.options.max_batch_requests)  # type: ignore[attr-defined]
         self.rank.set_batch_wait_timeout_s(settings.options.batch_wait_ms / 1e3)  # type: ignore[attr-defined]
@@ -75,8 +75,8 @@ class Ranker:
             with self._loading:  # one at a time; requests to models that are loaded do not wait for it
                 if (known := self._known(artifact)) is None:
                     loaded = load_artifact(artifact)
-                    require_selfcheck(artifact, loaded.model, loaded.metadata.get("selfcheck", {}))
-                    known = loaded, MemoisedModel(loaded.model, self._memo_bytes)
+                    require_selfcheck(artifact, loaded.model, loaded.metadata.get("selfcheck", {}), self._precision)
+                    known = loaded, MemoisedModel(loaded.model, self._memo_bytes, self._precision)
                     gc.collect()
                     gc.freeze()  # what is loaded stays, so that later collections, which stop everybody, skip it
                     with self._order:

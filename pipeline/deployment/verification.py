@@ -19,7 +19,8 @@ from features.schema import Schema
 from features.validation import quarantine
 from features.validation.rules import is_finite
 from models.artifact import Artifact
-from models.selfcheck import TOLERANCE
+from models.config import Precision
+from models.selfcheck import TOLERANCES
 from pipeline.evaluation.scoring import score_rows
 from serving.client import RankingClient
 
@@ -33,6 +34,7 @@ def verify_endpoint(
     partitions: list[str],
     moment: int,
     limit: int = REQUESTS,
+    precision: Precision = "float32",
 ) -> dict[str, Any]:
     """Compare the endpoint's scores with the offline scores of the same requests.
 
@@ -40,13 +42,14 @@ def verify_endpoint(
         client: of the endpoint.
         artifact: what is served there.
         build: the builder's settings; the states of ``partitions`` must be there.
+        precision: of the endpoint; offline scores are float32.
         moment: when the requests are asked, microseconds UTC: up to when the online store is filled.
 
     Returns:
         requests and candidates compared, the largest difference, and an example request.
 
     Raises:
-        CorankError: another model is served, or a request's scores differ by more than 1e-5.
+        CorankError: another model is served, or a request's scores differ by more than the precision allows.
     """
     schema = build.schema
     impressions = asked_again(build, partitions[-1], moment, limit)
@@ -70,10 +73,10 @@ def verify_endpoint(
             raise CorankError(f"request {request['request_id']}: {answer['degraded']}; the deployment was not recorded")
         online = np.array([answer["scores"][task.name] for task in schema.tasks]).T
         difference = float(np.abs(online - offline).max())
-        if not difference <= TOLERANCE:
+        if not difference <= TOLERANCES[precision]:
             raise CorankError(
                 f"request {request['request_id']}: the endpoint's scores differ from the offline scores by "
-                f"{difference:.2e} (allowed {TOLERANCE:.0e}); the deployment was not recorded"
+                f"{difference:.2e} (allowed {TOLERANCES[precision]:.0e}); the deployment was not recorded"
             )
         candidates, largest = candidates + len(items), max(largest, difference)
         if len(items) >= len(example.get("candidates", [])):

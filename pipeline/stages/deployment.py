@@ -248,7 +248,14 @@ def _verify(workspace: Workspace, url: str, artifact: Artifact, token: str | Non
         raise CorankError("the online store was never filled; run `corank run` first")
     build = build_settings(workspace, stored.versions)
     with RankingClient(url, token=token) as client:
-        return verify_endpoint(client, artifact, build, sorted(stored.partitions), stored.close)
+        return verify_endpoint(
+            client,
+            artifact,
+            build,
+            sorted(stored.partitions),
+            stored.close,
+            precision=workspace.config.serving.precision,
+        )
 
 
 def require_own_features(workspace: Workspace, champion: ModelVersion) -> None:

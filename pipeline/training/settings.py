@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from features.errors import CorankError
 from features.schema import SECOND, Declaration
+from models.config import Precision
 
 UNITS = {"hour": 3_600 * SECOND, "day": 86_400 * SECOND, "week": 7 * 86_400 * SECOND}
 """Microseconds."""
@@ -142,7 +143,7 @@ class TrainingConfig(Declaration):
         le=1,
         description="share of the candidates without a positive label that is trained on, with as much more weight",
     )
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         "float32", description="of the products in a step; weights, their average and losses stay float32"
     )
     stale_gradients: bool = Field(

@@ -16,6 +16,7 @@ import serving.live
 from features.sample_table import concatenate
 from features.store.reader import OnlineReader
 from models.registry import MODELS, build_model
+from models.selfcheck import TOLERANCES
 from serving.api import build_api
 from serving.memo import MemoisedModel
 from serving.ranker import Ranker
@@ -164,3 +165,19 @@ def test_what_is_remembered_stays_within_its_bytes_and_the_longest_unused_goes(s
     assert small.users.nbytes <= small.users.most_bytes
     found = [next(small.rank(row, 100)).remembered for row in (rows[0], rows[2], rows[3], rows[1])]
     assert found == ["user", "user", "user", "timeline"]
+
+
+def test_in_bfloat16_the_scores_are_near_those_in_float32_and_what_is_remembered_gives_the_same(
+    settings: ServingSettings,
+) -> None:
+    rows = concatenate(rows_of(settings, ("7", ["1", "2", "3"], NOW), ("8", ["2"], NOW)))
+    torch.manual_seed(0)
+    model = build_model(SCHEMA, "ui-mixformer", "tiny", id_dropout=0.0).eval()
+    exact = [ranked.scores for ranked in MemoisedModel(model, 10**9).rank(rows, 100)]
+    low = MemoisedModel(model, 10**9, "bfloat16")
+    first, again = ([ranked.scores for ranked in low.rank(rows, 100)] for _ in range(2))
+    for one, other, remembered in zip(exact, first, again, strict=True):
+        assert one.dtype == other.dtype == np.float32
+        assert not np.array_equal(one, other)
+        np.testing.assert_allclose(one, other, atol=TOLERANCES["bfloat16"])
+        np.testing.assert_array_equal(other, remembered)

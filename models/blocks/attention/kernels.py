@@ -28,7 +28,8 @@ def attend(q_HBD: Tensor, k_HED: Tensor, v_HED: Tensor, plan: Plan | None, bias_
     Returns:
         [H, B, D].
     """
-    if torch.is_autocast_enabled(q_HBD.device.type):  # the products are of this precision: so is what hides from them
+    if not q_HBD.is_meta and torch.is_autocast_enabled(q_HBD.device.type):
+        # the products are of this precision, so what hides events from them must be of it, too
         shared, dtype = v_HED is k_HED, torch.get_autocast_dtype(q_HBD.device.type)
         q_HBD, k_HED = q_HBD.to(dtype), k_HED.to(dtype)
         v_HED = k_HED if shared else v_HED.to(dtype)

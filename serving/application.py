@@ -15,8 +15,8 @@ BY_USER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
 PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Between two products a model's threads sleep. By default they spin, on the CPUs that the service needs: two cores then
-answer a third fewer requests of 32 clients."""
+"""Between two products a model's threads sleep. By default they spin, on the CPUs that the service needs: two cores
+then answer a third fewer requests of 32 clients."""
 
 
 def build_application(settings: ServingSettings) -> serve.Application:

@@ -46,6 +46,9 @@ MOST_WAITING = 256 << 20
 WRITE_AT = 16 << 20
 """Waiting bytes by which writing begins early."""
 
+SCORE, CONTEXT = "_score__", "_context__"
+"""Begin the names of columns of ``requests``; those of a timeline begin with a letter."""
+
 WRITTEN, LOST = "written", "lost"
 
 LOG = logging.getLogger("ray.serve")
@@ -147,11 +150,11 @@ class RequestLog:
         return share_of_users(user_id) < self._settings.share
 
     def request(self, request: ServedRequest) -> None:
-        """Log a request that was answered, if its user's are."""
+        """Log a request that was answered, of a user whose requests are logged (:meth:`wants`)."""
         self._put_request(REQUESTS, request)
 
     def shadow(self, request: ServedRequest) -> None:
-        """Log what another model would have answered, if the user's requests are logged."""
+        """Log what another model would have answered."""
         self._put_request(SHADOW, request)
 
     def feedback(self, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -196,12 +199,11 @@ class RequestLog:
         self.flush()  # what came while the last ones were written
 
     def _put_request(self, table: str, request: ServedRequest) -> None:
-        if self.wants(request.user_id):
-            waiting = _Waiting(table, len(request.ranking), request.nbytes, request)
-            if request.erased < self._erased:
-                self._lose(waiting)
-            else:
-                self._put(waiting)
+        waiting = _Waiting(table, len(request.ranking), request.nbytes, request)
+        if request.erased < self._erased:
+            self._lose(waiting)
+        else:
+            self._put(waiting)
 
     def _put(self, waiting: _Waiting) -> bool:
         with self._changing:
@@ -280,15 +282,11 @@ def _impressions(requests: Sequence[ServedRequest]) -> pl.DataFrame:
 def _shown(served: ServedRequest) -> pl.DataFrame:
     schema, scores = served.model.schema, served.ranked.scores[list(served.ranking)]
     count = len(served.ranking)
-    context = {
-        feature.source: pl.Series(
-            [_logged(feature, served.context.get(feature.source))] * count, dtype=_type(feature), strict=False
-        )
-        for feature in schema.side("context")
-    }
+    contexts = _contexts(schema, [served.context])
     return pl.DataFrame(
         {
-            **context,
+            # a column of the table's own takes the place of one of the context with its name
+            **{name: pl.Series(values * count, dtype=kind, strict=False) for name, (values, kind) in contexts.items()},
             "request_id": [served.row.request_id] * count,
             "user_id": [served.user_id] * count,
             "item_id": [served.item_ids[place] for place in served.ranking],
@@ -343,12 +341,26 @@ def _of_schema(key: str, requests: Sequence[ServedRequest]) -> pl.DataFrame:
     }
     columns |= {field.name: pa.ListArray.from_arrays(offsets, candidate.field(field.name)) for field in candidate.type}
     columns |= {name: rows[name] for name in rows.column_names if name not in ("user_id", "requests")}
-    scores = np.concatenate([served.ranked.scores for served in requests])
-    for index, task in enumerate(requests[0].model.schema.tasks):
-        columns[f"score__{task.name}"] = pa.ListArray.from_arrays(offsets, pa.array(scores[:, index]))
+    scores, schema = np.concatenate([served.ranked.scores for served in requests]), requests[0].model.schema
+    columns |= {
+        f"{SCORE}{task.name}": pa.ListArray.from_arrays(offsets, pa.array(scores[:, index]))
+        for index, task in enumerate(schema.tasks)
+    }
     frame = pl.from_arrow(pa.table(columns))
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    return frame.with_columns(
+        pl.Series(f"{CONTEXT}{name}", values, dtype=kind, strict=False)
+        for name, (values, kind) in _contexts(schema, [served.context for served in requests]).items()
+    )
+
+
+def _contexts(schema: Schema, contexts: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[Any], pl.DataType]]:
+    """By column of the log: the values of these requests' contexts in its type, and the type."""
+    sources = {feature.source: feature for feature in schema.side("context")}
+    return {
+        source: ([_logged(feature, context.get(source)) for context in contexts], _type(feature))
+        for source, feature in sources.items()
+    }
 
 
 def _feedback(entries: Iterable[Sequence[Mapping[str, Any]]]) -> pl.DataFrame:
@@ -358,4 +370,4 @@ def _feedback(entries: Iterable[Sequence[Mapping[str, Any]]]) -> pl.DataFrame:
 
 def schema_digest(schema: Schema) -> str:
     """Of a model's features: rows with the same one have the same columns."""
-    return digest(schema.model_dump(mode="json"))
+    return digest(schema.model_dump(mode="json", exclude_none=True))  # what is added to schemas later is left out

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema, write_deltalake
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, RemoveAction
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
@@ -188,16 +188,20 @@ def replace_partitions(
 
 
 def append(root: str, rows: pa.Table, options: Mapping[str, str]) -> None:
-    """Add rows to a table that is partitioned by ``dt``; it is made, or gets new columns, where needed.
+    """Add rows to a table that is partitioned by ``dt``, in one commit; it is made, or gets new columns, where needed.
 
-    Several processes may append at a time: what meets the commit of another is tried again, as nothing of it was added.
+    Several processes may append at a time: what meets the commit of another is tried again.
+
+    Args:
+        rows: the column ``dt`` included.
 
     Raises:
-        CorankError: it met others again and again; a column has another type than in the table, or the storage is full
-            or out of reach.
+        CorankError: a column has another type than in the table, others came first again and again, or the storage is
+            full. Nothing is added.
     """
-    if "://" not in root:
-        Path(root).mkdir(parents=True, exist_ok=True)
+    options, partitions = patient(options), rows["dt"].unique().to_pylist()
+    of_dt = {dt: rows.filter(pc.equal(rows["dt"], dt)).drop_columns(["dt"]) for dt in partitions}
+    files = [write_file(root, part, {"dt": dt}, options) for dt, part in of_dt.items()]
     retried = Retrying(
         retry=retry_if_exception(_met_another),
         stop=stop_after_attempt(APPENDS),
@@ -206,17 +210,41 @@ def append(root: str, rows: pa.Table, options: Mapping[str, str]) -> None:
     )
     try:
         with committing(root):
-            retried(
-                write_deltalake,
-                address(root),
-                rows,
-                mode="append",
-                partition_by=["dt"],
-                schema_mode="merge",
-                storage_options=patient(options),
+            retried(_commit_appended, root, files, Schema.from_arrow(rows.schema), options)
+    except CorankError:  # of any other error, the commit may have come through
+        store = table_store(root, options)
+        for file in files:
+            store.delete_file(file.path)
+        raise
+
+
+def _commit_appended(root: str, files: Iterable[DataFile], schema: Schema, options: Mapping[str, str]) -> None:
+    """One try to make a table show these files, too."""
+    uri = address(root)
+    if not DeltaTable.is_deltatable(uri, dict(options)):
+        DeltaTable.create(uri, schema, mode="ignore", partition_by=["dt"], storage_options=dict(options))
+    table = DeltaTable(uri, storage_options=dict(options))
+    there = {field.name: field for field in table.schema().fields}
+    for field in schema.fields:
+        if field.name in there and field.type != there[field.name].type:
+            raise CorankError(
+                f"table at {root}: nothing was added to it: its column {field.name} is "
+                f"{_named(there[field.name].type)}, and not {_named(field.type)}; "
+                "move the table away, and it is made anew"
             )
-    except (DeltaError, pa.ArrowInvalid) as error:
-        raise CorankError(f"table at {root}: nothing was added to it: {first_line(error)}") from error
+    if new := [field for field in schema.fields if field.name not in there]:
+        table.alter.add_columns(new)
+        table = DeltaTable(uri, storage_options=dict(options))
+    table.create_write_transaction(
+        [AddAction(file.path, file.size, file.partition, 0, True, file.statistics) for file in files],
+        mode="append",
+        schema=table.schema(),
+        partition_by=["dt"],
+    )
+
+
+def _named(kind: Any) -> str:
+    return str(getattr(kind, "type", kind))
 
 
 def _met_another(error: BaseException) -> bool:

@@ -30,7 +30,7 @@ from features.store.push import OnlineWriter
 from features.store.reader import OnlineReader
 from features.validation import distinct_events
 from pipeline.deployment.verification import raw_contexts
-from serving.request_log import FEATURES, FROM_STORE, IMPRESSIONS, REQUESTS, schema_digest
+from serving.request_log import CONTEXT, FEATURES, FROM_STORE, REQUESTS, schema_digest
 from serving.rows import build_row
 
 
@@ -186,8 +186,7 @@ def served_skew(
     """
     schema = build.schema
     requests = Table("served requests", f"{folder}/{REQUESTS}")
-    shown = Table("served impressions", f"{folder}/{IMPRESSIONS}")
-    if not (requests.exists() and shown.exists()):
+    if not requests.exists():
         raise CorankError(f"no request was logged at {folder}; `serving.log_share` turns the log on")
     logged = requests.collect(requests.scan([partition]), [partition])
     # callers choose ids: one that names several requests tells of none which is which
@@ -198,16 +197,13 @@ def served_skew(
             f"partition {partition}: of {logged.height:,} logged requests none was answered by a model of the config's "
             f"features, from the online store alone; there are requests of {', '.join(requests.partitions()) or 'none'}"
         )
-    sources = list(dict.fromkeys(feature.source for feature in schema.side("context")))
-    contexts = shown.collect(shown.scan([partition]), [partition]).unique("request_id").select("request_id", *sources)
     chosen = comparable.sort("ts", "request_id").gather_every(max(comparable.height // limit, 1) if limit else 1)
     # a list of booleans is read as one of texts, as a category's is
     chosen = chosen.with_columns(pl.col("item_known").list.eval(pl.element() == "true"))
+    context = {feature.source: pl.col(f"{CONTEXT}{feature.source}") for feature in schema.side("context")}
     impressions = (
-        chosen.select("request_id", "user_id", "ts", "item_id")
-        .with_columns(pl.int_ranges(pl.col("item_id").list.len()).alias("position"))
-        .explode("item_id", "position")
-        .join(contexts, on="request_id", how="left", maintain_order="left")
+        chosen.select("request_id", "user_id", "ts", "item_id", **context)
+        .explode("item_id")
         .with_columns(pl.lit(None, pl.Int8).alias(task.source) for task in schema.tasks)
     )
     report = SkewReport(partition, left_out=logged.height - comparable.height)
@@ -218,10 +214,14 @@ def served_skew(
     }
     for done, served in enumerate(chosen.iter_rows(named=True), start=1):
         row, request = recomputed[served["request_id"]]
-        per_item = ["item_known", *(feature_column(feature) for feature in schema.item_side)]
+        per_item = ["item_id", "item_known", *(feature_column(feature) for feature in schema.item_side)]
         values = zip(*(served[name] for name in per_item), strict=True)
         candidates = [dict(zip(per_item, of_item, strict=True)) for of_item in values]
-        _compare(report, schema, row, request, {**served, "requests": [{**served, "candidates": candidates}]})
+        request, answered = (
+            {**side, "candidates": sorted(of_side, key=lambda candidate: candidate["item_id"])}
+            for side, of_side in ((request, request["candidates"]), (served, candidates))
+        )
+        _compare(report, schema, row, request, {**served, "requests": [answered]})
         report.requests = done
         progress(done, chosen.height)
     return report

@@ -37,11 +37,13 @@ class LiveModel:
 
     Attributes:
         artifact: its directory, by which the ranker knows it.
+        thread: the only one that uses the reader.
     """
 
     artifact: str
     model: ModelDescription
     reader: OnlineReader
+    thread: StoreThread
 
 
 @dataclass(frozen=True)
@@ -61,17 +63,18 @@ class Followed:
     shadow: str | None = None
 
     @property
-    def beside(self) -> list[str]:
-        """Artifacts that are needed beside the one that is served."""
-        named = [self.split[0] if self.split else None, self.shadow]
-        return list(dict.fromkeys(artifact for artifact in named if artifact is not None))
+    def beside(self) -> dict[str, bool]:
+        """Artifacts that are needed beside the one that is served, and whether they answer users."""
+        shadow = {} if self.shadow is None else {self.shadow: False}
+        return shadow | ({} if self.split is None else {self.split[0]: True})
 
 
 class LiveModels:
     """The model that is served and those beside it.
 
     Args:
-        reading: the thread that reads the online store.
+        reading: the thread that reads the online store for what is answered.
+        shadow_reading: the one that reads it for a model that is asked, but not answered by.
         erased: awaited when users were forgotten, with the time.
         schema_changed: called when a model of another schema than the first is served.
 
@@ -85,10 +88,12 @@ class LiveModels:
         settings: ServingSettings,
         rankers: Rankers,
         reading: StoreThread,
+        shadow_reading: StoreThread,
         erased: Callable[[int], Awaitable[None]],
         schema_changed: Callable[[Schema], None],
     ) -> None:
-        self._settings, self._rankers, self._reading = settings, rankers, reading
+        self._settings, self._rankers = settings, rankers
+        self._reading, self._shadow_reading = reading, shadow_reading
         self._tell_erased, self._tell_schema = erased, schema_changed
         self._opening = asyncio.Lock()
         self._following: asyncio.Task[None] | None = None
@@ -143,11 +148,6 @@ class LiveModels:
         shadow = self._named.shadow if self._named is not None else None
         return self._beside.get(shadow) if shadow is not None else None
 
-    def answers(self, live: LiveModel) -> bool:
-        """Whether requests may be answered by this model."""
-        split = self._named.split if self._named is not None else None
-        return live is self._served or (split is not None and split[0] == live.artifact)
-
     @property
     def beside(self) -> dict[str, Any]:
         """Versions that answer beside the one that is served, and those that cannot."""
@@ -165,17 +165,17 @@ class LiveModels:
         """Bind requests to the model that is to be served now or, if it is not fit, to the one of the start."""
         wanted = await self._wanted()
         if wanted is None or not await self._switch(wanted.artifact):
-            self._served = await self._prepared(self._settings.artifact)
+            self._served = await self._prepared(self._settings.artifact, self._reading)
         if wanted is not None:
             await self._attend(wanted)
 
-    async def _prepared(self, artifact: str) -> LiveModel:
+    async def _prepared(self, artifact: str, thread: StoreThread) -> LiveModel:
         model = await self._rankers.describe(artifact)
         store = replace(self._settings.store, schema=model.schema)
-        reader = await self._reading.run(lambda: OnlineReader(store))
+        reader = await thread.run(lambda: OnlineReader(store))
         # a store that was lost has its views, but no tables: then this fails
-        await self._reading.run(lambda: reader.user(""))
-        return LiveModel(artifact, model, reader)
+        await thread.run(lambda: reader.user(""))
+        return LiveModel(artifact, model, reader, thread)
 
     async def _wanted(self) -> Followed | None:
         """What is to be served; None when nothing says so. What the ranker is to forget, it is told."""
@@ -220,9 +220,12 @@ class LiveModels:
             self._named = wanted
             return
         beside, unfit = {}, {}
-        for artifact in wanted.beside:
+        for artifact, answers in wanted.beside.items():
+            thread, live = self._reading if answers else self._shadow_reading, self._beside.get(artifact)
             try:
-                beside[artifact] = self._beside.get(artifact) or await self._prepared(artifact)
+                if live is None or live.thread is not thread:
+                    live = await self._prepared(artifact, thread)
+                beside[artifact] = live
             except UnavailableError:
                 raise
             except Exception as error:
@@ -237,7 +240,7 @@ class LiveModels:
             UnavailableError: the ranker or the store does not answer.
         """
         try:
-            live = await self._prepared(artifact)
+            live = await self._prepared(artifact, self._reading)
         except UnavailableError:
             raise
         except Exception as error:  # whatever it is, requests stay bound to the model before

@@ -86,15 +86,13 @@ class RankingService:
     def __init__(self, settings: ServingSettings, ranker: DeploymentHandle[Any]) -> None:
         self._settings = settings
         self.metrics = Metrics(f"{socket.gethostname()}:{os.getpid()}")
-        self._reading, self._shadow_reading = StoreThread("feature-store-reader"), StoreThread("shadow-reader")
+        reading, shadow_reading = StoreThread("feature-store-reader"), StoreThread("shadow-reader")
         self._writing = ThreadPoolExecutor(1, thread_name_prefix="feature-store-writer")
-        self._telling, self._console = (
-            ThreadPoolExecutor(1, thread_name_prefix="console"),
-            Console(settings.store, settings.log_delay),
-        )
+        self._telling = ThreadPoolExecutor(1, thread_name_prefix="console")
+        self._console = Console(settings.store, settings.log_delay)  # used by that thread alone
         self._log = RequestLog(settings.log, self.metrics.logged) if settings.log is not None else None
         self._rankers = Rankers(ranker, settings.options.ranker_replicas)
-        self._models = LiveModels(settings, self._rankers, self._reading, self._forget, self._write_to)
+        self._models = LiveModels(settings, self._rankers, reading, shadow_reading, self._forget, self._write_to)
         # the store by the newest config, whose views it has; a model may read fewer of them
         self._writes_to = settings.store
         self._writer: tuple[FeatureStoreSettings, OnlineWriter] | None = None  # used by the writing thread alone
@@ -129,8 +127,8 @@ class RankingService:
         await self._rankers.describe(live.artifact)
         deadline = self._settings.options.store_deadline_ms
         try:
-            await self._reading.result(
-                lambda: self._reading.timed(lambda: live.reader.user("")), deadline and deadline / 1e3
+            await live.thread.result(
+                lambda: live.thread.timed(lambda: live.reader.user("")), deadline and deadline / 1e3
             )
         except (TimeoutError, UnavailableError) as error:
             if deadline is None:
@@ -226,7 +224,7 @@ class RankingService:
 
     async def _answer(self, live: LiveModel, request: RankRequest, weights: np.ndarray) -> dict[str, Any]:
         answered = await self._scored(live, request, weights)
-        if self._log is not None:
+        if self._log is not None and self._log.wants(str(request.user_id)):
             self._log.request(answered.served(request, live.model))
         if (shadow := self._models.shadow) is not None and shadow is not live:
             self._ask_too(shadow, request, answered, live)
@@ -235,7 +233,7 @@ class RankingService:
     async def _scored(self, live: LiveModel, request: RankRequest, weights: np.ndarray) -> Answered:
         started = time.perf_counter()
         ts = request.ts if request.ts is not None else time.time_ns() // 1_000
-        row, erased = await self._read(live, request, ts, self._reading)
+        row, erased = await self._read(live, request, ts)
         read = time.perf_counter()
         ranked = await self._ranked(live, request, row, erased)
         self.memo_bytes = ranked.memo_bytes
@@ -243,9 +241,7 @@ class RankingService:
         seconds = {"features": read - started, "model": time.perf_counter() - read}
         return Answered(ts, row, erased, ranked, order, answer(request, ts, row, live.model, ranked, seconds, order))
 
-    async def _read(
-        self, live: LiveModel, request: RankRequest, ts: int, thread: StoreThread
-    ) -> tuple[RequestRow, int]:
+    async def _read(self, live: LiveModel, request: RankRequest, ts: int) -> tuple[RequestRow, int]:
         """A request's row, and when users had last been forgotten as it was read.
 
         Raises:
@@ -268,11 +264,11 @@ class RankingService:
                 request.inline,
                 None if request.request_id is None else str(request.request_id),
                 degraded,
-                lambda: thread.timed(lambda: live.reader.request(user_id, items, ts)),
+                lambda: live.thread.timed(lambda: live.reader.request(user_id, items, ts)),
             )
 
         try:
-            return await thread.result(row, deadline and deadline / 1e3), erased
+            return await live.thread.result(row, deadline and deadline / 1e3), erased
         except TimeoutError:
             reason = f"the online store did not answer within {deadline:g} ms"
         except UnavailableError as error:
@@ -291,12 +287,10 @@ class RankingService:
 
     def _ask_too(self, shadow: LiveModel, request: RankRequest, answered: Answered, live: LiveModel) -> None:
         """Compare the scores of another model with those that are answered, without anybody waiting for it."""
-        # a model that also answers has one reader, which one thread uses
-        thread = self._reading if self._models.answers(shadow) else self._shadow_reading
 
         async def compare() -> None:
             try:
-                row, erased = await self._read(shadow, request, answered.ts, thread)
+                row, erased = await self._read(shadow, request, answered.ts)
                 other = await self._ranked(shadow, request, row, erased)
             except Exception:  # the answer is on its way
                 LOG.exception("the shadow %s does not answer", shadow.model.version)
@@ -308,7 +302,7 @@ class RankingService:
                     for scored, model in ((answered.ranked, live.model), (other, shadow.model))
                 ]
                 self.metrics.shadowed(task, *of_both)
-            if self._log is not None:
+            if self._log is not None and self._log.wants(str(request.user_id)):
                 whole = replace(answered, row=row, erased=erased, ranked=other, order=range(len(other.scores)))
                 self._log.shadow(whole.served(request, shadow.model))
 

@@ -97,6 +97,8 @@ def compact(
             typer.echo("There are no derived tables yet; `corank run` builds them.")
         for name, (before, after) in sizes.items():
             typer.echo(f"{name:<16} {_size(before)} → {_size(after)}")
+        if sizes:
+            typer.echo(f"In storage, with what nothing refers to any more, which is kept for {keep_hours} hours.")
 
 
 def forget(

@@ -29,9 +29,8 @@ SHOWN = 100
 OLD = 2 * 86_400 * SECOND
 """Microseconds after which a log's newest state is taken to be history, which is asked about at its own time."""
 
-
-KEPT_SECONDS = 60.0
-"""After which what is proposed is read again."""
+KEPT_SECONDS = 300.0
+"""After which names and what is proposed are read again."""
 
 
 class Console:
@@ -40,7 +39,7 @@ class Console:
     def __init__(self, store: FeatureStoreSettings, log_delay: int) -> None:
         self._store, self._log_delay = store, log_delay
         self._last: tuple[float, tuple[list[str], list[str], int | None]] | None = None
-        self._names: dict[str, dict[int, str]] = {}
+        self._names: dict[str, tuple[float, dict[int, str]]] = {}
 
     def about(self, schema: Schema) -> dict[str, Any]:
         """Users and items to propose, the time to ask at, the log's delay, and the columns that a request needs."""
@@ -83,8 +82,8 @@ class Console:
         return [names.get(code, f"#{code & (1 << 64) - 1:016x}") if code else None for code in codes]
 
     def _names_of(self, column: str) -> dict[int, str]:
-        """Code → value, of the values of a column of users or items; read once."""
-        if column not in self._names:
+        """Code → value, of the values of a column of users or items."""
+        if column not in self._names or time.monotonic() - self._names[column][0] >= KEPT_SECONDS:
             names: dict[int, str] = {}
             for table in (self._store.items, self._store.users):
                 if table is not None and column in table.schema().names:
@@ -92,8 +91,8 @@ class Console:
                     values = values.explode() if isinstance(values.dtype, pl.List) else values
                     texts = (as_text(value) for value in values.drop_nulls().unique().head(MOST_NAMES))
                     names |= {hash_id(text): text for text in texts}
-            self._names[column] = names
-        return self._names[column]
+            self._names[column] = time.monotonic(), names
+        return self._names[column][1]
 
     def _proposed(self, schema: Schema) -> tuple[list[str], list[str], int | None]:
         """Users with new events, items that these are of, most frequent first, then others, and the state's time."""

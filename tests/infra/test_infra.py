@@ -94,7 +94,7 @@ def test_the_stack_of_compose_fits_together() -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_config_of_the_stack_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_of_the_stack_is_one() -> None:
     config = load_config(INFRA / "config.yaml")
     assert config.feast.redis == "redis:6379"
     assert config.serving.tokens == "/corank/tokens/tokens"

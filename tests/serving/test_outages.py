@@ -26,8 +26,15 @@ from serving.ranker import Ranker
 from serving.rankers import Rankers
 from serving.service import RankingService
 from serving.settings import ServingSettings
+from serving.store_thread import StoreThread
 from tests.servers import free_port
 from tests.serving.worlds import InProcess, Remote, body, new_events
+
+
+def store_thread(service: RankingService) -> StoreThread:
+    served = service._models.served
+    assert served is not None
+    return served.thread
 
 
 def in_a_task(cause: Exception) -> RayTaskError:
@@ -232,7 +239,8 @@ def test_a_store_that_fails_or_is_slow_is_answered_without_or_503_as_configured(
         assert known["degraded"] is None
         let_go = threading.Event()
         if deadline is not None:  # slow: what comes meanwhile does not wait for it
-            held = service._reading._pool.submit(service._reading.timed, lambda: let_go.wait(20))
+            reading = store_thread(service)
+            held = reading._pool.submit(reading.timed, lambda: let_go.wait(20))
             started = time.monotonic()
             slow = client.post("/v1/rank", json=body(user_id="7")).json()
             assert time.monotonic() - started < 5
@@ -262,7 +270,7 @@ def test_a_long_queue_is_not_taken_for_a_slow_store(settings: ServingSettings) -
     service = RankingService(own, InProcess(Ranker(own)))  # type: ignore[arg-type]
     with TestClient(build_api(service)) as client:
         client.post("/v1/rank", json=body())
-        busy = service._reading._pool.submit(time.sleep, 0.5)  # work of this process, not of the store
+        busy = store_thread(service)._pool.submit(time.sleep, 0.5)  # work of this process, not of the store
         answer = client.post("/v1/rank", json=body()).json()
         assert busy.done()
         assert answer["degraded"] is None

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 from deltalake import write_deltalake
 from fastapi.testclient import TestClient
@@ -20,7 +21,9 @@ from fastapi.testclient import TestClient
 import serving.live
 from features.delta.table import Table
 from features.delta.write import append
-from features.schema import partition_of
+from features.errors import CorankError
+from features.schema import Feature, partition_of
+from features.store.reader import OnlineReader
 from serving.api import ModelDescription, RankRequest, build_api
 from serving.memo import Ranked
 from serving.ranker import Ranker
@@ -78,7 +81,7 @@ def test_answers_are_logged_as_impressions_with_the_features_as_they_were_read(
     assert rows["item_id"].to_list() == [["1", "2", "3"], ["9"]]  # all candidates, also those not answered
     assert rows["from_store"].to_list() == [True, False]
     assert rows["clicks__ts"].to_list() == [list(range(105, 110)), []]
-    assert rows["score__click"].to_list()[0] == pytest.approx(first["scores"]["click"])
+    assert rows["_score__click"].to_list()[0] == pytest.approx(first["scores"]["click"])
     assert rows["features"].n_unique() == 1
     assert 'table="impressions"' in text
     assert 'outcome="written"' in text
@@ -229,6 +232,38 @@ def test_several_replicas_append_at_once_to_a_table_that_is_not_there_yet_and_ge
     assert served(tmp_path, "table")["replica"].value_counts()["count"].to_list() == [5] * 4
 
 
+def test_a_table_takes_rows_below_a_folder_with_brackets(tmp_path: Path) -> None:
+    folder = tmp_path / "my [v2] x^y|z ä"
+    for number in range(2):
+        append(str(folder / "table"), pl.DataFrame({"dt": ["2026-01-06T21"], "number": [number]}).to_arrow(), {})
+    assert served(folder, "table").sort("number").rows() == [("2026-01-06T21", 0), ("2026-01-06T21", 1)]
+
+
+def test_a_column_of_another_type_is_named_and_leaves_no_file(tmp_path: Path) -> None:
+    root = tmp_path / "table"
+    append(str(root), pl.DataFrame({"dt": [DAY], "price": [1.5]}).to_arrow(), {})
+    with pytest.raises(CorankError, match=r"its column price is double, and not string; move the table away"):
+        append(str(root), pl.DataFrame({"dt": [DAY], "price": ["1.5"]}).to_arrow(), {})
+    assert served(tmp_path, "table")["price"].to_list() == [1.5]
+    assert len(list(root.rglob("*.parquet"))) == 1
+
+
+def test_a_context_with_names_of_the_logs_own_columns_loses_nothing_of_either(tmp_path: Path) -> None:
+    features = (Feature(name="theirs", column="model_version", side="context"), *SCHEMA.features[2:])
+    schema = SCHEMA.model_copy(update={"features": (*features, Feature(name="at", column="position", side="context"))})
+    context = CONTEXT | {"model_version": "v9", "position": "top"}
+    served_row = replace(served_request(), model=ModelDescription("1", schema, {}), context=context)
+    request = {"request_id": "r", "ts": NOW, "candidates": [{}]}
+    rows = pa.Table.from_pylist([{"user_id": "7", "requests": [request]}], schema=serving_schema(schema))
+    log = RequestLog(LogSettings(str(tmp_path), "day", seconds=600.0), lambda *_: None)
+    log.request(replace(served_row, row=RequestRow("r", rows, True, [True])))
+    log.close()
+    shown, asked = served(tmp_path, "impressions"), served(tmp_path, "requests")
+    assert (shown["model_version"].to_list(), shown["position"].to_list()) == (["1"], [0])
+    assert (asked["model_version"].to_list(), asked["_context__model_version"].to_list()) == (["1"], ["v9"])
+    assert asked["_context__position"].to_list() == ["top"]
+
+
 def test_an_explained_request_was_shown_to_nobody_and_is_not_logged(service: RankingService, tmp_path: Path) -> None:
     with TestClient(build_api(service)) as client:
         assert client.post("/v1/explain", json=body()).status_code == 200
@@ -241,6 +276,13 @@ def test_a_split_answers_its_share_of_users_and_a_shadow_answers_nobody(
     settings: ServingSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving.live, "FOLLOW_SECONDS", 0.05)
+    used, request = dict[int, set[str]](), OnlineReader.request
+
+    def noted(reader: OnlineReader, *arguments: Any) -> Any:
+        used.setdefault(id(reader), set()).add(threading.current_thread().name)
+        return request(reader, *arguments)
+
+    monkeypatch.setattr(OnlineReader, "request", noted)
     (first, one), (second, two), (third, three) = (published(tmp_path, seed) for seed in (1, 2, 3))
     document, log = tmp_path / "current.json", LogSettings(str(tmp_path / "served"), "day", seconds=600.0)
     beside: dict[str, Any] = {"split": {"artifact": second, "share": 0.3}, "shadow": third}
@@ -259,6 +301,7 @@ def test_a_split_answers_its_share_of_users_and_a_shadow_answers_nobody(
         assert told["shadow"] == {"model_version": three}
         for version in (one, two, three):  # each can be asked for
             assert client.post("/v1/rank", json=body(model_version=version)).json()["model_version"] == version
+        assert sorted(len(threads) for threads in used.values()) == [1, 1, 1]  # a reader is not for several at once
         text = client.get("/metrics").text
         compared = [line for line in text.splitlines() if "shadow_score_difference_count" in line]
         assert sum(float(line.split()[-1]) for line in compared) > 60  # two tasks

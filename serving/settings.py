@@ -121,6 +121,8 @@ class ServingConfig(Declaration):
                 f"host: {self.host!r} can be reached from other machines, and anyone there could ask and push; name a "
                 "file of tokens in serving.tokens"
             )
+        if self.tokens is None and self.requests_per_second is not None:
+            raise ValueError("requests_per_second: it is counted per token; name a file of them in serving.tokens")
         return self
 
     @property

@@ -188,3 +188,8 @@ def test_a_token_that_comes_too_often_is_told_so_and_others_are_answered(tokens:
 def test_a_rate_of_less_than_one_in_ten_seconds_is_kept() -> None:
     rate = Rate(0.01)
     assert [rate.allows("a"), rate.allows("a"), rate.allows("b")] == [True, False, True]
+
+
+def test_a_rate_without_tokens_to_count_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"requests_per_second: it is counted per token"):
+        ServingConfig(requests_per_second=5)
